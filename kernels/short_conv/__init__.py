@@ -1,0 +1,32 @@
+"""Short causal depthwise convolution, the local mixer in front of most recurrent blocks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.kernels.dispatch import call, register_row
+from zoo.kernels.short_conv import chunked, reference
+
+register_row("short_conv", "chunked", chunked.short_conv, priority=10)
+register_row("short_conv", "reference", reference.short_conv, priority=0)
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    state: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution over time.
+
+    x: [B, T, D]; weight: [D, W], tap W-1 multiplies the current token; bias: [D]; state: [B, W-1, D], the
+    inputs before x (zeros where None); doc_ids: [B, T], taps do not cross documents; activation: "silu" or
+    None. Returns y [B, T, D] and the new state [B, W-1, D].
+    """
+    y, state = call("short_conv", backend, x, weight, bias, state, doc_ids)
+    return (F.silu(y) if activation == "silu" else y), state

@@ -1,0 +1,329 @@
+"""What every block is: streaming state, cost, parallel plan, auxiliary losses.
+
+A block maps x [B, T, D] to the increment y [B, T, D]; the graph adds norm and residual. This module knows
+only torch, so that kernels, blocks, graph and foreign code can all speak the same language.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+Mode = Literal["train", "prefill", "decode"]
+
+
+# --------------------------------------------------------------------------------------------- state
+class State:
+    """Streaming state of a block: subclasses are dataclasses of tensors [B, ...], nested states, lists or
+    dicts of states, and plain Python values. Tensors are preallocated and updated in place.
+
+    `field(metadata={"fill": value})` says what `reset` writes (0 where absent).
+    """
+
+    def _children(self) -> Iterator[tuple[Any, str, State]]:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, State):
+                yield None, f.name, value
+            elif isinstance(value, list):
+                yield from ((i, f.name, v) for i, v in enumerate(value) if isinstance(v, State))
+            elif isinstance(value, dict):
+                yield from ((k, f.name, v) for k, v in value.items() if isinstance(v, State))
+
+    def _tensors(self) -> Iterator[tuple[dataclasses.Field, Tensor]]:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, f.name), Tensor):
+                yield f, value
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of this state and of the states inside it."""
+        for _, t in self._tensors():
+            yield t
+        for _, _, child in self._children():
+            yield from child.tensors()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, nested states included."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """A new state with `fn` applied to every tensor; Python values are kept."""
+        new: dict[str, Any] = {}
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                value = fn(value)
+            elif isinstance(value, State):
+                value = value.map(fn)
+            elif isinstance(value, list):
+                value = [v.map(fn) if isinstance(v, State) else v for v in value]
+            elif isinstance(value, dict):
+                value = {k: v.map(fn) if isinstance(v, State) else v for k, v in value.items()}
+            new[f.name] = value
+        return type(self)(**new)
+
+    def clone(self) -> Self:
+        """An independent copy."""
+        return self.map(torch.clone)
+
+    snapshot = clone
+
+    def restore(self, snapshot: Self) -> None:
+        """Go back to `snapshot` (which stays usable)."""
+        self._copy_from(snapshot, lambda mine, theirs: theirs.clone())
+
+    def reorder(self, index: Tensor) -> None:
+        """Row b becomes the old row `index[b]` (beam search); the number of rows may change."""
+        self._copy_from(self, lambda mine, theirs: theirs.index_select(0, index))
+
+    def rows(self, index: Tensor) -> Self:
+        """A copy that holds only the rows `index`."""
+        return self.map(lambda t: t.index_select(0, index))
+
+    def put_rows(self, index: Tensor, part: Self) -> None:
+        """Write back what `rows(index)` took. A buffer that grew in `part` grows here too."""
+
+        def write(mine: Tensor, theirs: Tensor) -> Tensor:
+            if theirs.shape[1:] != mine.shape[1:]:
+                grown = mine.new_zeros(mine.shape[0], *theirs.shape[1:])
+                grown[tuple(slice(0, n) for n in mine.shape)] = mine
+                mine = grown
+            return mine.index_copy_(0, index, theirs)
+
+        self._copy_from(part, write, merge=max)
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Forget everything, or only the rows `rows` (int64 indices)."""
+        for f, t in self._tensors():
+            fill = f.metadata.get("fill", 0)
+            t.fill_(fill) if rows is None else t.index_fill_(0, rows, fill)
+        for _, _, child in self._children():
+            child.reset(rows)
+        if rows is None:
+            for f in dataclasses.fields(self):  # type: ignore[arg-type]
+                if isinstance(getattr(self, f.name), int) and f.metadata.get("counter"):
+                    setattr(self, f.name, 0)
+
+    def _copy_from(self, other: Self, fn, merge: Callable | None = None) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, Tensor):
+                setattr(self, f.name, _assign(mine, fn(mine, theirs)))
+            elif not isinstance(mine, (State, list, dict)):
+                setattr(self, f.name, merge(mine, theirs) if merge and f.metadata.get("counter") else theirs)
+        for (_, _, mine), (_, _, theirs) in zip(self._children(), other._children(), strict=True):
+            mine._copy_from(theirs, fn, merge)
+
+
+def _assign(old: Tensor, new: Tensor) -> Tensor:
+    # the same storage where shapes allow, so that a captured CUDA graph keeps reading the right memory
+    return old if new is old else old.copy_(new) if old.shape == new.shape else new
+
+
+@dataclass
+class EmptyState(State):
+    """State of a block that carries nothing from one segment to the next."""
+
+
+@dataclass
+class StateList(State):
+    """States of the children of a composite node, in order."""
+
+    children: list[State] = field(default_factory=list)
+
+
+def counter() -> Any:
+    """Dataclass field for a host-side count: an upper bound over rows, zeroed by a full `reset`."""
+    return field(default=0, metadata={"counter": True})
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Recurrent states are float32, and float64 where the model is."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------- cost
+@dataclass(frozen=True)
+class Cost:
+    """What one call costs. `flops` counts executed matrix work, one multiply-add = 2, forward only for
+    prefill and decode and forward + backward (3x forward) for train; elementwise work is left out.
+    `active_params` are the parameters one token touches; bytes are those of an ideal kernel that reads its
+    weights, inputs and state once; `activation_bytes` are kept for backward (0 outside train)."""
+
+    params: int = 0
+    active_params: int = 0
+    flops: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    activation_bytes: int = 0
+    state_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def replace(self, **changes: int) -> Cost:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def linear_flops(tokens: int, *layers: nn.Linear | None) -> int:
+    """Matrix FLOPs of applying each linear layer to `tokens` rows."""
+    return sum(2 * tokens * m.in_features * m.out_features for m in layers if m is not None)
+
+
+# ------------------------------------------------------------------------------------- parallel plan
+@dataclass(frozen=True)
+class ParallelPlan:
+    """How a block is split. `tensor` maps parameter-name patterns to `column`, `row`, `expert` or
+    `replicate`; the tensor-parallel degree must divide `units` (heads, channels, experts). `context` says what
+    is exchanged when the sequence is cut over ranks: `token` (nothing), `gather_kv`, `pass_state`, `halo`,
+    or `none`, with the `reason`."""
+
+    tensor: Mapping[str, str] = field(default_factory=dict)
+    units: int = 1
+    context: Literal["token", "gather_kv", "pass_state", "halo", "none"] = "none"
+    reason: str = ""
+
+
+# ---------------------------------------------------------------------------------- auxiliary losses
+class _AuxiliaryLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.like = (loss.shape, loss.dtype, loss.device)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        shape, dtype, device = ctx.like
+        return grad, torch.full(shape, ctx.scale, dtype=dtype, device=device), None
+
+
+_auxiliary_scale = 1.0
+
+
+def set_auxiliary_scale(scale: float) -> None:
+    """Weight of every auxiliary loss in the gradient. A trainer that sums gradients over ranks and
+    accumulation steps sets 1 / (ranks * steps)."""
+    global _auxiliary_scale
+    _auxiliary_scale = float(scale)
+
+
+def add_auxiliary_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """Return `x` unchanged; in backward, the gradient of the scalar `loss` is added. So the loss survives
+    pipeline stages, compilation and any foreign trainer."""
+    return _AuxiliaryLoss.apply(x, loss, _auxiliary_scale) if loss.requires_grad else x
+
+
+# --------------------------------------------------------------------------------------------- block
+class Block(nn.Module):
+    """Base of mixers, FFNs and memories. `forward(x, *, state=None, positions=None, doc_ids=None) -> y`.
+
+    x, y: [B, T, D]. state: from `init_state`, updated in place, rows continue where they stopped.
+    positions: [B, T] int64, used for rotary angles (default: 0.. or continuing the state). doc_ids: [B, T]
+    int64, equal ids are contiguous and form one document that sees only itself; not together with `state`.
+    Subclasses draw parameters in `reset_parameters`, never in `__init__`, and keep inference behaviour
+    in `eval()` strictly causal where `causal` is true.
+    """
+
+    causal: bool = True
+
+    def __init__(self, dim: int):
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be positive, got {dim}")
+        self.dim = dim
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter and fill every buffer of this block; safe after `to_empty`."""
+        raise NotImplementedError(f"{type(self).__name__}.reset_parameters")
+
+    def init_state(self, batch_size: int, max_len: int | None = None) -> State:
+        """State for `batch_size` rows of up to `max_len` tokens (None: grows as needed)."""
+        return EmptyState()
+
+    # cost, in three parts that a block overrides
+    def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
+        """Executed matrix FLOPs of one forward of `seq_len` tokens per row, `context_len` tokens being in
+        the state already (`streaming`: a state is given)."""
+        raise NotImplementedError(f"{type(self).__name__}.forward_flops")
+
+    def state_bytes(self, batch_size: int, max_len: int) -> int:
+        """Equals `init_state(batch_size, max_len).nbytes`."""
+        return 0
+
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        """Elements kept for backward by one training forward."""
+        raise NotImplementedError(f"{type(self).__name__}.activation_elements")
+
+    def active_params(self) -> int:
+        """Parameters one token touches."""
+        return sum(p.numel() for p in self.parameters())
+
+    def cost(self, batch_size: int, seq_len: int, context_len: int = 0, mode: Mode = "train") -> Cost:
+        """See `Cost`. `context_len` tokens precede the `seq_len` tokens of each row."""
+        streaming = mode == "decode" or context_len > 0
+        forward = self.forward_flops(batch_size, seq_len, context_len, streaming)
+        params = sum(p.numel() for p in self.parameters())
+        itemsize = self.itemsize
+        stream = batch_size * seq_len * self.dim * itemsize
+        state = self.state_bytes(batch_size, context_len + seq_len) if mode != "train" else 0
+        kept = self.activation_elements(batch_size, seq_len) * itemsize if mode == "train" else 0
+        passes = 3 if mode == "train" else 1
+        return Cost(
+            params=params,
+            active_params=self.active_params(),
+            flops=passes * forward,
+            bytes_read=passes * (params * itemsize + stream) + state,
+            bytes_written=passes * stream + state + kept,
+            activation_bytes=kept,
+            state_bytes=state,
+        )
+
+    def parallel_plan(self) -> ParallelPlan:
+        """How this block is split over ranks."""
+        return ParallelPlan(reason="no plan was written for this block")
+
+    # conveniences
+    @property
+    def reference_parameter(self) -> Tensor:
+        """A tensor whose dtype and device new state follows."""
+        for t in self.parameters():
+            return t
+        for t in self.buffers():
+            return t
+        return torch.empty(0)
+
+    @property
+    def itemsize(self) -> int:
+        return self.reference_parameter.element_size()
+
+
+def refuse_packed_streaming(state: State | None, doc_ids: Tensor | None) -> None:
+    """Raise ValueError where both a state and document ids are given."""
+    if state is not None and doc_ids is not None:
+        raise ValueError("doc_ids with a state: stream one document per row, or pack documents without a state")
+
+
+def positions_from(doc_ids: Tensor | None, batch_size: int, seq_len: int, device: torch.device) -> Tensor:
+    """Position [B, T] of each token inside its document; 0..T-1 where there are no documents."""
+    index = torch.arange(seq_len, device=device).expand(batch_size, seq_len)
+    if doc_ids is None:
+        return index
+    first = torch.ones_like(doc_ids, dtype=torch.bool)
+    first[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return index - torch.where(first, index, 0).cummax(dim=1).values
+
+
+def init_linear_(linear: nn.Linear, gain: float = 1.0) -> None:
+    """Weight ~ truncated normal of std gain / sqrt(fan_in), bias zero."""
+    std = gain / linear.in_features**0.5
+    nn.init.trunc_normal_(linear.weight, std=std, a=-3 * std, b=3 * std)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
