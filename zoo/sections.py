@@ -1,0 +1,113 @@
+"""The `train:` and `data:` sections of a configuration. The annotated fields are the schema; no torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from zoo.errors import ConfigError, Problem, did_you_mean
+from zoo.registry import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, check_type
+
+SYNTHETIC = ("mqar", "selective_copy", "induction")
+STDLIB = "python-stdlib"
+
+ZeroToOne = Annotated[float, Range(ge=0, le=1)]
+Beta = Annotated[float, Range(ge=0, lt=1)]
+Share = Annotated[float, Range(gt=0, lt=1)]
+
+
+class _Section:
+    """A frozen dataclass that is built from a mapping and reports every problem at once."""
+
+    where: typing.ClassVar[str]
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any] | None) -> Self:
+        """Build the section. ConfigError lists every unknown key, wrong value and bad combination."""
+        annotations = typing.get_type_hints(cls, include_extras=True)
+        known = {f.name: annotations[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        values, complaints = {}, []
+        for key, value in (given or {}).items():
+            if key not in known:
+                hint = did_you_mean(key, known) or "; options: " + ", ".join(known)
+                complaints.append((str(key), f"unknown option{hint}"))
+                continue
+            values[key], why = check_type(value, known[key])
+            if why:
+                complaints.append((key, why))
+        section = None if complaints else cls(**values)
+        complaints += section.complaints() if section else []
+        if complaints:
+            raise ConfigError([Problem(text, f"{cls.where}.{key}") for key, text in complaints])
+        return section
+
+    def complaints(self) -> list[tuple[str, str]]:
+        """(option, message) for every combination of options that cannot work."""
+        return []
+
+
+@dataclass(frozen=True)
+class TrainSection(_Section):
+    """How a model is trained. A step sees `batch_size` rows of `seq_len` tokens, computed in `accumulation`
+    pieces; what a run computes depends on neither the pieces nor the number of processes."""
+
+    where: typing.ClassVar[str] = "train"
+
+    steps: PositiveInt = 500
+    batch_size: PositiveInt = 16
+    seq_len: PositiveInt = 256
+    accumulation: PositiveInt = 1
+    seed: NonNegativeInt = 0
+    # AdamW; weight decay spares vectors (norms, biases, gates) and the SSM parameters A_log, D, dt_bias
+    lr: PositiveFloat = 2e-3
+    betas: tuple[Beta, ...] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.1
+    grad_clip: NonNegativeFloat = 1.0  # 0: never
+    # linear warm-up, then from lr down to min_lr_factor * lr; `wsd` stays at lr until the last decay_fraction
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    warmup_steps: NonNegativeInt = 50
+    decay_fraction: Fraction = 0.2
+    min_lr_factor: ZeroToOne = 0.1
+    # bfloat16: parameters are kept in float32 and cast for forward and backward
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    activation_checkpoint: Literal["none", "full"] = "none"
+    eval_every: NonNegativeInt = 100  # 0: only at the end
+    eval_batches: PositiveInt = 8
+    checkpoint_every: NonNegativeInt = 100  # 0: only at the end
+    keep_checkpoints: NonNegativeInt = 2  # 0: all
+
+    def complaints(self) -> list[tuple[str, str]]:
+        found = []
+        if self.batch_size % self.accumulation:
+            found.append(("accumulation", f"must divide batch_size {self.batch_size}, got {self.accumulation}"))
+        if len(self.betas) != 2:
+            found.append(("betas", f"must be two numbers, got {list(self.betas)}"))
+        if self.keep_checkpoints == 1:
+            found.append(("keep_checkpoints", "must be 0 (all) or at least 2: the newest may be half-written"))
+        return found
+
+
+@dataclass(frozen=True)
+class DataSection(_Section):
+    """What a model is trained on. `source`: `python-stdlib` (the sources of this machine's Python), a text, JSONL
+    or parquet file, a folder of them, or a synthetic task (`mqar`, `selective_copy`, `induction`)."""
+
+    where: typing.ClassVar[str] = "data"
+
+    source: str = STDLIB
+    tokenizer: str = "bytes"  # or the path of a `tokenizers` JSON file
+    text_key: str = "text"  # field of a JSONL record or parquet row that holds the text
+    heldout: Share = 0.05  # share of the bytes, chosen by whole documents
+    heldout_bytes: PositiveInt = 131072  # at most so many of them are read by the final evaluation
+    doc_ids: bool = False  # rows pack documents that do not see each other
+    num_pairs: PositiveInt = 8  # mqar: key-value pairs to remember
+    num_copied: PositiveInt = 16  # selective_copy: tokens to remember
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the data are generated."""
+        return self.source in SYNTHETIC
