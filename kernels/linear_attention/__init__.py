@@ -1,0 +1,48 @@
+"""Linear attention with no decay, a decay per head or a decay per key channel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zoo.kernels.dispatch import call, register_row
+from zoo.kernels.linear_attention import chunked, reference
+from zoo.kernels.linear_attention.cost import flops
+
+__all__ = ["flops", "linear_attention"]
+
+register_row("linear_attention", "chunked", chunked.linear_attention, priority=10)
+register_row("linear_attention", "reference", reference.linear_attention, priority=0)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(g_t) * S_{t-1} + k_t v_t^T;  o_t = scale * S_t^T q_t (the token is written, then read).
+
+    q, k: [B, T, Hq, Dk]; v: [B, T, H, Dv], head h uses q and k of head h // (H / Hq); log_decay: None, [H]
+    constant, [B, T, H] or [B, T, H, Dk], finite and <= 0; initial_state: [B, H, Dk, Dv]; doc_ids: [B, T], a new
+    document starts from a zero state (the first one from initial_state). Returns o [B, T, H, Dv] in v's dtype
+    and the final state [B, H, Dk, Dv] in float32 (float64 for float64). chunk_size changes speed only.
+    """
+    check_heads("linear_attention", q, k, v)
+    if log_decay is not None and log_decay.ndim not in (1, 3, 4):
+        raise ValueError(f"log_decay must be [H], [B, T, H] or [B, T, H, Dk], got {list(log_decay.shape)}")
+    return call("linear_attention", backend, q, k, v, log_decay, scale, initial_state, doc_ids, chunk_size)
+
+
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError where the shapes of q, k and v do not fit together."""
+    if q.shape != k.shape or q.shape[:2] != v.shape[:2] or v.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"{op}: q and k must be [B, T, Hq, Dk] and v [B, T, H, Dv] with Hq dividing H, got "
+            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
