@@ -116,3 +116,12 @@ def carry(update: Tensor, decay: Tensor | None, state: Tensor) -> tuple[Tensor, 
         before.append(state)
         state = state + u if d is None else torch.addcmul(u, state, d)
     return torch.stack(before, 1), state
+
+
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError where the shapes of q, k and v do not fit together."""
+    if q.shape != k.shape or q.shape[:2] != v.shape[:2] or v.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"{op}: q and k must be [B, T, Hq, Dk] and v [B, T, H, Dv] with Hq dividing H, got "
+            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zoo.kernels.chunking import check_heads
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.linear_attention import chunked, reference
 from zoo.kernels.linear_attention.cost import flops
@@ -37,12 +38,3 @@ def linear_attention(
     if log_decay is not None and log_decay.ndim not in (1, 3, 4):
         raise ValueError(f"log_decay must be [H], [B, T, H] or [B, T, H, Dk], got {list(log_decay.shape)}")
     return call("linear_attention", backend, q, k, v, log_decay, scale, initial_state, doc_ids, chunk_size)
-
-
-def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError where the shapes of q, k and v do not fit together."""
-    if q.shape != k.shape or q.shape[:2] != v.shape[:2] or v.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"{op}: q and k must be [B, T, Hq, Dk] and v [B, T, H, Dv] with Hq dividing H, got "
-            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
