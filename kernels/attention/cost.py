@@ -1,0 +1,33 @@
+"""Executed matrix FLOPs of attention on the CPU."""
+
+from __future__ import annotations
+
+from zoo.kernels.attention.mask import tiles
+
+
+def attention_flops(
+    batch_size: int,
+    num_queries: int,
+    num_keys: int,
+    num_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    plain: bool = True,
+    fused: bool = True,
+) -> int:
+    """Score and value products of `attention`. `plain`: called without order indices (window and causality
+    then save work); `fused`: run by sdpa, which is counted as the full product, not the causal half."""
+    value_dim = head_dim if value_dim is None else value_dim
+    if plain and window is not None and window >= num_keys:
+        window, sinks = None, 0
+    width = 2 * max(head_dim, value_dim) if fused else head_dim + value_dim
+    if fused and window is None:
+        pairs = num_queries * num_keys
+    else:
+        cuts = tiles(num_queries, num_keys, causal, window, sinks, plain, fused)
+        pairs = sum((t.stop - t.start) * t.num_keys for t in cuts)
+    return 2 * batch_size * num_heads * pairs * width
