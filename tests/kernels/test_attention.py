@@ -75,7 +75,6 @@ def test_softcap_sink_logits_and_lse(softcap, sinky):
 def test_order_indices_shuffled_keys_and_empty_slots(backend):
     q, k, v = inputs(9)
     order = torch.stack([torch.randperm(9) for _ in range(2)])
-    gather = lambda x: torch.cat([x, torch.full_like(x, torch.nan)[:, :2]], 1)  # noqa: E731
     shuffled = [torch.stack([x[b, order[b]] for b in range(2)]) for x in (k, v)]
     # empty slots hold finite rubbish: caches are zeroed or hold what was there before
     shuffled = [torch.cat([x, 7 * torch.ones_like(x[:, :2])], 1) for x in shuffled]
@@ -85,7 +84,6 @@ def test_order_indices_shuffled_keys_and_empty_slots(backend):
         want, _ = attention(q, k, v, backend="reference", **options)
         have, _ = attention(q, *shuffled, q_index=q_index, k_index=k_index, backend=backend, **options)
         torch.testing.assert_close(have, want, rtol=0, atol=1e-10)
-    assert gather is not None
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "sdpa"])
@@ -174,12 +172,12 @@ def test_formulas_for_ops_that_torch_counts_as_zero():
     with FlopCounterMode(display=False) as counter:
         attention(q, k, v)[0].sum().backward()
     assert counter.get_total_flops() == 2 * 2 * 4 * 7 * 7 * 7 * 8  # 2 products forward, 5 backward
-    a, b = torch.randn(6, 4), torch.randn(3, 4, 5)
+    a, b = torch.randn(6, 4), torch.randn(3, 4, 8)
     offsets = torch.tensor([1, 3, 6], dtype=torch.int32)
     triangle = torch.randn(2, 6, 6).tril()
     with FlopCounterMode(display=False) as counter:
         torch._grouped_mm(a, b, offs=offsets)
-    assert counter.get_total_flops() == 2 * 6 * 4 * 5
+    assert counter.get_total_flops() == 2 * 6 * 4 * 8
     with FlopCounterMode(display=False) as counter:
         torch.linalg.solve_triangular(triangle, torch.randn(2, 6, 3), upper=False)
     assert counter.get_total_flops() == 2 * 36 * 3
