@@ -1,0 +1,28 @@
+"""Block scores by one matrix product per key head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_scores(
+    q: Tensor,
+    keys: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    q_doc_ids: Tensor | None,
+    k_doc_ids: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """See `zoo.kernels.block_scores.block_scores`."""
+    B, T, Hq, D = q.shape
+    N, Hkv = keys.shape[1:3]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grouped = q.to(dtype).transpose(1, 2).reshape(B, Hkv, Hq // Hkv * T, D)
+    scores = (grouped @ keys.to(dtype).permute(0, 2, 3, 1)).reshape(B, Hq, T, N) * scale
+    last = k_index[:, None]
+    visible = (last >= 0) & (last < q_index[..., None])
+    if q_doc_ids is not None:
+        visible = visible & (k_doc_ids[:, None] == q_doc_ids[..., None])
+    return torch.where(visible[:, None], scores, float("-inf"))
