@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from zoo import kernels
     from zoo.architectures.causal_lm import CausalLM as Model
-    from zoo.architectures.causal_lm import build, from_pretrained
+    from zoo.architectures.storage import build, from_pretrained
     from zoo.cost import estimate
     from zoo.errors import ConfigError, DataError, KernelUnavailable, ZooError
     from zoo.graph.loader import load_config
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 # names are looked up on first use, so that `import zoo` costs nothing and needs no torch
 _WHERE = {
     "Model": ("zoo.architectures.causal_lm", "CausalLM"),
-    "build": ("zoo.architectures.causal_lm", "build"),
-    "from_pretrained": ("zoo.architectures.causal_lm", "from_pretrained"),
+    "build": ("zoo.architectures.storage", "build"),
+    "from_pretrained": ("zoo.architectures.storage", "from_pretrained"),
     "estimate": ("zoo.cost", "estimate"),
     "load_config": ("zoo.graph.loader", "load_config"),
     "list_blocks": ("zoo.registry", "list_blocks"),

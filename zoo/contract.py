@@ -327,3 +327,55 @@ def init_linear_(linear: nn.Linear, gain: float = 1.0) -> None:
     nn.init.trunc_normal_(linear.weight, std=std, a=-3 * std, b=3 * std)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
+
+
+# -------------------------------------------------------------------------------------------- router
+@dataclass
+class Pick:
+    """Tokens that take a step: `index` [B, k] ascending (the same number in every row), or `mask` [B, T],
+    or neither for all of them."""
+
+    index: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Router(nn.Module):
+    """Decides which tokens run which step of a loop (`nested`: among those still running) or which body of a
+    route. The combinator calls `start`, then for each step `pick` and `advance`, then `finish`.
+
+    `streaming` is true where rows arrive in segments: then, and in `eval()`, a choice may depend on the token
+    itself and its past only, so that any cut of the sequence gives the same result.
+    """
+
+    causal: bool = True
+
+    def __init__(self, dim: int, steps: int, nested: bool):
+        super().__init__()
+        self.dim, self.steps, self.nested = dim, steps, nested
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter."""
+
+    def start(self, x: Tensor) -> dict[str, Tensor]:
+        """What is carried through the steps, from the input x [B, T, D]."""
+        return {}
+
+    def pick(self, step: int, x: Tensor, carry: dict[str, Tensor], streaming: bool) -> Pick:
+        """The tokens that take this step."""
+        return Pick()
+
+    def advance(self, step: int, x: Tensor, increment: Tensor, carry: dict[str, Tensor]) -> Tensor:
+        """The stream after a step; `increment` [B, T, D] is zero at tokens that did not take it."""
+        return x + increment
+
+    def finish(self, x: Tensor, carry: dict[str, Tensor]) -> Tensor:
+        """The output stream."""
+        return x
+
+    def share(self, step: int) -> float:
+        """Expected share of tokens that take a step: what predicted costs assume."""
+        return 1.0
+
+    def step_flops(self, tokens: int) -> int:
+        """Matrix FLOPs of all decisions for `tokens` tokens."""
+        return sum(2 * tokens * p.numel() for n, p in self.named_parameters() if n.endswith("weight"))

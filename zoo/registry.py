@@ -29,8 +29,8 @@ KINDS = (
 )  # fmt: skip
 ENTRY_POINTS = "zoo.blocks"
 _SCANNED_PACKAGES = ("blocks", "graph")
-# set by the graph, never by a config: width and depth come from where the block stands
-CONTEXT_OPTIONS = ("layer_index", "num_layers")
+# set by the graph, never by a config: they follow from where the block or router stands
+CONTEXT_OPTIONS = ("layer_index", "num_layers", "steps", "nested")
 _NOT_OPTIONS = ("self", "dim", "device", "dtype")
 
 
@@ -311,8 +311,8 @@ def options(name: str) -> Mapping[str, Option]:
     hints = typing.get_type_hints(cls.__init__, include_extras=True)
     found = {}
     for p in inspect.signature(cls.__init__).parameters.values():
-        if p.name in _NOT_OPTIONS:
-            continue
+        if p.name in _NOT_OPTIONS or (p.kind is p.POSITIONAL_OR_KEYWORD and cls.zoo_registration.kind == "combinator"):
+            continue  # a combinator takes the modules it combines by position
         if p.kind is not inspect.Parameter.KEYWORD_ONLY or p.name not in hints:
             raise TypeError(f"{cls.__qualname__}: option {p.name!r} must be keyword-only and annotated")
         found[p.name] = Option(p.name, hints[p.name], p.default)
@@ -328,9 +328,11 @@ def check_options(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
             hint = did_you_mean(key, visible) or ("; options: " + ", ".join(visible) if visible else "; it has none")
             complaints.append((str(key), f"unknown option of {name}{hint}"))
             continue
-        values[key], complaint = check_type(value, known[key].annotation)
+        converted, complaint = check_type(value, known[key].annotation)
         if complaint:
             complaints.append((key, complaint))
+        else:
+            values[key] = converted
     complaints += [(k, f"{name} needs this option") for k, o in known.items() if o.required and k not in given]
     return values, complaints
 

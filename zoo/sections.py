@@ -17,6 +17,7 @@ STDLIB = "python-stdlib"
 ZeroToOne = Annotated[float, Range(ge=0, le=1)]
 Beta = Annotated[float, Range(ge=0, lt=1)]
 Share = Annotated[float, Range(gt=0, lt=1)]
+Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]
 
 
 class _Section:
@@ -60,7 +61,7 @@ class TrainSection(_Section):
     batch_size: PositiveInt = 16
     seq_len: PositiveInt = 256
     accumulation: PositiveInt = 1
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     # AdamW; weight decay spares vectors (norms, biases, gates) and the SSM parameters A_log, D, dt_bias
     lr: PositiveFloat = 2e-3
     betas: tuple[Beta, ...] = (0.9, 0.95)
@@ -71,10 +72,8 @@ class TrainSection(_Section):
     warmup_steps: NonNegativeInt = 50
     decay_fraction: Fraction = 0.2
     min_lr_factor: ZeroToOne = 0.1
-    # bfloat16: parameters are kept in float32 and cast for forward and backward
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
-    activation_checkpoint: Literal["none", "full"] = "none"
+    compile: bool = False  # torch.compile of each layer
+    activation_checkpoint: Literal["none", "full"] = "none"  # full: recompute each layer in backward
     eval_every: NonNegativeInt = 100  # 0: only at the end
     eval_batches: PositiveInt = 8
     checkpoint_every: NonNegativeInt = 100  # 0: only at the end

@@ -1,0 +1,160 @@
+"""Causal language model: embedding, the layers of the trunk, final norm, head."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.contract import State, positions_from, refuse_packed_streaming
+from zoo.graph.nodes import Builder, Leaf
+from zoo.graph.spec import Graph
+
+
+@dataclass
+class ModelState(State):
+    """Tokens seen per row [B], and one state per layer."""
+
+    seen: Tensor
+    children: list[State] = field(default_factory=list)
+
+
+class CausalLM(nn.Module):
+    """tokens [B, T] int64 -> logits [B, T, V]; every layer a node of the graph it was built from.
+
+    `layers` are ordinary modules; `config` is the resolved configuration as plain values.
+    """
+
+    def __init__(self, graph: Graph, *, device: Any = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        builder = Builder(graph.dim, graph.num_layers, device, dtype)
+        self.config: Mapping[str, Any] = graph.document
+        self.dim, self.vocab_size = graph.dim, graph.vocab_size
+        self.tok_embeddings = nn.Embedding(graph.vocab_size, graph.dim, **builder.factory)
+        self.layers = nn.ModuleList(builder.node(spec) for spec in graph.trunk)
+        self.norm = builder.component(graph.norm) if graph.norm else None
+        self.lm_head = nn.Linear(graph.dim, graph.vocab_size, bias=False, **builder.factory)
+        if graph.tie_embeddings:
+            self.lm_head.weight = self.tok_embeddings.weight
+
+    # --------------------------------------------------------------------------------- parameters
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Draw every parameter; what a module gets depends on the seed and its name only, so not on the order
+        of building nor on which modules a rank holds. Safe after `to_empty`."""
+        done: set[int] = set()
+        for name, module in self.named_modules():
+            if id(module) in done:
+                continue
+            draw = None
+            if hasattr(module, "zoo_registration") and module.zoo_registration.kind != "combinator":
+                draw = module.reset_parameters
+                done.update(id(m) for m in module.modules())
+            elif hasattr(module, "reset_own_parameters"):
+                draw = module.reset_own_parameters
+            elif name == "tok_embeddings":
+                draw = self._reset_embedding
+            elif name == "lm_head" and self.lm_head.weight is not self.tok_embeddings.weight:
+                draw = self._reset_head
+            if draw is not None:
+                key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                with torch.random.fork_rng(devices=_cuda_devices(module)):
+                    torch.manual_seed(int.from_bytes(key[:7], "big"))
+                    draw()
+
+    def _reset_embedding(self) -> None:
+        nn.init.normal_(self.tok_embeddings.weight, std=0.02)
+
+    def _reset_head(self) -> None:
+        nn.init.normal_(self.lm_head.weight, std=self.dim**-0.5)
+
+    # ------------------------------------------------------------------------------------ forward
+    def forward(self, tokens: Tensor, state: ModelState | None = None, doc_ids: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V]. state: from `init_state`, updated in place. doc_ids: [B, T], packed documents."""
+        return self.lm_head(self.hidden(tokens, state, doc_ids))
+
+    def hidden(self, tokens: Tensor, state: ModelState | None = None, doc_ids: Tensor | None = None) -> Tensor:
+        """The normed stream [B, T, D] in front of the head."""
+        refuse_packed_streaming(state, doc_ids)
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tuple(tokens.shape)}")
+        x = self.tok_embeddings(tokens)
+        positions = None
+        if state is not None:
+            positions = state.seen[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        elif doc_ids is not None:
+            positions = positions_from(doc_ids, *tokens.shape, tokens.device)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, state=state and state.children[i], positions=positions, doc_ids=doc_ids)
+        if state is not None:
+            state.seen += tokens.shape[1]
+        return x if self.norm is None else self.norm(x)
+
+    def init_state(self, batch_size: int, max_len: int | None = None) -> ModelState:
+        """Streaming state for rows of up to `max_len` tokens (None: grows as needed)."""
+        seen = torch.zeros(batch_size, dtype=torch.int64, device=self.tok_embeddings.weight.device)
+        return ModelState(seen, [layer.init_state(batch_size, max_len) for layer in self.layers])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        *,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continue tokens [B, T] by `max_new_tokens`; returns [B, T + new].
+
+        temperature 0 takes the most likely token; otherwise tokens are drawn from the `top_k` best (all where
+        None), reproducibly where a `seed` is given.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be [B, T] with T >= 1, got {tuple(tokens.shape)}")
+        if temperature < 0 or max_new_tokens < 0:
+            raise ValueError("temperature and max_new_tokens must not be negative")
+        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+        was_training = self.training
+        self.eval()
+        try:
+            out = [tokens]
+            state = self.init_state(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+            segment = tokens
+            for _ in range(max_new_tokens):
+                logits = self.lm_head(self.hidden(segment, state)[:, -1])
+                segment = _draw(logits, temperature, top_k, generator)
+                out.append(segment)
+            return torch.cat(out, 1)
+        finally:
+            self.train(was_training)
+
+    # --------------------------------------------------------------------------------------- cost
+    def leaves(self, batch_size: int, seq_len: int, context_len: int, mode) -> Iterator[Leaf]:
+        """Costs of all blocks, in order; embedding, final norm and head are added by `zoo.estimate`."""
+        for i, layer in enumerate(self.layers):
+            yield from layer.leaves(batch_size, seq_len, context_len, mode, f"layers.{i}")
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write config.yaml and model.safetensors into `directory`. See `zoo.from_pretrained`."""
+        from zoo.architectures.storage import save_pretrained
+
+        return save_pretrained(self, Path(directory))
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < worst, -torch.inf)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+
+
+def _cuda_devices(module: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})

@@ -1,0 +1,129 @@
+"""Building models from configurations, and keeping them: config.yaml + model.safetensors, no pickle."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from zoo.architectures.causal_lm import CausalLM
+from zoo.errors import ConfigError, Problem, ZooError
+from zoo.graph.loader import load_graph
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.yaml"
+
+
+def build(
+    path_or_config: str | Path | Mapping | DictConfig,
+    overrides: Iterable[str] = (),
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> CausalLM:
+    """Compose, check and build a model. It comes in eval() mode; call train() to train it.
+
+    path_or_config: a YAML file, a shipped name, a run folder, or a mapping. overrides: `key=value` strings.
+    On the meta device nothing is allocated. ConfigError lists every problem of the configuration.
+    """
+    graph = load_graph(path_or_config, overrides)
+    # built on meta first: a model that does not fit fails before half of it is drawn
+    model = CausalLM(graph, device="meta", dtype=dtype)
+    if str(device) != "meta":
+        retie = model.lm_head.weight is model.tok_embeddings.weight
+        model.to_empty(device=device)
+        if retie:
+            model.lm_head.weight = model.tok_embeddings.weight
+        model.init_weights(seed)
+    return model.eval()
+
+
+def _unique_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, each shared one once, under its first name."""
+    persistent = model.state_dict(keep_vars=True)
+    seen: dict[int, str] = {}
+    return {n: t.detach() for n, t in persistent.items() if seen.setdefault(id(t), n) == n}
+
+
+def save_pretrained(model: CausalLM, directory: Path) -> Path:
+    """Write the two files; a failure leaves nothing half-written. ZooError where the disk refuses."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {n: t.contiguous().cpu() for n, t in _unique_tensors(model).items()}
+        write_atomically(directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(model.config))).encode())
+        with _replacing(directory / WEIGHTS) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"cannot save the model in {directory}: {getattr(error, 'strerror', None) or error}") from None
+    return directory
+
+
+class _replacing:
+    """A temporary name beside `path` that takes its place on success and vanishes on failure."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> str:
+        handle, self.name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        os.close(handle)
+        return self.name
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            os.chmod(self.name, 0o644)
+            os.replace(self.name, self.path)
+        elif os.path.exists(self.name):
+            os.unlink(self.name)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing."""
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def from_pretrained(directory: str | Path, *, device: str | torch.device = "cpu", dtype: Any = None) -> CausalLM:
+    """Load what `save_pretrained` wrote. ConfigError where files are missing, damaged or do not fit."""
+    folder = Path(directory)
+    if not (folder / WEIGHTS).is_file() and (folder / "model" / WEIGHTS).is_file():
+        folder = folder / "model"  # a run folder
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                [Problem(f"there is no {name}; is it a saved model or a finished run?", file=str(folder))]
+            )
+    graph = load_graph(folder / CONFIG)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt", device=str(device)) as file:
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            [Problem(f"is damaged or no safetensors file: {error}", file=str(folder / WEIGHTS))]
+        ) from None
+    stored = next((t.dtype for n, t in tensors.items() if n == "tok_embeddings.weight"), torch.float32)
+    model = build(dict(graph.document), device=device, dtype=dtype or stored)
+    own = _unique_tensors(model)
+    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
+    if missing or surplus or wrong:
+        parts = [
+            f"{k}: {', '.join(v[:3])}" for k, v in (("missing", missing), ("unknown", surplus), ("shape", wrong)) if v
+        ]
+        raise ConfigError(
+            [Problem("the weights do not fit the config; " + "; ".join(parts), file=str(folder / WEIGHTS))]
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    return model

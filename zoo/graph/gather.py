@@ -1,0 +1,64 @@
+"""Running a node on some of the tokens: gather, run, put back.
+
+Rows may pick different numbers of tokens. Without a state, short rows are padded at their end, where a causal
+node cannot see them; with a state, rows that picked the same number run together on their part of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from zoo.contract import Pick, State
+
+if TYPE_CHECKING:
+    from zoo.graph.nodes import Node
+
+
+def run_picked(
+    node: Node, pick: Pick, x: Tensor, state: State | None, positions: Tensor, doc_ids: Tensor | None
+) -> Tensor:
+    """Increment of `node` [B, T, D] at the picked tokens, zero elsewhere."""
+    if pick.index is None and pick.mask is None:
+        return node.increment(x, state=state, positions=positions, doc_ids=doc_ids)
+    if pick.index is not None and state is None:
+        return _gathered(node, pick.index, None, x, positions, doc_ids)
+    mask = pick.mask
+    if mask is None:
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, pick.index, True)
+    counts = mask.sum(1)
+    first = torch.argsort(mask.int(), dim=1, descending=True, stable=True)  # picked tokens first, in order
+    if state is None:
+        longest = int(counts.max())
+        if longest == 0:
+            return torch.zeros_like(x)
+        valid = torch.arange(longest, device=x.device) < counts[:, None]
+        return _gathered(node, first[:, :longest], valid, x, positions, doc_ids)
+    out = torch.zeros_like(x)
+    for count in counts.unique().tolist():
+        if count == 0:
+            continue
+        rows = (counts == count).nonzero().squeeze(1)
+        tokens = first[rows, :count]
+        part = state if len(rows) == len(x) else state.rows(rows)
+        y = node.increment(_take(x[rows], tokens), state=part, positions=positions[rows].gather(1, tokens))
+        if part is not state:
+            state.put_rows(rows, part)
+        out[rows[:, None], tokens] = y
+    return out
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _gathered(node, index, valid, x, positions, doc_ids):
+    docs = None if doc_ids is None else doc_ids.gather(1, index)
+    if docs is not None and valid is not None:
+        docs = docs.masked_fill(~valid, -1)  # padding is a document of its own
+    y = node.increment(_take(x, index), positions=positions.gather(1, index), doc_ids=docs)
+    if valid is not None:
+        y = y * valid.unsqueeze(-1)
+    return torch.zeros_like(x).scatter_add(1, index.unsqueeze(-1).expand_as(y), y)

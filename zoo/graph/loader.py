@@ -1,0 +1,276 @@
+"""Configurations: found, read, merged with overrides, resolved, checked."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import omegaconf
+from omegaconf import DictConfig, OmegaConf
+
+from zoo import registry
+from zoo.errors import ConfigError, Problem, did_you_mean, one_of
+from zoo.graph.parse import Parser, graph_of
+from zoo.graph.reading import MAX_VALUES, Source, read_file, read_text, scalar
+from zoo.graph.spec import Graph
+from zoo.registry import PositiveInt
+from zoo.sections import DataSection, TrainSection
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_INTERPOLATION = re.compile(r"\$\{([^${}]*)\}")
+
+
+@dataclass(frozen=True)
+class TopLevel:
+    """The keys of a configuration."""
+
+    dim: PositiveInt
+    vocab_size: PositiveInt
+    trunk: Any
+    name: str = "model"
+    description: str = ""
+    architecture: Literal["causal_lm"] = "causal_lm"
+    define: Any = None
+    norm: Any = "rms"
+    final_norm: Any = "rms"
+    residual: Any = "pre"
+    tie_embeddings: bool = True
+    train: TrainSection | None = None
+    data: DataSection | None = None
+
+
+def config_names() -> list[str]:
+    """Names of the configurations that come with the zoo."""
+    return sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """A file, a run or model folder with a config.yaml, or a shipped configuration by its name."""
+    path = Path(name)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") and not path.exists() and len(path.parts) > 1 and path.parts[0] != "configs":
+        raise ConfigError([Problem("there is no such file", file=str(path))])
+    shipped = CONFIGS / f"{path.stem}.yaml"
+    if shipped.is_file() and len(path.parts) <= 2:
+        return shipped
+    hint = did_you_mean(path.stem, config_names())
+    raise ConfigError([Problem(f"there is no such file or shipped configuration{hint}", file=str(path))])
+
+
+def load_graph(config: str | Path | Mapping | DictConfig, overrides: Iterable[str] = ()) -> Graph:
+    """Read and check a configuration. ConfigError lists every problem with file, line and column.
+
+    config: a path, a shipped name, or a mapping. overrides: `key=value`, with paths such as
+    `trunk[0].repeat=2` and values in YAML. Blocks are tried on the meta device, so wrong combinations of
+    options are found too; no memory is allocated for parameters.
+    """
+    source = _source(config)
+    if not isinstance(source.value, Mapping):
+        raise ConfigError([source.problem((), "the document must be a mapping with dim, vocab_size and trunk")])
+    document = _resolve(_override(source, overrides), source)
+    return parse(document, source)
+
+
+def load_config(path_or_name: str | Path | Mapping | DictConfig, overrides: Iterable[str] = ()) -> DictConfig:
+    """The configuration merged with overrides, resolved and checked. See `load_graph`."""
+    return OmegaConf.create(dict(load_graph(path_or_name, overrides).document))
+
+
+def parse(document: Mapping[str, Any], source: Source) -> Graph:
+    """A resolved document -> Graph."""
+    parser = Parser(source)
+    hints = typing.get_type_hints(TopLevel, include_extras=True)
+    known = {f.name: f for f in fields(TopLevel)}
+    top: dict[str, Any] = {}
+    for key, value in document.items():
+        if key not in known:
+            hint = did_you_mean(key, known) or f"; {one_of(known)}"
+            parser.complain((key,), f"unknown key{hint}")
+            continue
+        section = _section_in(hints[key])
+        if section and value is not None:
+            _check_section(parser, section, value, (key,))
+            top[key] = value
+            continue
+        top[key], why = registry.check_type(value, hints[key])
+        if why:
+            parser.complain((key,), why)
+            del top[key]
+    for name, field in known.items():
+        if field.default is MISSING and name not in document:
+            parser.complain((), f"the key {name} is missing")
+    graph = graph_of(parser, top, document)
+    if not parser.problems:
+        _try_blocks(graph, parser)
+    if parser.problems:
+        raise ConfigError(list(parser.problems.values()))
+    return graph
+
+
+def _section_in(hint: Any) -> type | None:
+    """The dataclass that an annotation names, alone or with None."""
+    return next((a for a in (hint, *typing.get_args(hint)) if isinstance(a, type) and is_dataclass(a)), None)
+
+
+def _check_section(parser: Parser, section: type, value: Any, path: tuple) -> None:
+    """Check a nested dataclass schema; sections inside sections are mappings of their own."""
+    if not isinstance(value, Mapping):
+        parser.complain(path, f"must be a mapping, got {value!r}")
+        return
+    hints = typing.get_type_hints(section, include_extras=True)
+    inner = {k: _section_in(h) for k, h in hints.items()}
+    for key, item in value.items():
+        if inner.get(key) and isinstance(item, Mapping):
+            _check_section(parser, inner[key], item, (*path, key))
+    parser.section(section, {k: v for k, v in value.items() if not (inner.get(k) and isinstance(v, Mapping))}, path)
+
+
+def _try_blocks(graph: Graph, parser: Parser) -> None:
+    """Build every distinct block and router once on the meta device: finds combinations of options that do not
+    go together, and nodes that look ahead where the architecture must not."""
+    tried: set[str] = set()
+    for spec in graph.walk():
+        parts = [(spec.norm, {}), (None if spec.kind in ("combinator", "skip") else spec, {})]
+        steps = spec.options.get("steps", len(spec.children))
+        parts.append((spec.router, {"steps": steps, "nested": spec.name == "loop"}))
+        for part, context in parts:
+            if part is None:
+                continue
+            key = repr((part.name, sorted(part.options.items(), key=str), sorted(context.items()), part.path))
+            if key in tried:
+                continue
+            tried.add(key)
+            _try(part, context, graph, parser)
+
+
+def _try(spec, context: dict, graph: Graph, parser: Parser) -> None:
+    known = registry.options(spec.name)
+    values = {**spec.options, **{k: v for k, v in context.items() if k in known}}
+    if "num_layers" in known:
+        values["num_layers"] = graph.num_layers
+    try:
+        block = registry.load(spec.name)(graph.dim, **values, device="meta")
+    except ValueError as error:
+        parser.complain(spec.path, f"{spec.name}: {error}")
+        return
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        parser.complain(spec.path, f"{spec.name} cannot be built with these sizes: {first}")
+        return
+    if not getattr(block, "causal", True):
+        note = registry.block_card(spec.name).note
+        parser.complain(
+            spec.path,
+            f"{spec.name} with these options looks at later tokens and {graph.architecture} is causal"
+            + (f" ({note})" if note else ""),
+        )
+
+
+# -------------------------------------------------------------------------------- reading and merging
+def _source(config: str | Path | Mapping | DictConfig) -> Source:
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config)  # type: ignore[assignment]
+    if isinstance(config, Mapping):
+        return Source("", dict(config))
+    return read_file(find_config(config))
+
+
+def _override(source: Source, overrides: Iterable[str]) -> DictConfig:
+    try:
+        config = OmegaConf.create(source.value)
+    except (omegaconf.errors.OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError([_omegaconf_problem(source, error)]) from None
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override {text!r}: write key=value")
+        parsed = scalar(value) if not value.lstrip().startswith(("[", "{", '"', "'")) else read_text(value).value
+        try:
+            OmegaConf.update(config, key.strip(), parsed, merge=True, force_add=True)
+        except Exception as error:  # OmegaConf raises many kinds for a path that does not exist
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"override {text!r}: there is no place {key.strip()!r} ({first})") from None
+        source.overridden[_key_path(key.strip())] = text
+    return config
+
+
+def _key_path(key: str) -> tuple:
+    parts = re.findall(r"[^.\[\]]+", key)
+    return tuple(int(p) if re.fullmatch(r"-?\d{1,9}", p) else p for p in parts)
+
+
+def _resolve(config: DictConfig, source: Source) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config)
+    _check_interpolations(plain, source)
+    try:
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    except (omegaconf.errors.OmegaConfBaseException, RecursionError, ValueError) as error:
+        raise ConfigError([_omegaconf_problem(source, error)]) from None
+
+
+def _omegaconf_problem(source: Source, error: Exception) -> Problem:
+    if isinstance(error, RecursionError):
+        return source.problem((), "the interpolations refer to each other in a circle")
+    key = getattr(error, "full_key", None)
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return source.problem(_key_path(key) if isinstance(key, str) else (), message)
+
+
+def _check_interpolations(plain: Any, source: Source) -> None:
+    """Refuse resolvers (`${oc.env:HOME}`), circles, and interpolations that would expand without bound."""
+    sizes: dict[tuple, int] = {}
+
+    def lookup(path: tuple) -> Any:
+        value = plain
+        for part in path:
+            value = value[part]
+        return value
+
+    def size(value: Any, path: tuple, active: tuple) -> int:
+        if isinstance(value, Mapping):
+            return 1 + sum(size(v, (*path, k), active) for k, v in value.items())
+        if isinstance(value, list):
+            return 1 + sum(size(v, (*path, i), active) for i, v in enumerate(value))
+        if not isinstance(value, str) or "${" not in value:
+            return 1 + (len(value) // 64 if isinstance(value, str) else 0)
+        if path in sizes:
+            return sizes[path]
+        if path in active:
+            raise ConfigError([source.problem(path, "the interpolations refer to each other in a circle")])
+        if len(active) > 64:
+            raise ConfigError([source.problem(path, "interpolations are chained more than 64 deep")])
+        total = 1
+        for inside in _INTERPOLATION.findall(value):
+            if ":" in inside:
+                raise ConfigError([source.problem(path, f"resolvers such as ${{{inside}}} are not allowed")])
+            target = _target(inside.strip(), path)
+            try:
+                found = lookup(target)
+            except (KeyError, IndexError, TypeError):
+                raise ConfigError([source.problem(path, f"${{{inside}}} refers to nothing")]) from None
+            if path[: len(target)] == target:
+                raise ConfigError([source.problem(path, f"${{{inside}}} contains itself")])
+            total += size(found, target, (*active, path))
+        if "${" in _INTERPOLATION.sub("", value):
+            raise ConfigError([source.problem(path, "nested or unclosed interpolations are not allowed")])
+        if total > MAX_VALUES:
+            raise ConfigError([source.problem(path, f"the interpolations expand to more than {MAX_VALUES:,} values")])
+        sizes[path] = total
+        return total
+
+    if size(plain, (), ()) > MAX_VALUES:
+        raise ConfigError([source.problem((), f"the interpolations expand to more than {MAX_VALUES:,} values")])
+
+
+def _target(text: str, path: Sequence[Any]) -> tuple:
+    dots = len(text) - len(text.lstrip("."))
+    # one dot: beside this value; each further dot: one level up
+    base = tuple(path[:-dots]) if dots else ()
+    return base + _key_path(text[dots:])

@@ -1,0 +1,182 @@
+"""Nodes of a built model. A node maps the full residual stream x [B, T, D] to the full stream.
+
+`increment` is out - in: what route, loop and parallel add up, so that "weighted" means one thing only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo import registry
+from zoo.contract import Block, Cost, Mode, State, StateList
+from zoo.graph.spec import Residual, Spec
+from zoo.registry import register
+
+
+@dataclass
+class Leaf:
+    """Cost of one block at one site; `calls` is how often it runs on how many expected `tokens`."""
+
+    path: str
+    block: str
+    cost: Cost
+    module: nn.Module
+
+
+class Node(nn.Module):
+    """Base of residual blocks and combinators."""
+
+    def forward(
+        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> Tensor:
+        return x + self.increment(x, state=state, positions=positions, doc_ids=doc_ids)
+
+    def increment(
+        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> Tensor:
+        """What this node adds to the stream."""
+        return self(x, state=state, positions=positions, doc_ids=doc_ids) - x
+
+    def init_state(self, batch_size: int, max_len: int | None = None) -> State:
+        """State of this node and all below it."""
+        raise NotImplementedError
+
+    def leaves(self, batch_size: int, seq_len: int, context_len: int, mode: Mode, path: str = "") -> Iterator[Leaf]:
+        """Costs of the blocks below, one entry per site."""
+        raise NotImplementedError
+
+    def reset_own_parameters(self) -> None:
+        """Draw the parameters that belong to this node itself, not those of its children."""
+
+
+class Builder:
+    """Builds modules from specs; nodes with one `share` name are built once."""
+
+    def __init__(self, dim: int, num_layers: int, device: Any = None, dtype: torch.dtype | None = None):
+        self.dim, self.num_layers = dim, num_layers
+        self.factory = {"device": device, "dtype": dtype}
+        self.shared: dict[str, nn.Module] = {}
+
+    def node(self, spec: Spec) -> nn.Module:
+        """The node of a spec."""
+        if spec.share and spec.share in self.shared:
+            return self.shared[spec.share]
+        name = "residual" if spec.kind != "combinator" else spec.name
+        cls = ResidualBlock if name == "residual" else registry.load(name)
+        module = cls.from_spec(spec, self)
+        if spec.share:
+            self.shared[spec.share] = module
+        return module
+
+    def component(self, spec: Spec, **context: Any) -> nn.Module:
+        """A block, norm or router with uninitialised parameters."""
+        known = registry.options(spec.name)
+        here = {"layer_index": spec.layer_index, "num_layers": self.num_layers, **context}
+        values = {**spec.options, **{k: v for k, v in here.items() if k in known}}
+        return registry.load(spec.name)(self.dim, **values, **self.factory)
+
+
+class ResidualBlock(Node):
+    """A block in its residual branch: x + scale * block(norm(x)) and its variants."""
+
+    def __init__(
+        self, block: Block, norm: nn.Module | None, out_norm: nn.Module | None, residual: Residual, name: str, **factory
+    ):
+        super().__init__()
+        self.block, self.norm, self.out_norm = block, norm, out_norm
+        self.style, self.block_name = residual.style, name
+        self.fixed_scale = residual.scale if residual.learn == "none" else None
+        self.scale_start = residual.scale
+        shape = {"none": None, "scalar": (), "channel": (block.dim,)}[residual.learn]
+        self.scale = None if shape is None else nn.Parameter(torch.empty(shape, **factory))
+
+    @classmethod
+    def from_spec(cls, spec: Spec, builder: Builder) -> ResidualBlock:
+        block = builder.component(spec)
+        norms = [builder.component(spec.norm) if spec.norm else None for _ in range(2)]
+        out_norm = norms[1] if spec.residual.style == "sandwich" else None
+        return cls(block, norms[0], out_norm, spec.residual, spec.name, **builder.factory)  # type: ignore[arg-type]
+
+    def reset_own_parameters(self) -> None:
+        if self.scale is not None:
+            nn.init.constant_(self.scale, self.scale_start)
+
+    def increment(self, x, *, state=None, positions=None, doc_ids=None):
+        if self.style == "post":
+            return self(x, state=state, positions=positions, doc_ids=doc_ids) - x
+        return self._branch(x, state, positions, doc_ids)
+
+    def forward(self, x, *, state=None, positions=None, doc_ids=None):
+        y = self._branch(x, state, positions, doc_ids)
+        if self.style == "none":
+            return y
+        return self.norm(x + y) if self.style == "post" and self.norm is not None else x + y
+
+    def _branch(self, x, state, positions, doc_ids):
+        inside = self.norm is not None and self.style != "post"
+        y = self.block(self.norm(x) if inside else x, state=state, positions=positions, doc_ids=doc_ids)
+        if self.out_norm is not None:
+            y = self.out_norm(y)
+        if self.scale is not None:
+            return y * self.scale
+        return y if self.fixed_scale is None else y * self.fixed_scale
+
+    def init_state(self, batch_size, max_len=None):
+        return self.block.init_state(batch_size, max_len)
+
+    def leaves(self, batch_size, seq_len, context_len, mode, path=""):
+        cost = self.block.cost(batch_size, seq_len, context_len, mode)
+        own = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("block."))
+        stream = batch_size * seq_len * self.block.dim * self.block.itemsize
+        # the norm keeps its input and output for backward
+        kept = (1 + (self.norm is not None)) * stream if mode == "train" else 0
+        yield Leaf(path, self.block_name, cost + Cost(own, own, 0, stream, stream, kept, 0), self)
+
+
+class Composite(Node):
+    """A combinator: how its fields are parsed and how it is built stands in its own class."""
+
+    main_field: ClassVar[str] = "of"
+    uses_norm: ClassVar[bool] = False
+
+
+@register("sequence", kind="combinator")
+class Sequence(Composite):
+    """Nodes one after the other: x -> f_n(... f_1(x)).
+
+    Fields: `of`, a list of nodes; a plain YAML list means the same. A list of blocks is a layer:
+    `[attention, swiglu]` is x += attention(norm(x)); x += swiglu(norm(x)).
+    """
+
+    def __init__(self, items: list[nn.Module], order: tuple[int, ...] = (), label: str = ""):
+        super().__init__()
+        self.items = nn.ModuleList(items)
+        self.order = tuple(order) or tuple(range(len(items)))
+        self.label = label
+
+    @staticmethod
+    def parse(fields) -> Spec | None:
+        body = fields.body()
+        fields.options()
+        return body
+
+    @classmethod
+    def from_spec(cls, spec: Spec, builder: Builder) -> Sequence:
+        return cls([builder.node(c) for c in spec.children], spec.order, spec.label)
+
+    def forward(self, x, *, state=None, positions=None, doc_ids=None):
+        for i, item in enumerate(self.order):
+            x = self.items[item](x, state=state and state.children[i], positions=positions, doc_ids=doc_ids)
+        return x
+
+    def init_state(self, batch_size, max_len=None):
+        return StateList([self.items[i].init_state(batch_size, max_len) for i in self.order])
+
+    def leaves(self, batch_size, seq_len, context_len, mode, path=""):
+        for i, item in enumerate(self.order):
+            yield from self.items[item].leaves(batch_size, seq_len, context_len, mode, f"{path}.{i}".strip("."))

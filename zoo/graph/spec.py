@@ -1,0 +1,73 @@
+"""The validated, immutable form of a configuration: a tree of `Spec`s under a `Graph`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How a block's output joins the stream. `scale` multiplies it, fixed or learned from that start."""
+
+    style: Literal["pre", "post", "sandwich", "none"] = "pre"
+    scale: float | None = None
+    learn: Literal["none", "scalar", "channel"] = "none"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One node: a block with its residual, or a combinator with its children.
+
+    `path` is the place in the document, `label` the definition it came from, `share` the name under which its
+    parameters are shared, `layer_index` the number of mixers before it.
+    """
+
+    name: str
+    path: tuple[Any, ...] = ()
+    kind: str = "combinator"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    children: tuple[Spec, ...] = ()
+    norm: Spec | None = None
+    router: Spec | None = None
+    residual: Residual = Residual()
+    order: tuple[int, ...] = ()
+    label: str = ""
+    share: str | None = None
+    layer_index: int = 0
+
+    def with_(self, **changes: Any) -> Spec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def walk(self) -> Iterator[Spec]:
+        """This node and all below it, in document order."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether this is a plain list of residual blocks."""
+        return self.name == "sequence" and all(c.kind != "combinator" for c in self.children)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A whole model. `document` is the resolved configuration as plain values."""
+
+    name: str
+    architecture: str
+    dim: int
+    vocab_size: int
+    trunk: tuple[Spec, ...]
+    norm: Spec | None
+    tie_embeddings: bool = True
+    num_layers: int = 1
+    document: Mapping[str, Any] = field(default_factory=dict)
+
+    def walk(self) -> Iterator[Spec]:
+        """Every node of the trunk."""
+        for item in self.trunk:
+            yield from item.walk()
