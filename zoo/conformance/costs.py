@@ -1,0 +1,158 @@
+"""What a block says of its cost against what a run counts."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.conformance.law import carries, streams
+from zoo.conformance.report import Failure, check
+from zoo.conformance.subject import DIM, Subject, tokens
+
+GROWTH = ("none", "constant", "window", "linear")
+
+
+def _equal(got: int, want: int, what: str) -> None:
+    if got != want:
+        raise Failure(f"{what}: cost says {got:,}, the run says {want:,}")
+
+
+@torch.no_grad()
+def counted(block, x: torch.Tensor, **given) -> int:
+    """Matrix FLOPs that torch's counter sees in one forward."""
+    if importlib.util.find_spec("zoo.kernels.flops"):
+        importlib.import_module("zoo.kernels.flops")  # formulas that torch lacks
+    with FlopCounterMode(display=False) as counter:
+        block(x, **given)
+    return counter.get_total_flops()
+
+
+@check()
+def parameters(subject: Subject) -> None:
+    """cost().params counts the parameters; active ones are some of them."""
+    block = subject.create()
+    count = sum(p.numel() for p in block.parameters())
+    for mode in ("train", "prefill", "decode"):
+        cost = block.cost(2, 16, 0, mode)
+        _equal(cost.params, count, f"params in {mode}")
+        if not 0 <= cost.active_params <= count or (count and not cost.active_params):
+            raise Failure(f"active_params is {cost.active_params} of {count}")
+        if min(cost.bytes_read, cost.bytes_written) <= 0:
+            raise Failure(f"bytes_read {cost.bytes_read} and bytes_written {cost.bytes_written} must be positive")
+
+
+@check()
+def flops_prefill(subject: Subject) -> None:
+    """cost().flops equals the counted run of a stateless forward; training is three times that."""
+    block = subject.build(torch.float32)
+    for batch, length in ((1, 1), (2, 37), (1, 64), (3, 100)):
+        x = tokens(batch, length, torch.float32)
+        said = block.cost(batch, length, 0, "prefill").flops
+        _equal(said, counted(block, x), f"prefill FLOPs of {batch} x {length} tokens")
+        _equal(block.cost(batch, length, 0, "train").flops, 3 * said, f"train FLOPs of {batch} x {length} tokens")
+
+
+@check(needs=streams)
+def flops_decode(subject: Subject) -> None:
+    """cost().flops equals the counted run with a state, for one token and for segments, at any context."""
+    block = subject.build(torch.float32)
+    for batch, length, context in ((2, 1, 0), (1, 1, 1), (2, 1, 37), (2, 5, 20), (1, 1, 80), (1, 33, 64)):
+        x = tokens(batch, context + length, torch.float32)
+        state = block.init_state(batch, context + length)
+        if context:
+            with torch.no_grad():
+                block(x[:, :context], state=state)
+        said = block.cost(batch, length, context, "decode").flops
+        seen = counted(block, x[:, context:], state=state)
+        _equal(said, seen, f"decode FLOPs of {batch} x {length} tokens after {context}")
+
+
+@check(needs=streams)
+@torch.no_grad()
+def state_size(subject: Subject) -> None:
+    """state_bytes equals the state's nbytes, before and after use, and grows no faster than the card says."""
+    for dtype in (torch.float32, torch.bfloat16):
+        block = subject.create(dtype).eval()
+        for batch, length in ((1, 1), (2, 37), (3, 100)):
+            state = block.init_state(batch, length)
+            what = f"state bytes of {batch} rows, max_len {length}, {dtype}"
+            _equal(block.state_bytes(batch, length), state.nbytes, what)
+            _equal(block.cost(batch, 1, length - 1, "decode").state_bytes, state.nbytes, what + " (cost)")
+            block(tokens(batch, length, dtype), state=state)
+            _equal(block.state_bytes(batch, length), state.nbytes, what + " after use")
+    growth, block = subject.registration.state_growth, subject.create(device="meta")
+    short, long, longer = (block.init_state(2, n).nbytes for n in (1000, 500_000, 1_000_000))
+    _equal(block.state_bytes(2, 500_000), long, "state bytes of max_len 500000 on meta")
+    found = "none" if longer == 0 else "constant" if short == longer else "window" if long == longer else "linear"
+    if GROWTH.index(found) > GROWTH.index(growth):
+        raise Failure(
+            f"state_growth is {growth!r}, but the state's bytes grow like {found!r}: {short}, {long}, {longer}"
+        )
+
+
+@check(needs=lambda r: carries(r) and r.state_growth in ("constant", "window"))
+@torch.no_grad()
+def state_stays_small(subject: Subject) -> None:
+    """A state that is not said to grow holds no more bytes after many tokens, with max_len None."""
+    block = subject.create().eval()
+    state, sizes = block.init_state(1, None), []
+    for length in (300, 300, 300):
+        block(tokens(1, length, torch.float32), state=state)
+        sizes.append(state.nbytes)
+    if sizes[1] != sizes[2]:
+        raise Failure(f"bytes after 300, 600 and 900 tokens: {sizes}; the state grows without end")
+
+
+@check()
+def activations(subject: Subject) -> None:
+    """activation_bytes is within a factor of two of what autograd keeps for backward."""
+    block = subject.build(torch.float32).train()
+    own = {p.untyped_storage().data_ptr() for p in [*block.parameters(), *block.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    x = tokens(2, 100, torch.float32).requires_grad_()
+    with saved_tensors_hooks(pack, lambda t: t):
+        y = block(x)  # `y` holds the graph, so no storage is freed and counted again
+    seen, said = sum(kept.values()), block.cost(2, 100, 0, "train").activation_bytes
+    del y
+    if not seen / 2 <= said <= seen * 2:
+        raise Failure(f"activation_bytes of 2 x 100 tokens: cost says {said:,}, autograd keeps {seen:,}")
+
+
+@check()
+def meta_cost(subject: Subject) -> None:
+    """A block on the meta device (no memory) has the same cost."""
+    real, meta = subject.create(), subject.create(device="meta")
+    for mode in ("train", "prefill", "decode"):
+        if real.cost(2, 48, 16, mode) != meta.cost(2, 48, 16, mode):
+            raise Failure(f"{mode}: {meta.cost(2, 48, 16, mode)} on meta, {real.cost(2, 48, 16, mode)} on the CPU")
+    if any(t.device.type != "meta" for t in [*meta.parameters(), *meta.buffers()]):
+        raise Failure("device='meta' left tensors on another device")
+
+
+@check(per_block=True)
+def every_width(subject: Subject) -> None:
+    """The block builds at widths 32 to 2048 without options that need no value, and knows its cost there."""
+    from zoo.registry import options
+
+    required = {o.name for o in options(subject.name).values() if o.required}
+    bare = Subject(subject.name, subject.registration, {k: v for k, v in subject.options.items() if k in required})
+    for dim in (32, DIM, 128, 256, 2048):
+        cost = bare.create(dim=dim, device="meta").cost(1, 4096, 0, "train")
+        if cost.flops < 0 or cost.activation_bytes <= 0:
+            raise Failure(f"dim {dim}: {cost}")
+    with torch.no_grad():
+        block = bare.create(dim=32)
+        y = block(tokens(2, 9, torch.float32, dim=32))
+    if y.shape != (2, 9, 32):
+        raise Failure(f"dim 32: output {tuple(y.shape)}, expected (2, 9, 32)")
