@@ -6,7 +6,7 @@ from torch import Tensor
 
 from zoo.kernels.attention import chunked, reference, sdpa
 from zoo.kernels.attention.cost import attention_flops
-from zoo.kernels.attention.mask import Mask
+from zoo.kernels.attention.mask import QUERY_TILE, Mask
 from zoo.kernels.dispatch import call, register_row
 
 register_row("attention", "sdpa", sdpa.attention, priority=20, refuse=sdpa.refuse)
@@ -59,4 +59,4 @@ def attention(
     return call("attention", backend, q, k, v, mask, scale, softcap, sink_logits, need_lse)
 
 
-__all__ = ["attention", "attention_flops"]
+__all__ = ["QUERY_TILE", "attention", "attention_flops"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.rope import chunked, reference
-from zoo.kernels.rope.frequencies import rope_frequencies
+from zoo.kernels.rope.frequencies import check_scaling, rope_frequencies, yarn_mscale
 
 register_row("rope", "chunked", chunked.rope, priority=10)
 register_row("rope", "reference", reference.rope, priority=0)
@@ -41,4 +41,4 @@ def rope(
     return call("rope", backend, x, positions, frequencies, amplitude, interleaved, inverse)
 
 
-__all__ = ["rope", "rope_frequencies"]
+__all__ = ["check_scaling", "rope", "rope_frequencies", "yarn_mscale"]

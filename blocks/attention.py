@@ -1,0 +1,229 @@
+"""Softmax attention: multi-head, multi-query or grouped; rotary; optional window, sinks, norms and gates.
+
+o_i = sum_{j <= i} softmax_j(s q_i . k_j) v_j,   q, k rotated by their positions,   y = W_o [o_1 .. o_H]
+
+Vaswani et al. 2017 (1706.03762); grouped heads 2305.13245; window 2004.05150; sinks 2309.17453; q-k norm
+2302.05442; gated output 2505.06708.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zoo.blocks.kv_cache import KVCache, RingKVCache, kv_cache_bytes, ring_slots, segment_index
+from zoo.blocks.norms import RMSNorm
+from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, positions_from, refuse_packed_streaming
+from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
+from zoo.kernels.dispatch import check_backend
+from zoo.kernels.rope import check_scaling, rope
+from zoo.registry import NonNegativeInt, PositiveFloat, PositiveInt, register
+
+
+def default_num_heads(dim: int, head_dim: int = 64) -> int:
+    """The largest number of heads that divides `dim` into heads of at least `head_dim` channels."""
+    return next(h for h in range(max(dim // head_dim, 1), 0, -1) if dim % h == 0)
+
+
+@register(
+    "attention",
+    kind="mixer",
+    paper="arXiv:1706.03762",
+    ops=("attention", "rope"),
+    state_growth="linear",
+    relations=(
+        "attention(window=4096) == attention()",
+        "attention(num_heads=4, num_kv_heads=4) == attention(num_heads=4)",
+        "attention(num_heads=4, rotary_dim=16) == attention(num_heads=4)",
+        "attention(rotary_dim=0) == attention(rope=False)",
+        "attention(softcap=1000000.0) == attention()",
+    ),
+    examples=(
+        {},
+        {"num_heads": 4, "num_kv_heads": 2, "bias": True},
+        {"num_heads": 4, "window": 20},
+        {"num_heads": 4, "num_kv_heads": 1, "window": 7, "sinks": 3},
+        {"num_heads": 4, "qk_norm": "head", "output_gate": True, "rotary_dim": 8},
+        {"num_heads": 4, "head_dim": 8, "qk_norm": "full", "rope_interleaved": True},
+        {"num_heads": 4, "num_kv_heads": 2, "softcap": 5.0, "sink_logits": True, "window": 16},
+        {"num_heads": 4, "rope": False, "scale": 0.3},
+    ),
+)
+class Attention(Block):
+    """Softmax attention with grouped heads, rotary positions, window, sinks, q-k norm and output gate.
+
+    o_i = sum_j softmax_j(s q_i . k_j) v_j over the tokens j <= i of the document, y = W_o o; H = num_heads
+    query heads of d = head_dim read G = num_kv_heads key heads. x: [B, T, D] -> y: [B, T, D].
+    `window`: only i - j < window, and always the first `sinks` tokens; `sink_logits`: a learnt score per
+    head that takes weight and gives no value (GPT-OSS); `softcap` c: scores c tanh(s / c) (Gemma 2);
+    `qk_norm`: RMS norm of each head (Qwen3) or of all channels (OLMo 2) of q and k; `output_gate`:
+    o * sigmoid(W_g x), rows of W_g beside those of q head by head (Qwen3-Next); `causal=False` sees the whole
+    document and cannot be streamed. Rotary options: `rotary_dim` channels of each head, `rope_interleaved`
+    pairs (2i, 2i+1), `rope_scaling` as in Hugging Face (rope_type linear, llama3 or yarn).
+    State: keys and values, 2 G d a token, or of sinks + window tokens. 4 H d T^2 FLOPs a sequence (causal half
+    of it useful), 4 H d T window with a window. A window of at least T is plain attention.
+    Parameters and their layouts are those of Llama, Qwen3, OLMo 2, Gemma 2, GPT-OSS and Qwen3-Next in Hugging
+    Face, but norm weights are w, never 1 + w.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: PositiveInt | None = None,
+        num_kv_heads: PositiveInt | None = None,
+        head_dim: PositiveInt | None = None,
+        rope: bool = True,
+        rope_base: PositiveFloat = 10000.0,
+        rotary_dim: NonNegativeInt | None = None,
+        rope_interleaved: bool = False,
+        rope_scaling: dict[str, Any] | None = None,
+        qk_norm: Literal["none", "head", "full"] = "none",
+        norm_eps: PositiveFloat = 1e-6,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        window: PositiveInt | None = None,
+        sinks: NonNegativeInt = 0,
+        sink_logits: bool = False,
+        softcap: PositiveFloat | None = None,
+        scale: PositiveFloat | None = None,
+        output_gate: bool = False,
+        causal: bool = True,
+        kernel: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(dim)
+        check_backend("attention", kernel)
+        check_scaling(rope_scaling)
+        self.num_heads = num_heads or default_num_heads(dim)
+        self.num_kv_heads = num_kv_heads or self.num_heads
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        if head_dim is None and dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide dim={dim}: change it or give head_dim")
+        self.head_dim = head_dim or dim // self.num_heads
+        self.rotary_dim = (self.head_dim if rotary_dim is None else rotary_dim) if rope else 0
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim} must be even and at most head_dim={self.head_dim}; give another "
+                "rotary_dim or head_dim, or rope: false"
+            )
+        if sinks and window is None:
+            raise ValueError(f"sinks={sinks} keeps tokens that a window drops: give a window, or sinks=0")
+        self.rope_options = {"base": rope_base, "interleaved": rope_interleaved, "scaling": rope_scaling}
+        self.window, self.num_sinks, self.softcap, self.scale = window, sinks, softcap, scale
+        self.output_gate, self.causal, self.kernel, self.qk_norm = output_gate, causal, kernel, qk_norm
+        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        factory = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, q_width * (2 if output_gate else 1), bias=bias, **factory)
+        self.k_proj = nn.Linear(dim, kv_width, bias=bias, **factory)
+        self.v_proj = nn.Linear(dim, kv_width, bias=bias, **factory)
+        self.o_proj = nn.Linear(q_width, dim, bias=bias if out_bias is None else out_bias, **factory)
+        self.q_norm = self.k_norm = None
+        if qk_norm != "none":
+            widths = (self.head_dim, self.head_dim) if qk_norm == "head" else (q_width, kv_width)
+            self.q_norm, self.k_norm = (RMSNorm(w, eps=norm_eps, **factory) for w in widths)
+        self.sinks = nn.Parameter(torch.empty(self.num_heads, **factory)) if sink_logits else None
+
+    def reset_parameters(self) -> None:
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            init_linear_(linear)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
+
+    def init_state(self, batch_size: int, max_len: int | None = None) -> KVCache | RingKVCache:
+        shape, like = (batch_size, max_len, self.num_kv_heads, self.head_dim), self.reference_parameter.detach()
+        if self.window is None:
+            return KVCache.create(*shape, like=like)
+        return RingKVCache.create(*shape, window=self.window, sinks=self.num_sinks, like=like)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: KVCache | RingKVCache | None = None,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+    ) -> Tensor:
+        refuse_packed_streaming(state, doc_ids)
+        if state is not None and not self.causal:
+            raise ValueError("causal=False sees the whole document, so it cannot be streamed: call it without a state")
+        B, T, _ = x.shape
+        q, k, v, gate = self._project(x)
+        if self.rotary_dim:
+            if positions is None:
+                in_row = state is not None
+                positions = segment_index(state.length, T) if in_row else positions_from(doc_ids, B, T, x.device)
+            q, k = (rope(y, positions, rotary_dim=self.rotary_dim, **self.rope_options) for y in (q, k))
+        q_index = k_index = None
+        if state is not None:
+            empty = state.size == 0  # then the keys are those of the segment, in order
+            k, v, k_index, q_index = state.append(k, v)
+            if empty:
+                q_index = k_index = None
+        elif doc_ids is not None and self.num_sinks:
+            q_index = k_index = positions_from(doc_ids, B, T, x.device)  # each document has its own sinks
+        o, _ = attention(
+            q, k, v, causal=self.causal, window=self.window, sinks=self.num_sinks, scale=self.scale,
+            softcap=self.softcap, q_index=q_index, k_index=k_index, q_doc_ids=doc_ids, k_doc_ids=doc_ids,
+            sink_logits=self.sinks, backend=self.kernel,
+        )  # fmt: skip
+        o = o.flatten(2)
+        return self.o_proj(o if gate is None else o * torch.sigmoid(gate))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        # -1 heads: under tensor parallelism a rank holds only some
+        q, k, v, gate = self.q_proj(x), self.k_proj(x), self.v_proj(x), None
+        if self.output_gate:
+            q, gate = (y.flatten(2) for y in q.unflatten(-1, (-1, 2, self.head_dim)).unbind(3))
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v, gate
+
+    def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
+        keys = context_len + seq_len
+        if context_len and self.window is not None:
+            slots = ring_slots(None, self.window, self.num_sinks)
+            keys = min(keys, slots) if seq_len == 1 else min(context_len, slots) + seq_len
+        return linear_flops(
+            batch_size * seq_len, self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        ) + attention_flops(
+            batch_size, seq_len, keys, self.num_heads, self.head_dim, causal=self.causal, window=self.window,
+            sinks=self.num_sinks, plain=not context_len, fused=self._fused,
+        )  # fmt: skip
+
+    @property
+    def _fused(self) -> bool:
+        return self.softcap is None and self.sinks is None and self.kernel in ("auto", "sdpa")
+
+    def state_bytes(self, batch_size: int, max_len: int) -> int:
+        slots = max_len if self.window is None else ring_slots(max_len, self.window, self.num_sinks)
+        return kv_cache_bytes(batch_size, slots, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)
+
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        token = self.dim + 2 * q_width + 2 * kv_width  # x, q, o, k, v
+        if self.qk_norm != "none":
+            token += 2 * (q_width + kv_width)  # normalised and not
+        if self.output_gate:
+            token += 3 * q_width  # gate, its sigmoid, the product
+        if not self._fused and seq_len <= QUERY_TILE:  # longer sequences recompute their scores
+            token += 4 * self.num_heads * seq_len
+        return batch_size * seq_len * token
+
+    def parallel_plan(self) -> ParallelPlan:
+        if self.qk_norm == "full":
+            return ParallelPlan(context="gather_kv", reason="qk_norm: full normalises over the channels of all heads")
+        tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}
+        tensor |= {"sinks": "column"} if self.sinks is not None else {}
+        tensor |= {"q_norm": "replicate", "k_norm": "replicate"} if self.q_norm is not None else {}
+        return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_kv")
