@@ -1,0 +1,158 @@
+"""BlockFFN: experts switched by a ReLU router, sparse per token and per chunk (arXiv:2507.08771).
+
+z = W_r x; a = gamma * RMSNorm(ReLU(z)) over the experts; h = f(W_up x), its rows in E groups of d_e, one per
+expert; y = W_down (a_e h_e). An expert with a_e = 0 does nothing; there is no top-k and no balance loss.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.blocks.measure import chunk_level_sparsity, recording
+from zoo.blocks.mlp import ACTIVATIONS, Activation
+from zoo.blocks.norms import RMSNorm
+from zoo.contract import (
+    Block,
+    ParallelPlan,
+    State,
+    add_auxiliary_loss,
+    init_linear_,
+    linear_flops,
+    positions_from,
+)
+from zoo.registry import NonNegativeFloat, PositiveInt, register
+
+SHARPNESS = 100.0  # of the locality loss: sigmoid(100 z) is nearly "z > 0"
+
+
+def locality_loss(z: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+    """Cross entropy between the sharpened activation patterns of neighbouring tokens of one document.
+
+    z: [B, T, E] router logits. Both sides carry gradient; 0 where no token has a neighbour.
+    """
+    before, after = SHARPNESS * z[:, :-1], torch.sigmoid(SHARPNESS * z[:, 1:])
+    terms = (F.softplus(before) - before * after).mean(-1)  # [B, T-1]
+    if doc_ids is None:
+        return terms.sum() / max(terms.numel(), 1)
+    same = (doc_ids[:, 1:] == doc_ids[:, :-1]).to(terms.dtype)
+    return (terms * same).sum() / same.sum().clamp(min=1)
+
+
+def chunk_sparsity_loss(z: Tensor, chunk_size: int, doc_ids: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Mean probability that an expert is used at least once in a chunk of `chunk_size` tokens.
+
+    z: [B, T, E]; p = v / (sum_e v + 1e-5) with v = RMSNorm(ReLU(z)) without gain; chunks restart with each
+    document and the last may be shorter. For p in {0, 1} it is the share of experts in the chunk's union.
+    """
+    B, T, E = z.shape
+    active = F.relu(z)
+    v = active * torch.rsqrt(active.square().mean(-1, keepdim=True) + eps)
+    p = v / (v.sum(-1, keepdim=True) + 1e-5)
+    chunk = (positions_from(doc_ids, B, T, z.device) % chunk_size == 0).long().cumsum(1) - 1
+    bound = -(-T // chunk_size) if doc_ids is None else T
+    silent = torch.log(1 - p + 1e-5)  # log probability that the token leaves the expert alone
+    silent = silent.new_zeros(B, bound, E).scatter_add(1, chunk[..., None].expand(B, T, E), silent)
+    exists = (torch.arange(bound, device=z.device) <= chunk[:, -1:]).to(z.dtype)
+    return 1 - (silent.exp().mean(-1) * exists).sum() / exists.sum()
+
+
+@register(
+    "blockffn",
+    kind="ffn",
+    paper="arXiv:2507.08771",
+    examples=(
+        {"num_experts": 8, "expert_dim": 16, "chunk_size": 16},
+        {"num_experts": 6, "expert_dim": 8, "activation": "relu", "locality_coef": 0.0, "sparsity_coef": 0.0},
+    ),
+)
+class BlockFFN(Block):
+    """BlockFFN: y = W_down (repeat(a, d_e) * f(W_up x)), a = gamma RMSNorm(ReLU(W_r x)), one a per expert.
+
+    RMSNorm separates how many experts fire from how strong they are, so two training losses may push for
+    sparsity: `locality` (neighbouring tokens use the same experts, coefficient locality_coef) and `sparsity`
+    (few experts in the union of a chunk of chunk_size tokens, sparsity_coef); both respect documents. Metrics:
+    TLS, the share of silent (token, expert) pairs, and CLS8, CLS<chunk_size>, the share of experts that a
+    window of so many tokens leaves alone.
+
+    x: [B, T, D] -> y: [B, T, D]; no state. E = num_experts of width d_e = expert_dim (default: E d_e about 4 D).
+    Training computes every expert: 2 D E + 4 D E d_e FLOPs a token. `forward_union` reads only the experts in use.
+    A constant router makes it a plain MLP.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: PositiveInt = 48,
+        expert_dim: PositiveInt | None = None,
+        activation: Activation = "silu",
+        chunk_size: PositiveInt = 64,
+        locality_coef: NonNegativeFloat = 2e-3,
+        sparsity_coef: NonNegativeFloat = 5e-2,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(dim)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.num_experts, self.activation, self.chunk_size = num_experts, activation, chunk_size
+        self.expert_dim = expert_dim or -(-4 * dim // (8 * num_experts)) * 8
+        self.locality_coef, self.sparsity_coef = locality_coef, sparsity_coef
+        factory = {"device": device, "dtype": dtype}
+        self.router = nn.Linear(dim, num_experts, bias=False, **factory)
+        self.router_norm = RMSNorm(num_experts, **factory)
+        self.up_proj = nn.Linear(dim, num_experts * self.expert_dim, bias=False, **factory)
+        self.down_proj = nn.Linear(num_experts * self.expert_dim, dim, bias=False, **factory)
+        self.metrics: dict[str, Tensor] = {}
+
+    def reset_parameters(self) -> None:
+        for linear in (self.router, self.up_proj, self.down_proj):
+            init_linear_(linear)
+        self.router_norm.reset_parameters()
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        z = F.linear(x.to(wide), self.router.weight.to(wide))
+        return z, self.router_norm(F.relu(z)).to(x.dtype)
+
+    def forward(
+        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> Tensor:
+        z, a = self._route(x)
+        h = ACTIVATIONS[self.activation](self.up_proj(x)).unflatten(-1, (self.num_experts, self.expert_dim))
+        y = self.down_proj((h * a[..., None]).flatten(-2))
+        return self._sparsify(y, z, doc_ids) if self.training else y
+
+    def _sparsify(self, y: Tensor, z: Tensor, doc_ids: Tensor | None) -> Tensor:
+        if self.locality_coef:
+            y = add_auxiliary_loss(y, self.locality_coef * locality_loss(z, doc_ids))
+        if self.sparsity_coef:
+            y = add_auxiliary_loss(y, self.sparsity_coef * chunk_sparsity_loss(z, self.chunk_size, doc_ids))
+        if recording(self):
+            active = z.detach() > 0
+            spans = {"TLS": 1, "CLS8": 8, f"CLS{self.chunk_size}": self.chunk_size}
+            self.metrics = {name: chunk_level_sparsity(active, n, doc_ids) for name, n in spans.items()}
+        return y
+
+    def forward_union(self, x: Tensor) -> Tensor:
+        """The same increment for x [B, T, D] in inference, reading only the experts that some token of x uses
+        (few tokens: decoding, or the drafts of speculative decoding)."""
+        _, a = self._route(x)
+        used = (a != 0).flatten(0, -2).any(0).nonzero().squeeze(1)
+        rows = (used[:, None] * self.expert_dim + torch.arange(self.expert_dim, device=x.device)).flatten()
+        h = ACTIVATIONS[self.activation](F.linear(x, self.up_proj.weight[rows])).unflatten(-1, (-1, self.expert_dim))
+        return F.linear((h * a[..., used, None]).flatten(-2), self.down_proj.weight[:, rows])
+
+    def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
+        return linear_flops(batch_size * seq_len, self.router, self.up_proj, self.down_proj)
+
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # x; up before and after f and after the gates; z, relu(z), normed, a
+        width = self.num_experts * self.expert_dim
+        return batch_size * seq_len * (self.dim + 3 * width + 4 * self.num_experts)
+
+    def parallel_plan(self) -> ParallelPlan:
+        plan = {"router": "replicate", "router_norm": "replicate", "up_proj": "column", "down_proj": "row"}
+        return ParallelPlan(plan, units=self.num_experts, context="token", reason="the router's output is sliced too")

@@ -1,0 +1,168 @@
+"""Mixture of experts routed by chunk, causally (the chunk router of Hydra, arXiv:2508.15099, made causal).
+
+m_c = mean of x over chunk c; chunk c is routed by r_c = m_{c-1}, the first chunk of a document by a learned
+vector; l = W_g r_c / temperature; the top_k best experts get the softmax over their logits; all tokens of the
+chunk share experts and weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.blocks.chunks import finished_chunks, max_read
+from zoo.blocks.experts import SwiGLUExperts
+from zoo.blocks.measure import balance_loss, group_counts, load_metrics, recording
+from zoo.blocks.swiglu import swiglu_width
+from zoo.contract import (
+    Block,
+    ParallelPlan,
+    State,
+    add_auxiliary_loss,
+    init_linear_,
+    positions_from,
+    refuse_packed_streaming,
+    state_dtype,
+)
+from zoo.kernels.dispatch import check_backend
+from zoo.registry import NonNegativeFloat, PositiveFloat, PositiveInt, register
+
+
+@dataclass
+class ChunkRouteState(State):
+    """total: [B, D], sum over the unfinished chunk; summary: [B, D], mean of the last finished one; position: [B]."""
+
+    total: Tensor
+    summary: Tensor
+    position: Tensor
+
+
+@register(
+    "chunk_moe",
+    kind="ffn",
+    paper="arXiv:2508.15099",
+    ops=("grouped_mm",),
+    state_growth="constant",
+    examples=(
+        {"hidden_dim": 32, "chunk_size": 16},
+        {"hidden_dim": 32, "num_experts": 4, "top_k": 3, "chunk_size": 5, "temperature": 2.0, "aux_coef": 0.0},
+    ),
+)
+class ChunkMixtureOfExperts(Block):
+    """Chunk-routed mixture of SwiGLU experts: y_t = sum_{i in top-k(c)} w_ci FFN_i(x_t), t in chunk c.
+
+    Chunk c of chunk_size tokens is routed by the mean input of chunk c-1 (the first of a document by the learned
+    `first_chunk`), so no token sees its own chunk's future: w_c = softmax over the top_k best logits of
+    W_g mean(x_{c-1}) / temperature. In training aux_coef * E sum f_i P_i over the tokens of the call is added.
+
+    x: [B, T, D] -> y: [B, T, D]; state: sum of the open chunk, mean of the last full one, position. Parameters
+    E 3 D hidden_dim + D E + D; FLOPs a token 6 top_k D hidden_dim. With one expert: SwiGLU for any chunk_size.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: PositiveInt = 8,
+        top_k: PositiveInt = 2,
+        hidden_dim: PositiveInt | None = None,
+        chunk_size: PositiveInt = 32,
+        temperature: PositiveFloat = 1.0,
+        aux_coef: NonNegativeFloat = 0.01,
+        kernel: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(dim)
+        if top_k > num_experts:
+            raise ValueError(f"top_k={top_k} is more than num_experts={num_experts}; lower top_k")
+        if top_k == 1 < num_experts:
+            raise ValueError("top_k=1 gives the chosen expert weight 1, so the router would learn nothing from the "
+                             "loss; set top_k to 2 or more")  # fmt: skip
+        check_backend("grouped_mm", kernel)
+        factory = {"device": device, "dtype": dtype}
+        self.num_experts, self.top_k, self.chunk_size = num_experts, top_k, chunk_size
+        self.temperature, self.aux_coef = temperature, aux_coef
+        self.hidden_dim = hidden_dim or -(-swiglu_width(dim) // (16 * top_k)) * 16
+        self.gate = nn.Linear(dim, num_experts, bias=False, **factory)
+        self.first_chunk = nn.Parameter(torch.empty(dim, **factory))
+        self.experts = SwiGLUExperts(num_experts, dim, self.hidden_dim, kernel, **factory)
+        self.metrics: dict[str, Tensor] = {}
+
+    def reset_parameters(self) -> None:
+        init_linear_(self.gate)
+        nn.init.normal_(self.first_chunk, std=0.02)
+        self.experts.reset_parameters()
+
+    def init_state(self, batch_size: int, max_len: int | None = None) -> ChunkRouteState:
+        like = self.gate.weight
+        zeros = torch.zeros(batch_size, self.dim, dtype=state_dtype(like.dtype), device=like.device)
+        position = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
+        return ChunkRouteState(zeros, zeros.clone(), position)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: ChunkRouteState | None = None,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+    ) -> Tensor:
+        refuse_packed_streaming(state, doc_ids)
+        B, T, D = x.shape
+        position = positions_from(doc_ids, B, T, x.device)
+        if state is not None:
+            position = position + state.position[:, None]
+        chunks = finished_chunks(x, position, self.chunk_size, doc_ids, None if state is None else state.total)
+        wide = chunks.means.dtype
+        # row 0 serves the chunk that is open when the call begins, row j the chunk after the j-th to end
+        start = self.first_chunk.to(wide).expand(B, D)
+        if state is not None:
+            start = torch.where(state.position[:, None] < self.chunk_size, start, state.summary.to(wide))
+        read = chunks.means[:, : max_read(T, self.chunk_size, state is not None)]
+        logits = F.linear(torch.cat([start[:, None], read], dim=1), self.gate.weight.to(wide)) / self.temperature
+        row = torch.where(position < self.chunk_size, 0, chunks.before)
+        logits = logits.gather(1, row[..., None].expand(B, T, self.num_experts)).flatten(0, 1)
+        best = logits.topk(self.top_k, dim=-1)
+        y = self.experts(x.reshape(-1, D), best.indices, best.values.softmax(-1)).view_as(x)
+        if state is not None:
+            # detached: segments are trained one after the other
+            means = torch.cat([state.summary[:, None].to(wide), chunks.means], dim=1).detach()
+            state.summary.copy_(means.gather(1, chunks.total[:, None, None].expand(B, 1, D)).squeeze(1))
+            state.total.copy_(chunks.rest.detach())
+            state.position.add_(T)
+        return self._balance(y, logits, best.indices) if self.training else y
+
+    def _balance(self, y: Tensor, logits: Tensor, indices: Tensor) -> Tensor:
+        counts = group_counts(indices, self.num_experts)
+        if self.aux_coef:
+            y = add_auxiliary_loss(y, self.aux_coef * balance_loss(logits.softmax(-1), counts))
+        if recording(self):
+            self.metrics = load_metrics(counts)
+        return y
+
+    def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
+        routes = batch_size * (max_read(seq_len, self.chunk_size, streaming) + 1)
+        return 2 * routes * self.dim * self.num_experts + self.experts.flops(batch_size * seq_len * self.top_k)
+
+    def state_bytes(self, batch_size: int, max_len: int) -> int:
+        return batch_size * (2 * self.dim * state_dtype(self.gate.weight.dtype).itemsize + 8)
+
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        tokens = batch_size * seq_len
+        routing = tokens * (self.dim + 2 * self.num_experts + 2 * self.top_k)
+        return routing + self.experts.activation_elements(tokens * self.top_k)
+
+    def active_params(self) -> int:
+        return super().active_params() - (self.num_experts - self.top_k) * self.experts.params_per_expert
+
+    def parallel_plan(self) -> ParallelPlan:
+        return ParallelPlan(
+            {"gate": "replicate", "first_chunk": "replicate", "experts": "expert"},
+            units=self.num_experts,
+            context="pass_state",
+            reason="the mean of the chunk before the cut",
+        )

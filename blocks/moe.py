@@ -1,0 +1,229 @@
+"""Token-choice mixture of experts (Mixtral; DeepSeek-V3, arXiv:2412.19437; loss-free balance, arXiv:2408.15664).
+
+s = softmax(W_g x) or sigmoid(W_g x) in fp32; selected: the k best of s + b, if wanted among the best groups of
+experts only; w = s[selected], renormalised, times route_scale; y = sum_i w_i FFN_i(x) + FFN_shared(x).
+b (only with balance: bias) steers the selection alone and learns from the loads, not from a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.blocks.experts import SwiGLUExperts
+from zoo.blocks.measure import balance_loss, group_counts, load_metrics, recording
+from zoo.blocks.swiglu import SwiGLU, swiglu_width
+from zoo.contract import Block, Cost, Mode, ParallelPlan, State, add_auxiliary_loss
+from zoo.kernels.dispatch import check_backend
+from zoo.registry import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, register
+
+
+class TopKRouter(nn.Module):
+    """Scores of experts and the choice among them; see the module's equations."""
+
+    def __init__(
+        self, dim, num_experts, *, top_k, score, renormalize, route_scale, num_groups, top_groups, bias, device, dtype
+    ):
+        super().__init__()
+        self.top_k, self.score, self.renormalize, self.route_scale = top_k, score, renormalize, route_scale
+        self.num_groups, self.top_groups = num_groups, top_groups
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        if bias:
+            # never below fp32: its steps are about 1e-3
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            self.register_buffer("e_score_correction_bias", torch.empty(num_experts, device=device, dtype=wide))
+        else:
+            self.e_score_correction_bias = None
+
+    def reset_parameters(self) -> None:
+        std = self.weight.shape[1] ** -0.5
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+        if self.e_score_correction_bias is not None:
+            nn.init.zeros_(self.e_score_correction_bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x: [N, D] -> logits [N, E], scores [N, E], indices [N, k], weights [N, k]; floats fp32 or wider."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        logits = F.linear(x.to(wide), self.weight.to(wide))
+        scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
+        wanted = scores.detach()
+        if self.e_score_correction_bias is not None:
+            wanted = wanted + self.e_score_correction_bias
+        if self.top_groups < self.num_groups:
+            wanted = self._within_best_groups(wanted)
+        indices = wanted.topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, indices)
+        if self.renormalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return logits, scores, indices, weights * self.route_scale
+
+    def _within_best_groups(self, wanted: Tensor) -> Tensor:
+        groups = wanted.unflatten(-1, (self.num_groups, -1))
+        # a group is as good as its best expert (DeepSeek-V2), with sigmoid scores its best two (V3)
+        best = 1 if self.score == "softmax" else min(2, groups.shape[-1])
+        kept = groups.topk(best, dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
+        out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, kept, False)
+        return groups.masked_fill(out[..., None], float("-inf")).flatten(1)
+
+
+@register(
+    "moe",
+    kind="ffn",
+    paper="arXiv:2412.19437",
+    ops=("grouped_mm",),
+    relations=(
+        "moe(num_groups=4, top_groups=4) == moe()",
+        "moe(balance='bias') == moe(balance='none')",
+        "moe(top_k=8, renormalize=True) == moe(top_k=8, renormalize=False)",
+    ),
+    examples=(
+        {"hidden_dim": 32},
+        {"hidden_dim": 32, "score": "sigmoid", "balance": "bias", "num_shared_experts": 1, "route_scale": 2.5},
+        {"hidden_dim": 32, "score": "sigmoid", "num_groups": 4, "top_groups": 2, "z_loss_coef": 0.001},
+        {"hidden_dim": 24, "num_experts": 4, "top_k": 1, "renormalize": False, "balance": "none"},
+    ),
+)
+class MixtureOfExperts(Block):
+    """Token-choice mixture of SwiGLU experts: y = sum_{i in top-k} w_i FFN_i(x) + FFN_shared(x).
+
+    s = softmax | sigmoid of W_g x; the top_k best of s (+ b) are chosen, with num_groups > 1 only inside the
+    top_groups best groups; w = s[chosen] (renormalised to sum 1) * route_scale. Dropless, so neither batch nor
+    segment changes a token's route. Balance in training: `aux` adds aux_coef * E sum f_i P_i over the tokens of
+    the call, `bias` moves the selection bias b by bias_update_rate * sign(mean load - load) at each
+    `update_bias()`, `none` nothing; z_loss_coef * mean(logsumexp(logits)^2) comes on top.
+
+    x: [B, T, D] -> y: [B, T, D]; no state. hidden_dim is the width of one expert (default: top_k experts are as
+    wide as one SwiGLU), shared experts are one SwiGLU of num_shared_experts * hidden_dim. Active parameters and
+    FLOPs a token: (top_k + num_shared_experts) 3 D hidden_dim + D E, twice that. With one expert: SwiGLU.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: PositiveInt = 8,
+        top_k: PositiveInt = 2,
+        hidden_dim: PositiveInt | None = None,
+        num_shared_experts: NonNegativeInt = 0,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        renormalize: bool = True,
+        route_scale: PositiveFloat = 1.0,
+        num_groups: PositiveInt = 1,
+        top_groups: PositiveInt = 1,
+        balance: Literal["aux", "bias", "none"] = "aux",
+        aux_coef: NonNegativeFloat = 0.01,
+        z_loss_coef: NonNegativeFloat = 0.0,
+        bias_update_rate: NonNegativeFloat = 1e-3,
+        kernel: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(dim)
+        if top_k > num_experts:
+            raise ValueError(f"top_k={top_k} is more than num_experts={num_experts}; lower top_k")
+        if top_k == 1 < num_experts and renormalize:
+            raise ValueError("top_k=1 with renormalize=true makes every weight 1, so the router would learn nothing "
+                             "from the loss; set renormalize: false")  # fmt: skip
+        if num_experts % num_groups:
+            raise ValueError(f"num_groups={num_groups} must divide num_experts={num_experts}")
+        if top_groups > num_groups:
+            raise ValueError(f"top_groups={top_groups} is more than num_groups={num_groups}; lower top_groups")
+        if top_k > top_groups * (num_experts // num_groups):
+            raise ValueError(
+                f"top_k={top_k} experts do not fit into top_groups={top_groups} groups of "
+                f"{num_experts // num_groups}; raise top_groups"
+            )
+        check_backend("grouped_mm", kernel)
+        factory = {"device": device, "dtype": dtype}
+        self.num_experts, self.top_k, self.num_shared_experts = num_experts, top_k, num_shared_experts
+        self.hidden_dim = hidden_dim or -(-swiglu_width(dim) // (16 * top_k)) * 16
+        self.balance, self.aux_coef, self.z_loss_coef = balance, aux_coef, z_loss_coef
+        self.bias_update_rate = bias_update_rate
+        self.gate = TopKRouter(
+            dim, num_experts, top_k=top_k, score=score, renormalize=renormalize, route_scale=route_scale,
+            num_groups=num_groups, top_groups=top_groups, bias=balance == "bias", **factory,
+        )  # fmt: skip
+        self.experts = SwiGLUExperts(num_experts, dim, self.hidden_dim, kernel, **factory)
+        shared = num_shared_experts * self.hidden_dim
+        self.shared_experts = SwiGLU(dim, hidden_dim=shared, **factory) if shared else None
+        if balance == "bias":
+            counts = torch.empty(num_experts, dtype=torch.int64, device=device)
+            self.register_buffer("expert_counts", counts, persistent=False)
+        self.metrics: dict[str, Tensor] = {}
+
+    def reset_parameters(self) -> None:
+        self.gate.reset_parameters()
+        self.experts.reset_parameters()
+        if self.shared_experts is not None:
+            self.shared_experts.reset_parameters()
+        if self.balance == "bias":
+            self.expert_counts.zero_()
+
+    def forward(
+        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> Tensor:
+        flat = x.reshape(-1, self.dim)
+        logits, scores, indices, weights = self.gate(flat)
+        y = self.experts(flat, indices, weights).view_as(x)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        if self.training:
+            y = self._balance(y, logits, scores, group_counts(indices, self.num_experts))
+        return y
+
+    def _balance(self, y: Tensor, logits: Tensor, scores: Tensor, counts: Tensor) -> Tensor:
+        record = recording(self)
+        metrics = load_metrics(counts)
+        if self.balance == "aux" and self.aux_coef:
+            loss = balance_loss(scores / scores.sum(-1, keepdim=True), counts)
+            y, metrics["balance_loss"] = add_auxiliary_loss(y, self.aux_coef * loss), loss.detach()
+        if self.z_loss_coef:
+            loss = logits.logsumexp(-1).square().mean()
+            y, metrics["z_loss"] = add_auxiliary_loss(y, self.z_loss_coef * loss), loss.detach()
+        if record:
+            self.metrics = metrics
+            if self.balance == "bias":
+                self.expert_counts.add_(counts)
+        return y
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Move the selection bias against the loads counted since the last call; once per optimiser step. With
+        several data-parallel ranks, sum `expert_counts` over them first."""
+        if self.balance == "bias":
+            load = self.expert_counts.to(self.gate.e_score_correction_bias.dtype)
+            self.gate.e_score_correction_bias.add_(torch.sign(load.mean() - load), alpha=self.bias_update_rate)
+            self.expert_counts.zero_()
+
+    def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
+        tokens = batch_size * seq_len
+        shared = self.shared_experts.forward_flops(batch_size, seq_len) if self.shared_experts is not None else 0
+        return 2 * tokens * self.dim * self.num_experts + self.experts.flops(tokens * self.top_k) + shared
+
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        tokens = batch_size * seq_len
+        shared = self.shared_experts.activation_elements(batch_size, seq_len) if self.shared_experts is not None else 0
+        routing = tokens * (self.dim + 3 * self.num_experts + 4 * self.top_k)
+        return routing + self.experts.activation_elements(tokens * self.top_k) + shared
+
+    def active_params(self) -> int:
+        idle = self.num_experts - self.top_k
+        return super().active_params() - idle * self.experts.params_per_expert
+
+    def cost(self, batch_size: int, seq_len: int, context_len: int = 0, mode: Mode = "train") -> Cost:
+        """As every block's; few tokens read few experts."""
+        cost = super().cost(batch_size, seq_len, context_len, mode)
+        unread = self.num_experts - min(self.num_experts, batch_size * seq_len * self.top_k)
+        passes = 3 if mode == "train" else 1
+        saved = passes * unread * self.experts.params_per_expert * self.itemsize
+        return cost.replace(bytes_read=cost.bytes_read - saved)
+
+    def parallel_plan(self) -> ParallelPlan:
+        plan = {"gate": "replicate", "experts": "expert"}
+        if self.shared_experts is not None:
+            inner = self.shared_experts.parallel_plan().tensor
+            plan |= {f"shared_experts.{name}": how for name, how in inner.items()}
+        return ParallelPlan(plan, units=self.num_experts, context="token")
