@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.precision import no_autocast
+
 
 def block_scores(
     q: Tensor,
@@ -20,7 +22,8 @@ def block_scores(
     N, Hkv = keys.shape[1:3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.to(dtype).transpose(1, 2).reshape(B, Hkv, Hq // Hkv * T, D)
-    scores = (grouped @ keys.to(dtype).permute(0, 2, 3, 1)).reshape(B, Hq, T, N) * scale
+    with no_autocast(q.device):
+        scores = (grouped @ keys.to(dtype).permute(0, 2, 3, 1)).reshape(B, Hq, T, N) * scale
     last = k_index[:, None]
     visible = (last >= 0) & (last < q_index[..., None])
     if q_doc_ids is not None:

@@ -28,7 +28,7 @@ def block_starts(seq_len: int, block_size: int, doc_ids: Tensor | None, like: Te
 
 def pool_blocks(x: Tensor, block_size: int, mode: str, doc_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `zoo.kernels.pool_blocks.pool_blocks`."""
-    B, T, H, D = x.shape
+    B, T = x.shape[:2]
     start = block_starts(T, block_size, doc_ids, x)
     slots = start.shape[1]
     if doc_ids is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.kernels.block_list import BlockList
+from zoo.kernels.precision import no_autocast
 from zoo.kernels.sparse_attention.cost import prefers_dense
 
 CHUNK_ELEMENTS = 1 << 22
@@ -103,19 +104,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, k_bias, idx, q_index, k_index, q_doc_ids, k_doc_ids, static):
         run = _call(k, v, k_bias, idx, q_index, k_index, q_doc_ids, k_doc_ids, static)
-        outputs, lses = [], []
-        for tiles in run.chunks(q.shape[2], q.shape[3] * q.shape[4]):
-            part = q[:, :, tiles]
-            keys, values, bias, visible, _ = run.keys(tiles)
-            s = run.logits(part, keys, bias, visible)
-            top = s.amax(-1, keepdim=True)
-            top = torch.where(top == _NONE, 0, top)
-            p = (s - top).exp()
-            total = p.sum(-1, keepdim=True)
-            o = (run.rows(p) @ values).reshape(*part.shape[:-1], values.shape[-1])
-            outputs.append(o / torch.where(total == 0, 1, total))
-            lses.append((top + total.log())[..., 0])
-        o, lse = torch.cat(outputs, 2), torch.cat(lses, 2)
+        with no_autocast(q.device):
+            o, lse = _forward(run, q)
         ctx.save_for_backward(q, k, v, k_bias, idx, q_index, k_index, q_doc_ids, k_doc_ids, o, lse)
         ctx.static = static
         return o, lse
@@ -123,36 +113,59 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_o, grad_lse):
         q, *rest, o, lse = ctx.saved_tensors
-        run = _call(*rest, ctx.static)
-        k, v = run.k, run.v
-        none = lse == _NONE
-        # d logits = p * (grad_p - sum(grad_o * o) + grad_lse)
-        shift = torch.where(none, 0, (grad_o * o).sum(-1) - grad_lse)[..., None]
-        lse = torch.where(none, 0, lse)[..., None]
-        grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
-        grad_bias = None if run.k_bias is None else torch.zeros_like(run.k_bias)
-        for tiles in run.chunks(q.shape[2], q.shape[3] * q.shape[4]):
-            part, do = q[:, :, tiles], grad_o[:, :, tiles]
-            keys, values, bias, visible, flat = run.keys(tiles)
-            p = (run.logits(part, keys, bias, visible) - lse[:, :, tiles]).exp()
-            dp = (run.rows(do) @ values.mT).reshape(p.shape)
-            ds = p * (dp - shift[:, :, tiles])
-            grad_q.append((run.rows(ds) @ keys).reshape(part.shape) * run.scale)
-            dk = run.rows(ds).mT @ run.rows(part) * run.scale
-            dv = run.rows(p).mT @ run.rows(do)
+        with no_autocast(q.device):
+            grads = _backward(_call(*rest, ctx.static), q, o, lse, grad_o, grad_lse)
+        return *grads, *[None] * 6
+
+
+def _forward(run: _Call, q: Tensor) -> tuple[Tensor, Tensor]:
+    outputs, lses = [], []
+    for tiles in run.chunks(q.shape[2], q.shape[3] * q.shape[4]):
+        part = q[:, :, tiles]
+        keys, values, bias, visible, _ = run.keys(tiles)
+        s = run.logits(part, keys, bias, visible)
+        top = s.amax(-1, keepdim=True)
+        top = torch.where(top == _NONE, 0, top)
+        p = (s - top).exp()
+        total = p.sum(-1, keepdim=True)
+        o = (run.rows(p) @ values).reshape(*part.shape[:-1], values.shape[-1])
+        outputs.append(o / torch.where(total == 0, 1, total))
+        lses.append((top + total.log())[..., 0])
+    return torch.cat(outputs, 2), torch.cat(lses, 2)
+
+
+def _backward(
+    run: _Call, q: Tensor, o: Tensor, lse: Tensor, grad_o: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    k, v = run.k, run.v
+    none = lse == _NONE
+    # d logits = p * (grad_p - sum(grad_o * o) + grad_lse)
+    shift = torch.where(none, 0, (grad_o * o).sum(-1) - grad_lse)[..., None]
+    lse = torch.where(none, 0, lse)[..., None]
+    grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+    grad_bias = None if run.k_bias is None else torch.zeros_like(run.k_bias)
+    for tiles in run.chunks(q.shape[2], q.shape[3] * q.shape[4]):
+        part, do = q[:, :, tiles], grad_o[:, :, tiles]
+        keys, values, bias, visible, flat = run.keys(tiles)
+        p = (run.logits(part, keys, bias, visible) - lse[:, :, tiles]).exp()
+        dp = (run.rows(do) @ values.mT).reshape(p.shape)
+        ds = p * (dp - shift[:, :, tiles])
+        grad_q.append((run.rows(ds) @ keys).reshape(part.shape) * run.scale)
+        dk = run.rows(ds).mT @ run.rows(part) * run.scale
+        dv = run.rows(p).mT @ run.rows(do)
+        if flat is None:
+            grad_k, grad_v = grad_k + dk, grad_v + dv
+        else:
+            where = flat.flatten()
+            grad_k = grad_k.flatten(0, 2).index_add(0, where, dk.flatten(0, 3)).reshape(k.shape)
+            grad_v = grad_v.flatten(0, 2).index_add(0, where, dv.flatten(0, 3)).reshape(v.shape)
+        if grad_bias is not None:
+            db = ds.sum((3, 4))  # [B, Hl, n, L]
             if flat is None:
-                grad_k, grad_v = grad_k + dk, grad_v + dv
+                grad_bias = grad_bias + db.sum(2).unflatten(1, (k.shape[1], -1)).sum(2)
             else:
-                where = flat.flatten()
-                grad_k = grad_k.flatten(0, 2).index_add(0, where, dk.flatten(0, 3)).reshape(k.shape)
-                grad_v = grad_v.flatten(0, 2).index_add(0, where, dv.flatten(0, 3)).reshape(v.shape)
-            if grad_bias is not None:
-                db = ds.sum((3, 4))  # [B, Hl, n, L]
-                if flat is None:
-                    grad_bias = grad_bias + db.sum(2).unflatten(1, (k.shape[1], -1)).sum(2)
-                else:
-                    grad_bias = grad_bias.flatten().index_add(0, flat.flatten(), db.flatten()).reshape(grad_bias.shape)
-        return torch.cat(grad_q, 2), grad_k, grad_v, grad_bias, *[None] * 6
+                grad_bias = grad_bias.flatten().index_add(0, flat.flatten(), db.flatten()).reshape(grad_bias.shape)
+    return torch.cat(grad_q, 2), grad_k, grad_v, grad_bias
 
 
 def _call(k, v, k_bias, idx, q_index, k_index, q_doc_ids, k_doc_ids, static) -> _Call:

@@ -9,7 +9,7 @@ def prefers_dense(num_tiles: int, rows: int, num_keys: int, listed: int) -> bool
     Gathered keys are copied for one tile only, while a dense product shares its keys between the tiles; the
     factor was fitted on a CPU.
     """
-    return rows * num_keys <= (rows + min(num_tiles, 8)) * listed
+    return rows * num_keys <= (rows + min(num_tiles, 12)) * listed
 
 
 def flops(
