@@ -182,6 +182,9 @@ class Attention(Block):
         q, k, v, gate = self.q_proj(x), self.k_proj(x), self.v_proj(x), None
         if self.output_gate:
             q, gate = (y.flatten(2) for y in q.unflatten(-1, (-1, 2, self.head_dim)).unbind(3))
+        if self.q_norm is None or self.k_norm is None:
+            q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+            return q, k, v, gate
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))

@@ -103,7 +103,7 @@ class MultiHeadLatentAttention(Block):
         for module in self.children():
             if isinstance(module, nn.Linear):
                 init_linear_(module)
-            else:
+            elif isinstance(module, RMSNorm):
                 module.reset_parameters()
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> KVCache:
