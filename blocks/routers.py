@@ -5,6 +5,7 @@ Scores are computed in the stream's dtype; a choice never leaks gradient by itse
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal
 
 import torch
@@ -106,6 +107,9 @@ class AdaptiveComputationTime(Router):
             output = add_auxiliary_loss(output, self.ponder_coef * carry["ponder"].mean())
         return output
 
+    def step_flops(self, tokens):
+        return self.steps * super().step_flops(tokens)  # asked before every step
+
 
 @register(
     "expert_choice",
@@ -141,7 +145,7 @@ class ExpertChoiceRouter(Router):
         capacities = list(capacity) if isinstance(capacity, (list, tuple)) else [capacity] * steps
         if len(capacities) != steps:
             raise ValueError(f"capacity has {len(capacities)} numbers for {steps} steps")
-        if nested and any(a < b for a, b in zip(capacities, capacities[1:], strict=False)):
+        if nested and any(a < b for a, b in itertools.pairwise(capacities)):
             raise ValueError(f"capacity must not grow from step to step, got {capacities}")
         if not nested and steps > 1:
             raise ValueError("expert_choice routes to one body (others are skipped); use token_choice for several")

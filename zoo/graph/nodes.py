@@ -174,6 +174,12 @@ class Sequence(Composite):
             x = self.items[item](x, state=state and state.children[i], positions=positions, doc_ids=doc_ids)
         return x
 
+    def increment(self, x, *, state=None, positions=None, doc_ids=None):
+        if len(self.order) == 1:  # exact, where out - in would round
+            inside = state and state.children[0]
+            return self.items[0].increment(x, state=inside, positions=positions, doc_ids=doc_ids)
+        return super().increment(x, state=state, positions=positions, doc_ids=doc_ids)
+
     def init_state(self, batch_size, max_len=None):
         return StateList([self.items[i].init_state(batch_size, max_len) for i in self.order])
 

@@ -39,6 +39,8 @@ class Parser:
         self.shared: dict[str, Spec] = {}
         self.copy: tuple[int, int] | None = None
         self.nodes = self.mixers = 0
+        self.blocks = frozenset(n for kind in BLOCK_KINDS for n in registry.list_blocks(kind))
+        self.combinators = frozenset(registry.list_blocks("combinator"))
 
     def complain(self, path: Path_, message: str) -> None:
         """Note a problem; the same one met in several copies of a layer is noted once."""
@@ -75,24 +77,23 @@ class Parser:
         heads = [k for k in value if k not in ATTRIBUTES]
         if not heads:
             return self.reference(attributes, path)
-        combinators = registry.list_blocks("combinator")
-        known = [k for k in heads if k in combinators or k in PLANNED] or [
-            k for k in heads if isinstance(k, str) and (k in self.define or k in self._block_names())
+        known = [k for k in heads if k in self.combinators or k in PLANNED] or [
+            k for k in heads if isinstance(k, str) and (k in self.define or k in self.blocks)
         ]
         if not known:
-            candidates = [*self.define, *self._block_names(), *combinators]
+            candidates = [*self.define, *self.blocks, *self.combinators]
             self.complain((*path, heads[0]), f"unknown block {heads[0]!r}{did_you_mean(heads[0], candidates)}")
             return None
         head = known[0]
         siblings = {k: value[k] for k in heads if k != head}
-        if siblings and head not in combinators:
+        if siblings and head not in self.combinators:
             other = next(iter(siblings))
-            hint = "one block per item: write a list" if other in self._block_names() else f"options go under {head}:"
+            hint = "one block per item: write a list" if other in self.blocks else f"options go under {head}:"
             self.complain((*path, other), f"unexpected key beside {head}; {hint}")
         if head in PLANNED:
             self.complain((*path, head), f"{head} has its place in the grammar and is not available yet")
             return None
-        if head in combinators:
+        if head in self.combinators:
             return self.combinator(head, value[head], siblings, attributes, path)
         return self.named(head, value[head], attributes, (*path, head), path)
 
@@ -119,8 +120,8 @@ class Parser:
             if options:
                 self.complain(path, f"{name} is a definition and takes no options")
             return self.attributes_of(attributes, item, lambda: self.expand(name, path))
-        if name not in self._block_names():
-            candidates = [*self.define, *self._block_names(), *registry.list_blocks("combinator")]
+        if name not in self.blocks:
+            candidates = [*self.define, *self.blocks, *self.combinators]
             kind = registry.block_card(name).kind if name in registry.list_blocks() else ""
             why = f"{name} is a {kind}, not a block" if kind else f"unknown block {name!r}"
             self.complain(path, why + ("" if kind else did_you_mean(name, candidates)))
@@ -290,11 +291,6 @@ class Parser:
         finally:
             self.copy = before
 
-    def _block_names(self) -> list[str]:
-        if not hasattr(self, "_names"):
-            self._names = [n for kind in BLOCK_KINDS for n in registry.list_blocks(kind)]
-        return self._names
-
 
 class Fields:
     """The fields of one combinator; what is not taken is checked against its signature."""
@@ -367,7 +363,7 @@ def graph_of(parser: Parser, top: Mapping[str, Any], document: Mapping[str, Any]
         parser.complain(("define",), f"must be a mapping of names to nodes, got {parser.define!r}")
         parser.define = {}
     for name in parser.define:
-        if not isinstance(name, str) or name in registry.list_blocks() or name in PLANNED + ATTRIBUTES:
+        if not isinstance(name, str) or name in {*parser.blocks, *parser.combinators, *PLANNED, *ATTRIBUTES, "skip"}:
             parser.complain(("define", name), f"the name {name!r} is taken; choose another")
     parser.default_norm = parser.norm(top.get("norm", "rms"), ("norm",))
     final_norm = parser.default_norm

@@ -1,0 +1,308 @@
+"""Loops, routes, parallel branches: the identities that define them, and the law for whole models."""
+
+import pytest
+import torch
+
+import zoo
+
+DIM, VOCAB, T = 32, 50, 23
+LAYER = [{"attention": {"num_heads": 4}}, {"swiglu": {"hidden_dim": 48}}]
+
+
+def build(*trunk, seed=0, **top):
+    """A model in fp64 whose parameters are large enough for every path to speak."""
+    model = zoo.build({"dim": DIM, "vocab_size": VOCAB, "trunk": list(trunk), **top}, seed=seed).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(p.shape[-1:] or (1,)) ** 0.5)
+    return model
+
+
+def copy_weights(target, source, **renamed):
+    """Load `source` into `target`; `renamed` maps target prefixes to source prefixes."""
+    own = source.state_dict()
+    with torch.no_grad():
+        for name, tensor in target.state_dict().items():
+            for new, old in renamed.items():
+                name = old + name.removeprefix(new)
+            tensor.copy_(own[name])
+
+
+def stream(seed=1, rows=2, length=T):
+    return torch.randn(rows, length, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tokens(seed=2, rows=2, length=T):
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loop(**fields):
+    return {"loop": {"of": LAYER, **fields}}
+
+
+def test_loop_of_one_step_is_its_body():
+    model = build(loop(steps=1))
+    node = model.layers[0]
+    torch.testing.assert_close(node(stream()), node.body(stream()), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "router",
+    ["fixed", {"expert_choice": {"capacity": 1.0, "activation": "one"}}],
+)
+def test_loop_of_k_steps_is_k_applications(router):
+    node = build(loop(steps=3, router=router)).layers[0]
+    x = stream()
+    for training in (True, False):
+        node.train(training)
+        torch.testing.assert_close(node(x), node.body(node.body(node.body(x))), rtol=0, atol=1e-12)
+
+
+def test_tied_repeat_equals_fixed_loop():
+    looped, repeated = build(loop(steps=3)).layers[0], build({"repeat": 3, "of": LAYER, "tie": "all"}).layers[0]
+    copy_weights(repeated, looped, **{"items.0.": "body."})
+    torch.testing.assert_close(looped(stream()), repeated(stream()), rtol=0, atol=1e-12)
+
+
+def test_inject_add_starts_from_zero_and_feeds_the_input():
+    node = build(loop(steps=2, inject="add")).layers[0]
+    x = stream()
+    torch.testing.assert_close(node(x), node.body(node.body(x) + x), rtol=0, atol=1e-12)
+
+
+def test_gradient_window():
+    node = build(loop(steps=3, grad_last=1)).layers[0]
+    x = stream().requires_grad_()
+    node(x).square().sum().backward()
+    windowed = [p.grad.clone() for p in node.body.parameters()]
+    node.zero_grad()
+    with torch.no_grad():
+        y = node.body(node.body(x))
+    node.body(y).square().sum().backward()
+    for a, p in zip(windowed, node.body.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_expert_choice_picks_ordered_nested_sets_of_the_right_size():
+    node = build(loop(steps=3, router={"expert_choice": {"capacity": [1.0, 0.5, 0.25]}})).layers[0].train()
+    router, x = node.router, stream()
+    carry = router.start(x)
+    before = carry["active"]
+    for step, count in enumerate([T, T // 2, T // 4]):
+        pick = router.pick(step, x, carry, streaming=False)
+        after = carry["active"]
+        assert after.sum(1).tolist() == [count, count]
+        assert not (after & ~before).any()
+        if pick.index is not None:
+            assert (pick.index.diff(dim=1) > 0).all()
+        before = after
+
+
+def test_unselected_tokens_do_not_matter_to_deeper_steps():
+    node = build({"route": LAYER, "router": {"mod": {"capacity": 0.4}}}).layers[0].train()
+    x = stream()
+    carry = node.router.start(x)
+    node.router.pick(0, x, carry, streaming=False)
+    chosen = carry["active"]
+    other = torch.where(chosen[..., None], x, x * 0.5)
+    carry2 = node.router.start(other)
+    node.router.pick(0, other, carry2, streaming=False)
+    if torch.equal(chosen, carry2["active"]):
+        torch.testing.assert_close(node(x)[chosen], node(other)[chosen], rtol=0, atol=1e-12)
+    assert torch.equal(node(x)[~chosen], x[~chosen])
+
+
+def test_training_top_k_looks_ahead_and_the_threshold_does_not():
+    node = build({"route": LAYER, "router": {"mod": {"capacity": 0.4}}}).layers[0]
+    x = stream()
+    changed = x.clone()
+    changed[:, T // 2 :] += 5 * stream(9)[:, T // 2 :]
+    assert torch.equal(node.eval()(x)[:, : T // 2], node(changed)[:, : T // 2])
+    node.train()
+    assert not torch.equal(node(x)[:, : T // 2], node(changed)[:, : T // 2])
+
+
+def test_route_gradient_reaches_router_through_selected_tokens_only():
+    node = build({"route": LAYER, "router": {"mod": {"capacity": 0.4, "aux_coef": 0.0}}}).layers[0].train()
+    x = stream().requires_grad_()
+    node(x).sum().backward()
+    assert node.router.score.weight.grad.abs().sum() > 0
+
+
+def test_token_choice_of_the_deepest_equals_scaled_loop():
+    node = build(loop(steps=3, router="token_choice")).layers[0]
+    with torch.no_grad():
+        node.router.score.weight.zero_()
+        node.router.score.weight[2] = 1.0
+    x = stream().abs()  # a positive stream scores the last depth highest everywhere
+    p = node.router.score(x).softmax(-1)[..., 2:]
+    torch.testing.assert_close(node(x), x + p * (node.body(node.body(node.body(x))) - x), rtol=0, atol=1e-11)
+
+
+def test_token_choice_route_sends_each_token_to_one_body():
+    route = {"route": {"bodies": [["swiglu"], "skip", ["mlp"]], "router": "token_choice"}}
+    node = build(route).layers[0]
+    x = stream()
+    p = node.router.score(x).softmax(-1)
+    best, choice = p.max(-1)
+    assert len(choice.unique()) > 1
+    bodies = [node.bodies[0](x), x, node.bodies[1](x)]
+    expected = torch.stack(bodies).gather(0, choice[None, ..., None].expand(1, *x.shape))[0]
+    torch.testing.assert_close(node(x), x + best[..., None] * (expected - x), rtol=0, atol=1e-12)
+
+
+def act_weights(node, x):
+    weights, router = [], node.router
+    original = router.advance
+
+    def spy(step, x, increment, carry):
+        weights.append(carry["weight"].detach().clone())
+        return original(step, x, increment, carry)
+
+    router.advance = spy
+    y = node(x)
+    return torch.stack(weights), y
+
+
+def test_act_weights_sum_to_one_and_mix_the_states():
+    node = build(loop(steps=5, router="act")).layers[0]
+    x = stream()
+    weights, y = act_weights(node, x)
+    torch.testing.assert_close(weights.sum(0), torch.ones(2, T, dtype=torch.float64))
+    states, s = [], x
+    for _ in range(5):
+        s = node.body(s)
+        states.append(s)
+    torch.testing.assert_close(y, (weights[..., None] * torch.stack(states)).sum(0), rtol=0, atol=1e-11)
+
+
+def test_act_that_halts_at_once_takes_one_step():
+    node = build(loop(steps=4, router={"act": {"bias_start": 20.0}})).layers[0]
+    with torch.no_grad():
+        node.router.halt.weight.zero_()
+        node.router.halt.bias.fill_(20.0)
+    x = stream()
+    weights, y = act_weights(node, x)
+    assert torch.equal(weights[0], torch.ones_like(weights[0])) and not weights[1:].any()
+    torch.testing.assert_close(y, node.body(x), rtol=0, atol=1e-12)
+
+
+def test_auxiliary_losses_leave_the_output_and_reach_the_router():
+    for router, coef in (("act", "ponder_coef"), ("expert_choice", "aux_coef"), ("token_choice", "balance_coef")):
+        with_loss = build(loop(steps=3, router={router: {coef: 0.5}})).layers[0].train()
+        without = build(loop(steps=3, router={router: {coef: 0.0}})).layers[0].train()
+        x = stream()
+        assert torch.equal(with_loss(x), without(x))
+        grads = []
+        for node in (with_loss, without):
+            node(x).square().mean().backward()
+            grads.append(torch.cat([p.grad.flatten() for p in node.router.parameters()]))
+        assert not torch.equal(*grads)
+        assert with_loss.router.metrics
+
+
+def test_parallel_merges():
+    x = stream()
+    for merge in ("sum", "mean", "max"):
+        node = build({"parallel": ["swiglu", "mlp"], "merge": merge}).layers[0]
+        parts = torch.stack([b(x) - x for b in node.branches])
+        expected = {"sum": parts.sum(0), "mean": parts.mean(0), "max": parts.amax(0)}[merge]
+        torch.testing.assert_close(node(x), x + expected, rtol=0, atol=1e-12)
+    gated = zoo.build(
+        {
+            "dim": DIM,
+            "vocab_size": VOCAB,
+            "trunk": [{"parallel": ["swiglu", "mlp"], "merge": "gated", "gates": [0.0, 0.0]}],
+        }
+    ).layers[0]
+    assert torch.equal(gated(x.float()), x.float())
+
+
+def test_parallel_norm_is_shared_and_blocks_get_none_of_their_own():
+    node = build({"parallel": ["swiglu", "mlp"], "norm": "layer"}).layers[0]
+    x = stream()
+    h = node.norm(x)
+    torch.testing.assert_close(node(x), x + node.branches[0].block(h) + node.branches[1].block(h), rtol=0, atol=1e-12)
+
+
+def test_residual_styles():
+    x = stream()
+    for style in ("pre", "post", "sandwich", "none"):
+        node = build({"swiglu": {}, "residual": {"style": style, "scale": 0.5}}).layers[0]
+        inner = node.block(x if style == "post" else node.norm(x))
+        if style == "post":
+            expected = node.norm(x + 0.5 * inner)
+        elif style == "sandwich":
+            expected = x + 0.5 * node.out_norm(inner)
+        else:
+            expected = 0.5 * inner + (x if style == "pre" else 0)
+        torch.testing.assert_close(node(x), expected, rtol=0, atol=1e-12)
+
+
+MODELS = {
+    "fixed": [loop(steps=3, step_signal="learned")],
+    "act": [loop(steps=3, router="act")],
+    "expert_choice": [loop(steps=3, router="expert_choice")],
+    "token_choice": [loop(steps=3, router="token_choice")],
+    "mod": [LAYER, {"route": LAYER, "router": "mod"}, LAYER],
+    "bodies": [{"route": {"bodies": [LAYER, "skip", ["swiglu"]], "router": "token_choice"}}],
+    "nested": [loop(steps=2, router="token_choice", of=[{"route": LAYER}, loop(steps=2, router="expert_choice")])],
+    "inject": [loop(steps=3, inject="concat", router="act")],
+    "share": [{"sequence": LAYER, "share": "s"}, "swiglu", {"share": "s"}],
+    "parallel": [{"parallel": [{"attention": {"num_heads": 4}}, "swiglu"], "merge": "concat", "norm": "layer"}],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_segment_invariance_of_whole_models(name):
+    model, x = build(*MODELS[name]), tokens()
+    full = model(x)
+    for cuts in ([1] * T, [5, 1, 9, 8], [22, 1]):
+        for max_len in (None, T):
+            state, parts, start = model.init_state(2, max_len), [], 0
+            for length in cuts:
+                parts.append(model(x[:, start : start + length], state=state))
+                start += length
+            torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_a_state_may_be_reordered_taken_and_reset(name):
+    model, x = build(*MODELS[name]), tokens(rows=3)
+    state = model.init_state(3, T)
+    model(x[:, :10], state=state)
+    snapshot = state.snapshot()
+    order = torch.tensor([2, 0, 0])
+    state.reorder(order)
+    torch.testing.assert_close(model(x[order, 10:], state=state), model(x)[order, 10:], rtol=0, atol=1e-8)
+    state.restore(snapshot)
+    torch.testing.assert_close(model(x[:, 10:], state=state), model(x)[:, 10:], rtol=0, atol=1e-8)
+    state.reset()
+    torch.testing.assert_close(model(x, state=state), model(x), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_documents_and_causality_of_whole_models(name):
+    model, x = build(*MODELS[name]), tokens()
+    doc_ids = torch.tensor([0] * 7 + [1] + [2] * (T - 8)).expand(2, T)
+    packed = model(x, doc_ids=doc_ids)
+    alone = torch.cat([model(x[:, :7]), model(x[:, 7:8]), model(x[:, 8:])], 1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-8)
+    other = x.clone()
+    other[:, 15:] = (other[:, 15:] + 1) % VOCAB
+    torch.testing.assert_close(model(other)[:, :15], model(x)[:, :15], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predicted_parameters_flops_and_state_are_the_counted_ones(name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build(*MODELS[name]).float()
+    report = zoo.estimate(model, batch_size=2, seq_len=T, mode="prefill")
+    assert report.params == sum(p.numel() for p in model.parameters())
+    assert report.state_bytes == model.init_state(2, T).nbytes
+    if not report.assumptions:  # routed work depends on the tokens
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens())
+        assert report.flops == counter.get_total_flops()
