@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoo.kernels.chunking import Documents, causal, scalar_decays, spans, vector_decayed_scores, wide
 
-SHORT = 3  # up to so many tokens are written one by one, which is as exact and needs no pair matrices
+SHORT = 4  # up to so many tokens are written one by one, which is as exact and needs no pair matrices
 
 
 def delta_rule(
