@@ -1,0 +1,1 @@
+"""Data, training through torchtitan, evaluation and run folders. `zoo.train.run.train` does it all."""

@@ -1,0 +1,249 @@
+import gc
+import json
+import logging
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import zoo
+from tests.train.test_files import full_disk
+from tests.train.tiny import config, texts
+from zoo import contract
+from zoo.errors import ConfigError, DataError, ZooError
+from zoo.train import curve, run
+from zoo.train.curve import read_metrics
+from zoo.train.run import free_folder, tokenizer_of, train
+
+TIMES = ("tokens_per_second", "seconds")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return texts(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """Uninterrupted runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: train(config(name, source), out=folder / name, progress=False) for name in ("dense", "hybrid")}
+
+
+def history(folder):
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(Path(folder) / "metrics.jsonl")]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", ["dense", "hybrid"])
+def test_run_folder(whole, name):
+    result = whole[name]
+    assert (result.step, result.steps, result.interrupted) == (10, 10, False)
+    out = result.out
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint", "config.yaml", "environment.json", "evaluation.json", "loss.png", "metrics.jsonl", "model",
+        "sample.txt",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["step-10", "step-9"]
+    records = history(out)
+    assert [r["step"] for r in records] == list(range(1, 11))
+    assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in records)
+    assert [r["step"] for r in records if "heldout_loss" in r] == [4, 8, 10]
+    assert [r["lr"] for r in records[:2]] == [0.01, 0.02] and 0.002 <= records[-1]["lr"] < 0.004
+    assert records[-1]["tokens"] == 10 * 4 * 24
+    assert records[-1]["loss"] < records[0]["loss"]
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert evaluation == result.evaluation and evaluation["heldout_bytes"] == 500
+    assert json.loads((out / "environment.json").read_text())["data"]["train_documents"] > 20
+    # what was saved is what was trained, and the run folder's configuration is one
+    model = zoo.from_pretrained(out / "model")
+    tokens = torch.randint(0, 256, (2, 24))
+    assert torch.equal(model(tokens), result.model(tokens))
+    assert zoo.load_config(out / "config.yaml").train.steps == 10
+    assert tokenizer_of(out).vocab_size == tokenizer_of(out / "model").vocab_size == 257
+    assert "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}" in (out / "sample.txt").read_text()
+
+
+def test_blocks_are_balanced_and_measured(whole):
+    records = history(whole["hybrid"].out)
+    assert set(records[0]["blocks"]) >= {"load_entropy", "max_load", "balance_loss"}
+    bias = [t for n, t in weights(whole["hybrid"].out).items() if n.endswith("e_score_correction_bias")]
+    assert bias and all(t.abs().max() > 0 for t in bias)  # update_bias ran once per step
+    assert all((t / 1e-3).round().abs().max() <= 10 for t in bias)
+
+
+def test_same_seed_same_numbers(whole, source):
+    """Without a folder too; another seed gives others, and the process is left as it was."""
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    again = train(config("dense", source), progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert gc.isenabled() and not torch.distributed.is_initialized() and not logging.getLogger().filters
+    assert contract._auxiliary_scale == 1.0 and "LOCAL_RANK" not in os.environ
+    assert again.out is None and again.loss == whole["dense"].loss and again.evaluation == whole["dense"].evaluation
+    assert (
+        train(config("dense", source, seed=1), progress=False, steps=1).loss != history(whole["dense"].out)[0]["loss"]
+    )
+
+
+@pytest.mark.parametrize("name", ["dense", "hybrid"])
+def test_killed_and_resumed_is_bit_identical(whole, source, tmp_path, name):
+    out = tmp_path / "run"
+    script = Path(__file__).with_name("tiny.py")
+    done = subprocess.run(
+        [sys.executable, str(script), name, str(source), str(out), "8"], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(read_metrics(out / "metrics.jsonl")) == 8 and not (out / "model").exists()
+    # as if it had been killed while it saved: neither folder may be taken for a checkpoint
+    (out / "checkpoint" / ".step-9.tmp").mkdir()
+    (out / "checkpoint" / "step-12").mkdir()
+    resumed = train(config(name, source), out=out, resume=True, progress=False)
+    assert resumed.step == 10
+    assert history(out) == history(whole[name].out)
+    assert same(weights(out), weights(whole[name].out))
+    assert resumed.evaluation == whole[name].evaluation
+    assert not list((out / "checkpoint").glob(".*"))
+
+
+def test_a_finished_run_goes_on(source, tmp_path):
+    out = tmp_path / "run"
+    flat = {"schedule": "wsd", "decay_fraction": 0.01, "warmup_steps": 0}
+    long = train(config("dense", source, **flat, steps=7), progress=False, out=tmp_path / "long")
+    train(config("dense", source, **flat), out=out, steps=5, progress=False)
+    more = train(config("dense", source, **flat), out=out, steps=7, resume=True, progress=False)
+    assert more.loss == long.loss and same(weights(out), weights(tmp_path / "long"))
+    assert [r["step"] for r in history(out)] == list(range(1, 8))
+    # nothing is left to do: the results are the same
+    again = train(config("dense", source, **flat, steps=7), out=out, resume=True, progress=False)
+    assert (again.step, again.loss, again.evaluation) == (7, more.loss, more.evaluation)
+
+
+def test_a_changed_schedule_applies_from_the_first_resumed_step(source, tmp_path):
+    out = tmp_path / "run"
+    train(
+        config("dense", source, warmup_steps=0, schedule="wsd", decay_fraction=0.01, lr=0.01, steps=3),
+        out=out,
+        progress=False,
+    )
+    train(config("dense", source, warmup_steps=0, schedule="wsd", decay_fraction=0.01, lr=0.001, steps=5), out=out,
+          resume=True, progress=False)  # fmt: skip
+    assert [r["lr"] for r in history(out)] == [0.01, 0.01, 0.01, 0.001, 0.001]
+
+
+def test_interrupted_run_saves_and_goes_on(whole, source, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    add = curve.MetricsFile.add
+
+    def interrupt(self, record):
+        add(self, record)
+        if record["step"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(curve.MetricsFile, "add", interrupt)
+    handler = signal.getsignal(signal.SIGINT)
+    result = train(config("dense", source), out=out, progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (result.step, result.interrupted, result.evaluation, result.model) == (4, True, None, None)
+    assert (out / "checkpoint" / "step-4").is_dir() and (out / "loss.png").exists() and not (out / "model").exists()
+    monkeypatch.setattr(curve.MetricsFile, "add", add)
+    train(config("dense", source), out=out, resume=True, progress=False)
+    assert history(out) == history(whole["dense"].out)
+
+
+@pytest.mark.parametrize("changes", [{"accumulation": 4}, {"activation_checkpoint": "full"}])
+def test_how_it_is_computed_does_not_matter(whole, source, changes):
+    result = train(config("dense", source, **changes), progress=False)
+    assert result.loss == pytest.approx(whole["dense"].loss, rel=1e-4)
+
+
+def test_recomputation_leaves_counters_alone(whole, source, tmp_path):
+    train(config("hybrid", source, activation_checkpoint="full"), out=tmp_path / "run", progress=False)
+    for a, b in zip(history(tmp_path / "run"), history(whole["hybrid"].out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["blocks"] == pytest.approx(b["blocks"], rel=1e-3)
+
+
+def test_synthetic_task(tmp_path):
+    made = config("dense", Path("mqar"), steps=4)
+    made |= {"vocab_size": 16, "data": {"source": "mqar", "num_pairs": 3}}
+    result = train(made, out=tmp_path / "run", progress=False)
+    assert set(result.evaluation) == {"loss", "accuracy", "scored_tokens"}
+    assert result.evaluation["scored_tokens"] == 256 * 3
+    assert "heldout_accuracy" in history(result.out)[-1]
+    assert (result.out / "sample.txt").read_text().startswith("input: ")
+
+
+def test_full_disk_is_one_line_and_the_run_can_be_resumed(source, tmp_path, whole):
+    out = tmp_path / "run"
+    with full_disk(20_000), pytest.raises(ZooError, match=r"step-3: the checkpoint cannot be written: ") as caught:
+        train(config("dense", source), out=out, progress=False)
+    assert "\n" not in str(caught.value)
+    assert not list((out / "checkpoint").iterdir())
+    train(config("dense", source), out=out, resume=True, progress=False)
+    assert history(out) == history(whole["dense"].out)
+
+
+def test_divergence_stops_with_one_message(source, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(
+        ZooError, match=r"training diverged: the loss of step \d+ is (nan|inf); lower train.lr"
+    ) as caught:
+        train(config("dense", source, lr=1e30, warmup_steps=0), out=out, progress=False)
+    assert "\n" not in str(caught.value)
+    assert all(math.isfinite(r["loss"]) for r in history(out))
+    assert not torch.distributed.is_initialized() and gc.isenabled()
+
+
+def test_requests_that_cannot_be_met(whole, source, tmp_path):
+    with pytest.raises(ConfigError, match="resume needs the run folder"):
+        train(config("dense", source), resume=True)
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        train(config("dense", source), out=tmp_path / "none", resume=True)
+    with pytest.raises(ConfigError, match="holds a run: go on with it by resume"):
+        train(config("dense", source), out=whole["dense"].out)
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        train(config("dense", source), out=source)
+    with pytest.raises(ConfigError, match=r"vocab_size: the tokenizer bytes has 257 ids, vocab_size is 100"):
+        train(config("dense", source) | {"vocab_size": 100}, progress=False)
+    with pytest.raises(ConfigError, match=r"train.steps"):
+        train(config("dense", source), steps=0, progress=False)
+    with pytest.raises(ConfigError) as caught:
+        train(config("dense", source, seq_len=32) | {"dim": 32}, out=whole["dense"].out, resume=True)
+    assert "dim: was 16 when the run began, is 32" in str(caught.value)
+    assert "train.seq_len: was 24 when the run began, is 32" in str(caught.value)
+
+
+def test_changed_data_cannot_be_resumed(tmp_path):
+    folder = texts(tmp_path / "texts")
+    train(config("dense", folder), out=tmp_path / "run", steps=1, progress=False)
+    (folder / f"{random.randrange(30)}.txt").write_text("another text")
+    with pytest.raises(DataError, match="the data are not those"):
+        train(config("dense", folder), out=tmp_path / "run", resume=True, progress=False)
+
+
+def test_free_folder(tmp_path):
+    assert free_folder("a", tmp_path) == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    assert free_folder("a", tmp_path) == tmp_path / "a-2"
+
+
+def test_nothing_is_said_on_stdout(source, capfd):
+    train(config("dense", source), steps=2, progress=True)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "training 2/2" in said.err and "[titan]" not in said.err and "WARNING" not in said.err
+    assert run.MAY_CHANGE

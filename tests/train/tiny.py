@@ -1,0 +1,66 @@
+"""Small configurations, and a run that is killed in the middle (`python tests/train/tiny.py NAME FOLDER STEP`)."""
+
+import copy
+import os
+import signal
+import sys
+from pathlib import Path
+
+DENSE = {
+    "name": "dense",
+    "dim": 16,
+    "vocab_size": 257,
+    "trunk": [{"repeat": 2, "of": [[{"attention": {"num_heads": 2}}, {"swiglu": {"hidden_dim": 24}}]]}],
+    "train": {
+        "steps": 10, "batch_size": 4, "seq_len": 24, "lr": 0.02, "warmup_steps": 2,
+        "eval_every": 4, "eval_batches": 1, "checkpoint_every": 3,
+    },
+    "data": {"source": "", "heldout": 0.1, "heldout_bytes": 500},
+}  # fmt: skip
+
+_MOE = {"num_experts": 4, "hidden_dim": 16, "score": "sigmoid", "balance": "bias", "num_shared_experts": 1}
+HYBRID = copy.deepcopy(DENSE) | {
+    "name": "hybrid",
+    "define": {
+        "linear": [{"gated_deltanet": {"num_heads": 2}}, {"moe": _MOE}],
+        "sparse": [{"moba": {"num_heads": 2, "block_size": 8, "top_k": 2}}, {"moe": {"num_experts": 4, "hidden_dim": 8}}],
+        "think": [{"attention": {"num_heads": 2}}, {"swiglu": {"hidden_dim": 16}}],
+    },
+    "trunk": ["linear", "sparse", {"loop": {"steps": 2, "of": ["think"]}}, {"swiglu": {"hidden_dim": 16}, "share": "a"},
+              {"swiglu": {"hidden_dim": 16}, "share": "a"}],
+}  # fmt: skip
+HYBRID["train"] |= {"accumulation": 2}
+HYBRID["data"] |= {"doc_ids": True}
+CONFIGS = {"dense": DENSE, "hybrid": HYBRID}
+
+
+def texts(folder: Path) -> Path:
+    """A folder of small texts with something to learn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(30):
+        (folder / f"{i}.txt").write_text("".join(f"{(i * j) % 7} times {j} makes {i * j % 10}\n" for j in range(40)))
+    return folder
+
+
+def config(name: str, source: Path, **train) -> dict:
+    """A copy of a configuration with its data in `source`."""
+    made = copy.deepcopy(CONFIGS[name])
+    made["data"]["source"] = str(source)
+    made["train"] |= train
+    return made
+
+
+if __name__ == "__main__":
+    from zoo.train import curve
+    from zoo.train.run import train
+
+    _, name, source, out, step = sys.argv
+    add = curve.MetricsFile.add
+
+    def add_and_die(self, record):
+        add(self, record)
+        if record["step"] == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    curve.MetricsFile.add = add_and_die
+    train(config(name, Path(source)), out=out, progress=False)

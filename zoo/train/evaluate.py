@@ -1,0 +1,111 @@
+"""What a model has learned: held-out loss, bits per byte beside simple references, accuracy on a task."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from zoo.train.corpus import Corpus, Document, Stream
+from zoo.train.loader import HeldoutRows, Rows, batch
+from zoo.train.synthetic import IGNORE
+from zoo.train.tokenizer import ByteTokenizer, Tokenizer
+
+Advance = Callable[[int, int], None]  # (batches done, batches in all)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before is restored."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def score(model: nn.Module, rows: Rows, count: int, size: int, advance: Advance | None = None) -> dict[str, float]:
+    """Loss in nats per scored token, accuracy of the most likely token, and how many tokens were scored, over
+    the first `count` rows in batches of `size`."""
+    nats, right, tokens = 0.0, 0, 0
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for first in range(0, count, size):
+            part = batch(rows, first, min(size, count - first))
+            labels = part.labels.to(device)
+            ids = None if part.doc_ids is None else part.doc_ids.to(device)
+            logits = model(part.inputs.to(device), doc_ids=ids).float()
+            nats += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"))
+            right += int((logits.argmax(-1) == labels).sum())
+            tokens += int((labels != IGNORE).sum())
+            if advance:
+                advance(min(first + size, count), count)
+    return {"loss": nats / tokens, "accuracy": right / tokens, "tokens": tokens}
+
+
+def some_heldout(corpus: Corpus, limit: int) -> list[Document]:
+    """The first `limit` bytes of the held-out documents, the last one cut where a character begins."""
+    chosen, room = [], limit
+    for name, text in corpus.heldout:
+        if room <= 0:
+            break
+        while len(text) > room and room > 0 and text[room] & 0xC0 == 0x80:
+            room -= 1
+        chosen.append(Document(name, text[:room]))
+        room -= len(text)
+    return [d for d in chosen if d.text]
+
+
+def evaluate_text(
+    model: nn.Module,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    batch_size: int,
+    limit: int,
+    doc_ids: bool = False,
+    advance: Advance | None = None,
+) -> dict[str, float | int]:
+    """Bits per byte of the model and of the references on the same held-out bytes.
+
+    The ends of documents are predicted too, and paid for, by the model, the unigram and the bigram; gzip reads
+    the documents joined. Every row starts without context.
+    """
+    documents = some_heldout(corpus, limit)
+    size = sum(len(d.text) for d in documents)
+    rows = HeldoutRows(Stream.of(documents, tokenizer), seq_len, doc_ids)
+    result = score(model, rows, len(rows), batch_size, advance)
+    unigram, bigram = ngram_bits(corpus.train, documents)
+    return {
+        "heldout_bytes": size,
+        "heldout_tokens": int(result["tokens"]),
+        "loss": result["loss"],
+        "accuracy": result["accuracy"],
+        "bits_per_byte": result["loss"] * result["tokens"] / math.log(2) / size,
+        "unigram_bits_per_byte": unigram / size,
+        "bigram_bits_per_byte": bigram / size,
+        "gzip_bits_per_byte": 8 * len(gzip.compress(b"".join(d.text for d in documents), 9)) / size,
+    }
+
+
+def ngram_bits(train: Sequence[Document], heldout: Sequence[Document]) -> tuple[float, float]:
+    """Bits of the held-out bytes and document ends under add-one smoothed unigrams and bigrams of the train
+    documents, counted in bytes whatever the model's tokenizer."""
+    tokenizer = ByteTokenizer()
+    size = tokenizer.vocab_size
+    ids = Stream.of(train, tokenizer).ids.astype(np.int64)
+    pairs = np.bincount(ids[:-1] * size + ids[1:], minlength=size * size).reshape(size, size)
+    single = pairs.sum(0)
+    log_single = np.log2((single + 1) / (single.sum() + size))
+    log_pairs = np.log2((pairs + 1) / (pairs.sum(1, keepdims=True) + size))
+    test = Stream.of(heldout, tokenizer).ids.astype(np.int64)
+    return -float(log_single[test[1:]].sum()), -float(log_pairs[test[:-1], test[1:]].sum())

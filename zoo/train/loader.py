@@ -1,0 +1,130 @@
+"""Rows addressed by a global index. Row i is a pure function of (data, seed, i); so a loader's whole state is
+one integer, a run resumes exactly, and n processes see together what one process sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.errors import DataError
+from zoo.train.corpus import Stream
+from zoo.train.synthetic import IGNORE, Sample
+
+
+class Row(NamedTuple):
+    """inputs, labels: [T]; labels are IGNORE where nothing is scored. doc_ids: [T], or None."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    doc_ids: np.ndarray | None = None
+
+
+class Rows(Protocol):
+    """An endless (`TrainRows`, `TaskRows`) or finite (`HeldoutRows`) supply of rows."""
+
+    def row(self, index: int) -> Row: ...
+
+
+class Batch(NamedTuple):
+    """Rows stacked: int64 [B, T] each."""
+
+    inputs: Tensor
+    labels: Tensor
+    doc_ids: Tensor | None
+
+
+def batch(rows: Rows, first: int, count: int) -> Batch:
+    """Rows first .. first + count - 1."""
+    parts = [rows.row(i) for i in range(first, first + count)]
+
+    def stack(arrays: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays).astype(np.int64))
+
+    ids = None if parts[0].doc_ids is None else stack([p.doc_ids for p in parts if p.doc_ids is not None])
+    return Batch(stack([p.inputs for p in parts]), stack([p.labels for p in parts]), ids)
+
+
+class TrainRows:
+    """Windows of a stream. Each epoch cuts the stream at another offset and visits the windows in another order."""
+
+    def __init__(self, stream: Stream, seq_len: int, seed: int, doc_ids: bool = False):
+        have = len(stream.ids)
+        if have < seq_len + 1:
+            raise DataError(f"the training text has {have} tokens; one row needs train.seq_len + 1 = {seq_len + 1}")
+        self.stream, self.seq_len, self.seed, self.doc_ids = stream, seq_len, seed, doc_ids
+        self.per_epoch = max(1, (have - 1) // seq_len - 1)
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    def _order_of(self, epoch: int) -> tuple[np.ndarray, int]:
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        room = len(self.stream.ids) - 1 - self.per_epoch * self.seq_len
+        return rng.permutation(self.per_epoch), int(rng.integers(0, min(room, self.seq_len - 1) + 1))
+
+    def row(self, index: int) -> Row:
+        """Row of a global index."""
+        order, offset = self._order(index // self.per_epoch)
+        start = offset + int(order[index % self.per_epoch]) * self.seq_len
+        ids = self.stream.ids[start : start + self.seq_len + 1]
+        return Row(ids[:-1], ids[1:], documents(self.stream, start, self.seq_len) if self.doc_ids else None)
+
+
+class HeldoutRows:
+    """Consecutive windows: every token but the first is a label exactly once. The last row is padded."""
+
+    def __init__(self, stream: Stream, seq_len: int, doc_ids: bool = False):
+        self.stream, self.seq_len, self.doc_ids = stream, seq_len, doc_ids
+
+    def __len__(self) -> int:
+        return -(-(len(self.stream.ids) - 1) // self.seq_len)
+
+    def row(self, index: int) -> Row:
+        """Row of an index below len()."""
+        start = index * self.seq_len
+        ids = self.stream.ids[start : start + self.seq_len + 1].astype(np.int64)
+        inputs, labels = np.full(self.seq_len, ids[0]), np.full(self.seq_len, IGNORE)
+        inputs[: len(ids) - 1], labels[: len(ids) - 1] = ids[:-1], ids[1:]
+        return Row(inputs, labels, documents(self.stream, start, self.seq_len) if self.doc_ids else None)
+
+
+class TaskRows:
+    """Samples of a synthetic task; `split` 0 is for training, others never meet it."""
+
+    def __init__(self, sample: Sample, seed: int, split: int = 0):
+        self.sample, self.seed, self.split = sample, seed, split
+
+    def row(self, index: int) -> Row:
+        """Row of a global index."""
+        counter = np.array([0, 0, index, self.split], np.uint64)
+        return Row(*self.sample(np.random.Generator(np.random.Philox(key=[self.seed, 0], counter=counter))))
+
+
+def documents(stream: Stream, start: int, count: int) -> np.ndarray:
+    """Document number of each token of a window."""
+    return np.searchsorted(stream.starts, np.arange(start, start + count), side="right")
+
+
+class Loader:
+    """Batches of one process among `world`: process r takes rows n + r * size .. of each `world * size` rows."""
+
+    def __init__(self, rows: Rows, size: int, rank: int = 0, world: int = 1):
+        self.rows, self.size, self.rank, self.world = rows, size, rank, world
+        self.seen = 0  # rows given out to all processes together
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            first = self.seen + self.rank * self.size
+            self.seen += self.world * self.size
+            yield batch(self.rows, first, self.size)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position."""
+        return {"rows": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a position, of a run on any number of processes."""
+        self.seen = int(state["rows"])

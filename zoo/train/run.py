@@ -1,0 +1,411 @@
+"""`train`: a configuration in, a run folder out.
+
+config.yaml         what was trained, complete; itself a configuration
+environment.json    versions, machine, command, size and hash of the data
+metrics.jsonl       one line per step
+loss.png            the curve
+checkpoint/step-N   everything needed to go on (torch.distributed.checkpoint)
+model/              config.yaml + model.safetensors, for `zoo.from_pretrained`
+evaluation.json     held-out figures
+sample.txt          a continuation of held-out text, or an answered task
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from torch import nn
+
+import zoo
+from zoo.errors import ConfigError, DataError, Problem
+from zoo.sections import DataSection, TrainSection
+from zoo.train.corpus import Corpus, Stream, read_corpus
+from zoo.train.curve import LN2, MetricsFile, draw
+from zoo.train.evaluate import evaluate_text, score, some_heldout
+from zoo.train.files import new_folder, write_text
+from zoo.train.loader import HeldoutRows, Rows, TaskRows, TrainRows, batch
+from zoo.train.progress import Reporter, step_text
+from zoo.train.synthetic import IGNORE, make_task
+from zoo.train.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
+
+# options of `train:` that a resumed run may change; everything else must be as it was
+MAY_CHANGE = (
+    "steps", "lr", "min_lr_factor", "schedule", "warmup_steps", "decay_fraction", "grad_clip", "accumulation",
+    "compile", "activation_checkpoint", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints",
+)  # fmt: skip
+SAMPLE_TOKENS = 400
+PROMPT_BYTES = 120
+TASK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did. `evaluation` and `model` are None where it was interrupted before its last step."""
+
+    out: Path | None
+    step: int
+    steps: int
+    interrupted: bool
+    parameters: int
+    loss: float | None
+    seconds: float
+    tokens_per_second: float
+    evaluation: dict[str, float | int] | None
+    sample: str | None
+    model: nn.Module | None
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Rows to train on, and how to judge a model on what it has not seen."""
+
+    rows: Rows
+    summary: dict[str, Any]
+    glance: Callable[[nn.Module], dict[str, float]]
+    judge: Callable[[nn.Module, Reporter], dict[str, float | int]]
+    sample: Callable[[nn.Module], str]
+    tokenizer: Tokenizer | None
+    bits: bool  # one token is one byte
+
+
+def free_folder(name: str, under: Path = Path("runs")) -> Path:
+    """The first of runs/name, runs/name-2, ... that does not exist."""
+    number = 1
+    while (path := under / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return path
+
+
+def train(
+    config: Any,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    steps: int | None = None,
+    progress: bool = True,
+) -> RunResult:
+    """Train a configuration (a path, a shipped name, a mapping or what `zoo.load_config` returned).
+
+    out: the run folder; None writes nothing. resume: go on from the newest complete checkpoint in `out`.
+    steps: in place of `train.steps`. Ctrl-C saves a checkpoint and returns with `interrupted`; a second one
+    stops at once. ConfigError, DataError and ZooError say what is wrong in one line each.
+    """
+    document = OmegaConf.to_container(zoo.load_config(config), resolve=True)
+    section = TrainSection.from_mapping(document.get("train"))
+    if steps is not None:
+        section = TrainSection.from_mapping({**(document.get("train") or {}), "steps": steps})
+        document["train"] = {**(document.get("train") or {}), "steps": steps}
+    data_section = DataSection.from_mapping(document.get("data"))
+    folder = None if out is None else Path(out)
+    if folder:
+        _check_folder(folder, resume, document)
+    elif resume:
+        raise ConfigError("resume needs the run folder: give out")
+    with Reporter(progress) as report:
+        report.begin("loading torchtitan")
+        from zoo.train import titan  # seconds: after the checks that need no torch
+
+        report.end()
+        report.begin("reading data")
+        data = _prepare(data_section, section, document)
+        report.end()
+        return _run(titan, document, section, data, folder, resume, report)
+
+
+def _run(
+    titan: Any,
+    document: dict[str, Any],
+    section: TrainSection,
+    data: _Data,
+    folder: Path | None,
+    resume: bool,
+    report: Reporter,
+) -> RunResult:
+    start = time.monotonic()
+    at = titan.newest_checkpoint(folder) if folder and resume else None
+    records: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        if folder:
+            _describe(folder, document, data.summary, resume)
+            metrics = stack.enter_context(MetricsFile(folder / "metrics.jsonl", at or 0))
+            records = metrics.records
+        stop = stack.enter_context(_stopping())
+        heldout = ""
+
+        def on_step(record: dict[str, Any]) -> None:
+            nonlocal heldout
+            metrics.add(record) if folder else records.append(record)
+            if "heldout_loss" in record:
+                key = "heldout_bits_per_byte" if "heldout_bits_per_byte" in record else "heldout_loss"
+                heldout = f"  held-out {record[key]:.3f}{' bits/byte' if key.endswith('byte') else ''}"
+            report.advance(record["step"], step_text(record, heldout))
+
+        job = titan.Job(
+            build=lambda device: zoo.build(document, device=device),
+            train=section,
+            rows=data.rows,
+            folder=folder,
+            resume_from=at,
+            on_step=on_step,
+            evaluate=data.glance,
+            stop=stop,
+        )
+        report.begin("training", section.steps, at or 0)
+        trained, step = titan.fit(job)
+    seconds = time.monotonic() - start
+    evaluation = text = model = None
+    if step >= section.steps:
+        # a fresh copy: the trained one may be compiled or recompute
+        model = zoo.build(document)
+        model.load_state_dict(trained.state_dict())
+        model.eval()
+        evaluation = data.judge(model, report)
+        text = data.sample(model)
+    if folder:
+        _finish(folder, data, records, evaluation, text, model)
+    fast = [r["tokens_per_second"] for r in records[-50:]]
+    return RunResult(
+        out=folder,
+        step=step,
+        steps=section.steps,
+        interrupted=step < section.steps,
+        parameters=sum(p.numel() for p in trained.parameters()),
+        loss=records[-1]["loss"] if records else None,
+        seconds=seconds,
+        tokens_per_second=sum(fast) / len(fast) if fast else 0.0,
+        evaluation=evaluation,
+        sample=text,
+        model=model,
+    )
+
+
+# ------------------------------------------------------------------------------------------ run folder
+def _check_folder(folder: Path, resume: bool, document: dict[str, Any]) -> None:
+    """Refuse to write over a run, or to go on with something else than what was begun."""
+    known = folder / "config.yaml"
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            what = "holds a run: go on with it by resume, or" if known.is_file() else "is not an empty folder:"
+            raise ConfigError(f"{folder} {what} give another out")
+        return
+    if not known.is_file():
+        raise ConfigError(f"{folder} holds no run to resume (it has no config.yaml)")
+    before = OmegaConf.to_container(zoo.load_config(known), resolve=True)
+    changed = [Problem(f"was {a!r} when the run began, is {b!r}", key) for key, a, b in _differences(before, document)]
+    if changed:
+        raise ConfigError([Problem(f"{folder} cannot be resumed with another configuration"), *changed])
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    sections = {"train": TrainSection, "data": DataSection}
+    for key in dict.fromkeys([*before, *now]):
+        if key in sections:
+            a, b = (sections[key].from_mapping(d.get(key)) for d in (before, now))
+            for option in vars(a):
+                if key == "train" and option in MAY_CHANGE:
+                    continue
+                if getattr(a, option) != getattr(b, option):
+                    yield f"{key}.{option}", getattr(a, option), getattr(b, option)
+        elif before.get(key) != now.get(key):
+            yield key, _short(before.get(key)), _short(now.get(key))
+
+
+def _short(value: Any) -> Any:
+    return value if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+
+
+def _describe(folder: Path, document: dict[str, Any], data: dict[str, Any], resume: bool) -> None:
+    path = folder / "environment.json"
+    if resume and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8")).get("data")
+        if before != data:
+            raise DataError(
+                f"{folder} cannot be resumed: the data are not those of its first start ({before} -> {data})"
+            )
+    write_text(folder / "config.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+    write_text(path, json.dumps(_environment() | {"data": data}, indent=2) + "\n")
+
+
+def _environment() -> dict[str, Any]:
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "zoo": zoo.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchtitan": version("torchtitan"),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _finish(
+    folder: Path,
+    data: _Data,
+    records: list[dict[str, Any]],
+    evaluation: dict[str, Any] | None,
+    sample: str | None,
+    model: nn.Module | None,
+) -> None:
+    if evaluation is not None and sample is not None and model is not None:
+        with new_folder(folder / "model") as temporary:
+            model.save_pretrained(temporary)  # type: ignore[operator]
+            if isinstance(data.tokenizer, FileTokenizer):
+                shutil.copyfile(data.tokenizer.path, temporary / "tokenizer.json")
+        write_text(folder / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+        write_text(folder / "sample.txt", sample)
+    if records:
+        names = ("unigram", "bigram", "gzip")
+        figures = {n: evaluation[f"{n}_bits_per_byte"] for n in names} if evaluation and data.bits else {}
+        draw(records, folder / "loss.png", figures, data.bits)
+
+
+def tokenizer_of(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a run or of its `model/` folder."""
+    folder = Path(folder)
+    for path in (folder / "tokenizer.json", folder / "model" / "tokenizer.json"):
+        if path.is_file():
+            return FileTokenizer(path)
+    document = OmegaConf.to_container(zoo.load_config(folder / "config.yaml"), resolve=True)
+    return load_tokenizer(DataSection.from_mapping(document.get("data")).tokenizer)
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or SIGTERM asks for an orderly end; the second Ctrl-C is not caught."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(number, before[number])
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for n in before:
+        signal.signal(n, ask)
+    try:
+        yield asked.is_set
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+# ------------------------------------------------------------------------------------------------ data
+def _prepare(data: DataSection, section: TrainSection, document: dict[str, Any]) -> _Data:
+    return _task(data, section, document) if data.synthetic else _text(data, section, document)
+
+
+def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) -> _Data:
+    tokenizer = load_tokenizer(data.tokenizer)
+    if document["vocab_size"] < tokenizer.vocab_size:
+        have = f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids"
+        raise ConfigError([Problem(f"{have}, vocab_size is {document['vocab_size']}", "vocab_size")])
+    corpus = read_corpus(data)
+    stream = Stream.of(corpus.train, tokenizer)
+    rows = TrainRows(stream, section.seq_len, section.seed, data.doc_ids)
+    summary = corpus.summary()
+    # about eval_batches batches of held-out text, in whole bytes
+    wanted = section.eval_batches * section.batch_size * section.seq_len
+    seen = some_heldout(corpus, max(1, round(wanted * summary["train_bytes"] / len(stream.ids))))
+    seen_rows = HeldoutRows(Stream.of(seen, tokenizer), section.seq_len, data.doc_ids)
+    size = section.batch_size // section.accumulation
+
+    def glance(model: nn.Module) -> dict[str, float]:
+        result = score(model, seen_rows, len(seen_rows), size)
+        bits = result["loss"] * result["tokens"] / LN2 / sum(len(d.text) for d in seen)
+        return {"heldout_loss": result["loss"], "heldout_bits_per_byte": bits}
+
+    def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
+        report.begin("evaluating", -(-data.heldout_bytes // section.seq_len))
+        return evaluate_text(
+            model,
+            corpus,
+            tokenizer,
+            seq_len=section.seq_len,
+            batch_size=size,
+            limit=data.heldout_bytes,
+            doc_ids=data.doc_ids,
+            advance=lambda done, total: report.advance(done, total=total),
+        )
+
+    return _Data(
+        rows,
+        summary,
+        glance,
+        judge,
+        lambda model: _continue(model, corpus, tokenizer),
+        tokenizer,
+        data.tokenizer == "bytes",
+    )
+
+
+def _continue(model: nn.Module, corpus: Corpus, tokenizer: Tokenizer) -> str:
+    text = next((d.text for d in corpus.heldout if len(d.text) > 8 * PROMPT_BYTES), corpus.heldout[0].text)
+    prompt = tokenizer.encode([text[: text.find(b"\n", min(PROMPT_BYTES, len(text) - 1)) + 1 or PROMPT_BYTES]])[0]
+    ids = torch.tensor([[tokenizer.end, *prompt.tolist()]])
+    made = model.generate(ids, SAMPLE_TOKENS, 0.8, seed=0)[0].tolist()  # type: ignore[operator]
+    begun = tokenizer.decode(made[: ids.shape[1]])
+    return f"{begun}\N{BLACK RIGHT-POINTING SMALL TRIANGLE}{tokenizer.decode(made[ids.shape[1] :])}\n"
+
+
+def _task(data: DataSection, section: TrainSection, document: dict[str, Any]) -> _Data:
+    sample = make_task(data, section.seq_len, document["vocab_size"])
+    heldout = TaskRows(sample, section.seed, split=1)
+    size = section.batch_size // section.accumulation
+
+    def glance(model: nn.Module) -> dict[str, float]:
+        result = score(model, heldout, section.eval_batches * section.batch_size, size)
+        return {"heldout_loss": result["loss"], "heldout_accuracy": result["accuracy"]}
+
+    def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
+        report.begin("evaluating", TASK_ROWS)
+        fresh = TaskRows(sample, section.seed, split=2)
+        result = score(model, fresh, TASK_ROWS, size, lambda done, total: report.advance(done))
+        return {"loss": result["loss"], "accuracy": result["accuracy"], "scored_tokens": int(result["tokens"])}
+
+    def answer(model: nn.Module) -> str:
+        row = batch(TaskRows(sample, section.seed, split=2), 0, 1)
+        with torch.no_grad():
+            said = model(row.inputs).argmax(-1)
+        scored = row.labels != IGNORE
+        parts = (("input", row.inputs[0]), ("wanted", row.labels[scored]), ("answered", said[scored]))
+        return "".join(f"{name}: {' '.join(map(str, ids.tolist()))}\n" for name, ids in parts)
+
+    summary = {"task": data.source, "num_pairs": data.num_pairs, "num_copied": data.num_copied}
+    return _Data(TaskRows(sample, section.seed), summary, glance, judge, answer, None, False)

@@ -1,0 +1,468 @@
+"""The only door to torchtitan: its Trainer runs our models, rows and optimizer settings in one process.
+
+torchtitan 0.3 names its device once, at import, so the device is bound here before the rest of it is loaded.
+Nothing of torch is patched. What is used of torchtitan stands in `tests/train/test_titan_contract.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from zoo.contract import set_auxiliary_scale
+from zoo.errors import ZooError
+from zoo.sections import TrainSection
+from zoo.train.files import new_folder
+from zoo.train.loader import Loader, Rows
+from zoo.train.parallelize import parallelize
+
+
+class _Cpu:
+    """torch.cpu, and the calls that torchtitan makes of an accelerator's module."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_name(self, device: Any = None) -> str:
+        return "CPU"
+
+    def get_device_properties(self, device: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(name="CPU", total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    def memory_stats(self, device: Any = None) -> dict[str, int]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "num_alloc_retries": 0, "num_ooms": 0}
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+
+def _bind_device() -> None:
+    loaded = "torchtitan.trainer" in sys.modules
+    from torchtitan.tools import utils
+
+    if not torch.cuda.is_available() and utils.device_type != "cpu":
+        if loaded:
+            raise ZooError("import zoo.train.titan before torchtitan: torchtitan fixes its device when it is imported")
+        utils.device_type, utils.device_module = "cpu", _Cpu()
+
+
+_bind_device()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torchtitan.components.checkpointer import CheckpointManager
+    from torchtitan.components.dataloader import BaseDataLoader
+    from torchtitan.components.loss import CrossEntropyLoss
+    from torchtitan.components.metrics import MetricsProcessor
+    from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
+    from torchtitan.components.tokenizer import BaseTokenizer
+    from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
+    from torchtitan.protocols.model import BaseModel
+    from torchtitan.protocols.model_spec import ModelSpec
+    from torchtitan.trainer import Trainer
+
+_CHECKPOINT = re.compile(r"step-(\d+)")
+_NOT_DECAYED = ("A_log", "D", "dt_bias")
+
+
+# ------------------------------------------------------------------------------------------- interface
+@dataclass
+class Job:
+    """One training run. `build(device)` gives the model; `on_step(record)` is called after each step, with what
+    `evaluate(model)` returned in steps that are due; `stop()` ends the run after a step."""
+
+    build: Callable[[str], nn.Module]
+    train: TrainSection
+    rows: Rows
+    folder: Path | None = None
+    resume_from: int | None = None
+    on_step: Callable[[dict[str, Any]], None] = lambda record: None
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+    stop: Callable[[], bool] = lambda: False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nothing: torchtitan writes its configuration out, and this is none of it."""
+        return {}
+
+
+def fit(job: Job) -> tuple[nn.Module, int]:
+    """Run a job to its end, or until `job.stop()`. Returns the trained model and the step that was reached."""
+    collecting = gc.isenabled()
+    with _process_group(), _quiet(), torch.random.fork_rng(devices=[]):
+        trainer = None
+        try:
+            trainer = _config(job).build()
+            trainer.train()
+            return trainer.model_parts[0].model, trainer.step
+        finally:
+            if trainer is not None:
+                trainer.close()
+            set_auxiliary_scale(1.0)
+            if collecting:
+                gc.enable()  # torchtitan collects by itself and leaves collection switched off
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """Step of the newest complete checkpoint under a run folder."""
+    found = [
+        _CHECKPOINT.fullmatch(p.name) for p in (folder / "checkpoint").glob("step-*") if (p / ".metadata").is_file()
+    ]
+    return max((int(m[1]) for m in found if m), default=None)
+
+
+# --------------------------------------------------------------------------------------- surroundings
+@contextmanager
+def _process_group() -> Iterator[None]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ZooError("training runs in one process; start it without torchrun")
+    mine = not dist.is_initialized()
+    had = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = had or "0"
+    try:
+        if mine:  # a store in memory needs no network
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield
+    finally:
+        if mine and dist.is_initialized():
+            dist.destroy_process_group()
+        if had is None:
+            del os.environ["LOCAL_RANK"]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # torchtitan logs to the root logger: leave other people's records alone
+    def keep(record: logging.LogRecord) -> bool:
+        return f"{os.sep}torchtitan{os.sep}" not in record.pathname or record.levelno >= logging.ERROR
+
+    root, own = logging.getLogger(), logging.getLogger("torchtitan")
+    level = own.level
+    root.addFilter(keep)
+    own.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\.distributed\.|torchtitan\.")
+            yield
+    finally:
+        root.removeFilter(keep)
+        own.setLevel(level)
+
+
+# ------------------------------------------------------------------------------------------- adapters
+class _Model(BaseModel):
+    """Our model under the name `model`. Built on meta, moved by `to_empty`, filled by `init_weights`."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseModel.Config):
+        job: Job
+
+        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
+            pass
+
+        def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+            count = sum(p.numel() for p in model.parameters())
+            return count, 6 * count  # only torchtitan's own log would show the FLOPs
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.model = config.job.build("meta")
+        self.section = config.job.train
+        self.ties = _ties(self.model)
+
+    def verify_module_protocol(self) -> None:
+        pass  # the children are ordinary modules on purpose
+
+    def init_weights(self, *, buffer_device: Any = None, **kwargs: Any) -> None:
+        for (first, name), *others in self.ties:  # `to_empty` gave each of them a tensor of its own
+            for module, other in others:
+                module.register_parameter(other, getattr(first, name))
+        self.model.init_weights(self.section.seed)
+
+    def forward(self, tokens: Tensor, *, doc_ids: Tensor | None = None) -> Tensor:
+        return self.model(tokens, doc_ids=doc_ids)
+
+
+def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """(module, name) of every parameter that several modules hold."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(p), []).append((module, name))
+    return [h for h in holders.values() if len(h) > 1]
+
+
+class _Data(BaseDataLoader):
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        job: Job
+
+    def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **unused: Any):
+        self.loader = Loader(config.job.rows, local_batch_size, dp_rank, dp_world_size)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        for inputs, labels, doc_ids in self.loader:
+            yield {"input": inputs} | ({} if doc_ids is None else {"doc_ids": doc_ids}), labels
+
+    def state_dict(self) -> dict[str, int]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.loader.load_state_dict(state)
+
+
+class _NoTokenizer(BaseTokenizer):
+    """The rows are tokenized before torchtitan sees them."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseTokenizer.Config):
+        pass
+
+    def __init__(self, config: Config, *, tokenizer_path: str | None = None):
+        super().__init__()
+
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        raise NotImplementedError
+
+    def get_vocab_size(self) -> int:
+        raise NotImplementedError
+
+
+class _Metrics(MetricsProcessor):
+    """Keeps the numbers of the last step; the run writes them."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        pass
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        self.last = {"loss": global_avg_loss, "grad_norm": grad_norm, "tokens": (extra_metrics or {})["n_tokens_seen"]}
+        self.data_loading_times.clear()
+
+
+class _Checkpoints(CheckpointManager):
+    """A step's folder appears when it is complete."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CheckpointManager.Config):
+        pass
+
+    def __init__(self, config: Config, **parts: Any):
+        super().__init__(config, **parts)
+        if self.enable:
+            for left in Path(self.folder).glob(".step-*"):  # of a run that was killed while it saved
+                shutil.rmtree(left, ignore_errors=True)
+
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with new_folder(Path(checkpoint_id)) as temporary:
+                return super().dcp_save(state_dict, str(temporary), *args, **kwargs)
+        except CheckpointException as error:
+            cause = next((c for c, _ in error.failures.values()), error)
+            why = getattr(cause, "strerror", None) or str(cause).strip().split("\n")[0]
+            raise ZooError(f"{checkpoint_id}: the checkpoint cannot be written: {why}") from error
+
+    def save_now(self, step: int) -> None:
+        self.save(step, last_step=True)
+        if self.enable:
+            self._purge_stale_checkpoints()
+
+
+class _Trainer(Trainer):
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        job: Job
+        metrics: MetricsProcessor.Config = field(default_factory=_Metrics.Config)
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        set_auxiliary_scale(1 / self.gradient_accumulation_steps)
+        modules = list(self.model_parts[0].modules())
+        self.biased = [m for m in modules if callable(getattr(m, "update_bias", None))]
+        self.measuring = [m for m in modules if isinstance(getattr(m, "metrics", None), dict)]
+        self.parameters = list(self.model_parts[0].parameters())
+
+    def train(self) -> None:
+        """The loop of torchtitan's Trainer without its end-of-run pause, with evaluation and a way to stop."""
+        job, train = self.config.job, self.config.job.train
+        if job.resume_from is not None:
+            self.checkpointer.load(job.resume_from)
+            self._apply_schedule()
+        batches = self.batch_generator(self.dataloader)
+        while self.step < train.steps and not job.stop():
+            self.step += 1
+            self.gc_handler.run(self.step)
+            record = self._timed_step(batches)
+            last = self.step == train.steps
+            if job.evaluate and train.eval_every and (last or self.step % train.eval_every == 0):
+                record |= job.evaluate(self.model_parts[0].model)
+            job.on_step(record)
+            if last or job.stop():
+                self.checkpointer.save_now(self.step)
+            elif train.checkpoint_every:
+                self.checkpointer.save(self.step)
+
+    def _timed_step(self, batches: Iterator[Any]) -> dict[str, Any]:
+        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        start, before = time.perf_counter(), self.ntokens_seen
+        self.train_step(batches)
+        seconds = time.perf_counter() - start
+        last = self.metrics_processor.last
+        if not math.isfinite(last["grad_norm"]):
+            raise self._diverged("gradient norm", last["grad_norm"])
+        return {
+            "step": self.step,
+            "loss": last["loss"],
+            "lr": lr,
+            "grad_norm": last["grad_norm"],
+            "tokens": last["tokens"],
+            "tokens_per_second": (self.ntokens_seen - before) / seconds,
+            "seconds": seconds,
+        } | self._block_metrics()
+
+    def _block_metrics(self) -> dict[str, dict[str, float]]:
+        """What the blocks measured in the last forward, averaged over those that measure it."""
+        found: dict[str, list[float]] = {}
+        for module in self.measuring:
+            for name, value in module.metrics.items():
+                found.setdefault(name, []).append(float(value))
+        return {"blocks": {name: sum(v) / len(v) for name, v in found.items()}} if found else {}
+
+    def train_step(self, data_iterator: Iterator[Any]) -> None:
+        # a step's random numbers are its own: checkpoints hold no generator state
+        key = f"{self.config.job.train.seed}/{self.step}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+        super().train_step(data_iterator)
+        for module in self.biased:
+            module.update_bias()
+
+    def forward_backward_step(self, **kwargs: Any) -> Tensor:
+        loss = super().forward_backward_step(**kwargs)
+        if not math.isfinite(value := float(loss.detach())):
+            raise self._diverged("loss", value)
+        for p in self.parameters:
+            # the optimizer state of a parameter that a step did not use must exist too, or it cannot be restored
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return loss
+
+    def _apply_schedule(self) -> None:
+        # the loaded groups carry the old run's rate, which differs where the schedule was changed
+        for scheduler in self.lr_schedulers.schedulers:
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+
+    def _diverged(self, what: str, value: float) -> ZooError:
+        advice = "lower train.lr, or raise train.warmup_steps"
+        return ZooError(f"training diverged: the {what} of step {self.step} is {value}; {advice}")
+
+    def close(self) -> None:
+        self.checkpointer.maybe_wait_for_saving()
+        super().close()
+
+
+def _config(job: Job) -> _Trainer.Config:
+    train = job.train
+    warmup = min(train.warmup_steps, train.steps)
+    return _Trainer.Config(
+        job=job,
+        model_spec=ModelSpec(
+            name="zoo",
+            flavor="",
+            model=_Model.Config(job=job),
+            parallelize_fn=_parallelize,
+            pipelining_fn=None,
+            post_optimizer_build_fn=None,
+            state_dict_adapter=None,
+        ),
+        dump_folder=str(job.folder or ""),
+        tokenizer=_NoTokenizer.Config(),
+        dataloader=_Data.Config(job=job),
+        loss=CrossEntropyLoss.Config(),
+        optimizer=OptimizersContainer.Config(param_groups=_groups(job.build("meta"), train)),
+        lr_scheduler=LRSchedulersContainer.Config(
+            warmup_steps=warmup,
+            decay_ratio=train.decay_fraction if train.schedule == "wsd" else None,
+            decay_type="cosine" if train.schedule == "cosine" else "linear",
+            min_lr_factor=train.min_lr_factor,
+        ),
+        training=TrainingConfig(
+            local_batch_size=train.batch_size // train.accumulation,
+            global_batch_size=train.batch_size,
+            seq_len=train.seq_len,
+            steps=train.steps,
+            max_norm=train.grad_clip or math.inf,
+            disable_cuda_graphs=True,
+        ),
+        # the backend for modules that know nothing of torchtitan
+        parallelism=ParallelismConfig(spmd_backend="partial_dtensor", context_parallel_load_balancer=None),
+        checkpoint=_Checkpoints.Config(
+            enable=job.folder is not None,
+            interval=train.checkpoint_every or train.steps,
+            keep_latest_k=train.keep_checkpoints,
+            last_save_model_only=False,  # so that a finished run can be continued
+            initial_load_model_only=False,
+        ),
+        activation_checkpoint=None,
+        comm=CommConfig(trace_buf_size=0),
+        debug=DebugConfig(enable_structured_logging=False),
+        metrics=_Metrics.Config(log_freq=1, disable_color_printing=True),
+    )
+
+
+def _parallelize(model: _Model, *, parallel_dims: Any, **unused: Any) -> _Model:
+    parallelize(model.model, model.section, parallel_dims.world_size)
+    return model
+
+
+def _groups(model: nn.Module, train: TrainSection) -> list[ParamGroupConfig]:
+    """AdamW with weight decay for matrices, without for vectors and for what SSMs keep undecayed."""
+    decayed: dict[bool, list[str]] = {True: [], False: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decayed[p.ndim > 1 and name.rpartition(".")[2] not in _NOT_DECAYED].append(re.escape(f"model.{name}"))
+    shared = {"lr": train.lr, "betas": train.betas, "eps": 1e-8}
+    return [
+        ParamGroupConfig(
+            pattern=rf"^(?:{'|'.join(names)})$",
+            optimizer_name="AdamW",
+            optimizer_kwargs=shared | {"weight_decay": train.weight_decay if decay else 0.0},
+        )
+        for decay, names in decayed.items()
+        if names
+    ]
