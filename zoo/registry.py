@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from zoo.errors import ConfigError, did_you_mean
 
@@ -32,6 +32,7 @@ _SCANNED_PACKAGES = ("blocks", "graph")
 # set by the graph, never by a config: they follow from where the block or router stands
 CONTEXT_OPTIONS = ("layer_index", "num_layers", "steps", "nested")
 _NOT_OPTIONS = ("self", "dim", "device", "dtype")
+_Class = TypeVar("_Class", bound=type)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def register(
     relations: tuple[str, ...] = (),
     examples: tuple[Mapping[str, Any], ...] = ({},),
     note: str = "",
-) -> Callable[[type], type]:
+) -> Callable[[_Class], _Class]:
     """Give a class its name in configurations. Arguments must be literals: they are read without importing."""
     if kind not in KINDS:
         raise ValueError(f"kind of {name!r} must be one of {KINDS}, got {kind!r}")
@@ -122,7 +123,7 @@ def register(
         name, kind, paper, tuple(ops), causal, streaming, state_growth, tuple(relations), tuple(examples), note
     )
 
-    def mark(cls: type) -> type:
+    def mark(cls: _Class) -> _Class:
         cls.zoo_registration = registration  # type: ignore[attr-defined]
         return cls
 
