@@ -1,0 +1,224 @@
+"""Token-choice mixture of experts against Hugging Face's, a dense masked form, and its own controllers."""
+
+import pytest
+import torch
+
+import zoo.registry as registry
+from zoo.kernels import use
+
+DIM, HIDDEN = 32, 16
+X = torch.randn(2, 9, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def moe(**options):
+    torch.manual_seed(0)
+    return registry.create("moe", DIM, dtype=torch.float64, **{"hidden_dim": HIDDEN} | options)
+
+
+def redraw(module):
+    generator = torch.Generator().manual_seed(7)
+    for p in module.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * p.shape[-1] ** -0.5
+    return module.double().eval()
+
+
+def mixtral():
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(hidden_size=DIM, intermediate_size=HIDDEN, num_local_experts=6, num_experts_per_tok=2)
+    return MixtralSparseMoeBlock(config), {"num_experts": 6}
+
+
+def qwen3():
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    config = Qwen3MoeConfig(
+        hidden_size=DIM, moe_intermediate_size=HIDDEN, num_experts=8, num_experts_per_tok=3, norm_topk_prob=False
+    )
+    return Qwen3MoeSparseMoeBlock(config), {"top_k": 3, "renormalize": False}
+
+
+def deepseek_v3():
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    config = DeepseekV3Config(
+        hidden_size=DIM, moe_intermediate_size=HIDDEN, n_routed_experts=8, num_experts_per_tok=2, n_group=4,
+        topk_group=2, n_shared_experts=2, routed_scaling_factor=2.5, norm_topk_prob=True,
+    )  # fmt: skip
+    module = DeepseekV3MoE(config)
+    module.gate.e_score_correction_bias = torch.randn(8, generator=torch.Generator().manual_seed(1)) * 0.2
+    return module, {
+        "score": "sigmoid", "num_groups": 4, "top_groups": 2, "num_shared_experts": 2, "route_scale": 2.5,
+        "balance": "bias",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [mixtral, qwen3, deepseek_v3])
+def test_is_hugging_faces(family):
+    theirs, options = family()
+    theirs = redraw(theirs)
+    ours = moe(**options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    want = theirs(X)
+    want = want[0] if isinstance(want, tuple) else want
+    # their routers compute in fp32
+    torch.testing.assert_close(ours(X), want, rtol=1e-5, atol=1e-5)
+
+
+def test_balance_loss_is_hugging_faces():
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    ours = moe(num_experts=6, top_k=2).train()
+    ours(X)
+    logits = ours.gate(X.reshape(-1, DIM))[0]
+    want = load_balancing_loss_func((logits,), 6, 2) / 2  # theirs counts each of the k choices in full
+    torch.testing.assert_close(ours.metrics["balance_loss"].float(), want, rtol=1e-6, atol=1e-6)
+
+
+def dense(ours, x):
+    """Every expert on every token, masked by the routing weights."""
+    flat = x.reshape(-1, DIM)
+    _, _, indices, weights = ours.gate(flat)
+    gate, up = torch.einsum("nd,ehd->neh", flat, ours.experts.gate_up_proj).chunk(2, -1)
+    outs = torch.einsum("neh,edh->ned", torch.nn.functional.silu(gate) * up, ours.experts.down_proj)
+    full = torch.zeros(len(flat), ours.num_experts, dtype=x.dtype).scatter(1, indices, weights)
+    y = torch.einsum("ne,ned->nd", full, outs).view_as(x)
+    return y if ours.shared_experts is None else y + ours.shared_experts(x)
+
+
+OPTIONS = (
+    {},
+    {"score": "sigmoid", "num_groups": 4, "top_groups": 2, "num_shared_experts": 1},
+    {"top_k": 1, "renormalize": False, "num_experts": 5},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kernel", ["loop", "chunked", "reference"])
+def test_dispatch_equals_the_dense_masked_form(options, kernel):
+    ours = moe(**options, kernel=kernel).eval()
+    got, want = ours(X), dense(ours, X)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    parameters = list(ours.parameters())
+    for g, w in zip(
+        torch.autograd.grad(got.square().sum(), parameters), torch.autograd.grad(want.square().sum(), parameters)
+    ):
+        torch.testing.assert_close(g, w, rtol=0, atol=1e-9)
+
+
+def test_one_expert_is_swiglu():
+    ours = moe(num_experts=1, top_k=1)
+    swiglu = registry.create("swiglu", DIM, hidden_dim=HIDDEN, dtype=torch.float64)
+    swiglu.gate_proj.weight.data, swiglu.up_proj.weight.data = ours.experts.gate_up_proj.data[0].chunk(2)
+    swiglu.down_proj.weight.data = ours.experts.down_proj.data[0]
+    torch.testing.assert_close(ours(X), swiglu(X))
+
+
+def test_all_experts_with_equal_scores_are_a_mean():
+    ours = moe(num_experts=4, top_k=4, route_scale=3.0)
+    torch.nn.init.zeros_(ours.gate.weight)
+    single = [ours.experts(X.reshape(-1, DIM), torch.full((18, 1), e), torch.ones(18, 1)) for e in range(4)]
+    torch.testing.assert_close(ours(X).reshape(-1, DIM), 3.0 * sum(single) / 4)
+
+
+def test_groups_limit_the_choice():
+    ours = moe(score="sigmoid", num_groups=4, top_groups=2, top_k=3)
+    indices = ours.gate(X.reshape(-1, DIM))[2]
+    assert all(len(set(row)) <= 2 for row in (indices // 2).tolist())
+    scores = ours.gate(X.reshape(-1, DIM))[1]
+    best = scores.unflatten(-1, (4, 2)).sum(-1).topk(2).indices
+    assert all(set((i // 2).tolist()) <= set(g.tolist()) for i, g in zip(indices, best))
+
+
+def test_selection_bias_steers_selection_only():
+    ours = moe(balance="bias", score="sigmoid").eval()
+    y = ours(X)
+    ours.gate.e_score_correction_bias.add_(0.7)
+    torch.testing.assert_close(ours(X), y)  # a constant changes nothing
+    ours.gate.e_score_correction_bias[3] += 10.0
+    _, scores, indices, weights = ours.gate(X.reshape(-1, DIM))
+    assert (indices == 3).any(-1).all()
+    chosen = scores.gather(1, indices)
+    torch.testing.assert_close(weights, chosen / chosen.sum(-1, keepdim=True))
+
+
+def test_loss_free_balance_evens_out_a_skewed_stream():
+    ours = moe(balance="bias", score="sigmoid", bias_update_rate=0.02).train()
+    skew = torch.randn(DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loads = []
+    for step in range(120):
+        x = torch.randn(4, 32, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(step)) + skew
+        with torch.no_grad():
+            ours(x)
+        loads.append(ours.expert_counts.double())
+        ours.update_bias()
+        assert ours.expert_counts.sum() == 0
+    early, late = sum(loads[:3]), sum(loads[-40:])
+    assert early.max() / early.mean() > 2.0 and late.max() / late.mean() < 1.1
+
+
+def test_bias_update_by_hand_and_only_from_training():
+    ours = moe(balance="bias", bias_update_rate=0.5)
+    ours.eval()(X)
+    ours.update_bias()
+    assert ours.gate.e_score_correction_bias.abs().max() == 0 and ours.metrics == {}
+    ours.expert_counts.copy_(torch.tensor([4, 0, 2, 2, 2, 2, 2, 2]))
+    ours.update_bias()
+    assert ours.gate.e_score_correction_bias.tolist() == [-0.5, 0.5, 0, 0, 0, 0, 0, 0]
+
+
+def test_recomputation_counts_once():
+    from torch.utils.checkpoint import checkpoint
+
+    ours = moe(balance="bias").train()
+    checkpoint(ours, X, use_reentrant=False).sum().backward()
+    assert ours.expert_counts.sum() == X.shape[0] * X.shape[1] * ours.top_k
+
+
+def test_losses_add_their_gradient_and_leave_the_output():
+    ours, x = moe(z_loss_coef=0.3, aux_coef=0.2).train(), X.clone().requires_grad_()
+    y = ours(x)
+    torch.testing.assert_close(y, ours.eval()(x))
+    got = torch.autograd.grad(y.sum(), ours.gate.weight)[0]
+    logits, scores, indices, _ = ours.gate(x.reshape(-1, DIM))
+    share = torch.bincount(indices.flatten(), minlength=8) / indices.numel()
+    loss = 0.2 * 8 * (share * scores.mean(0)).sum() + 0.3 * logits.logsumexp(-1).square().mean()
+    want = torch.autograd.grad(ours(x).sum() + loss, ours.gate.weight)[0]
+    torch.testing.assert_close(got, want)
+
+
+def test_parameters_and_cost():
+    ours = moe(num_shared_experts=1, balance="bias")
+    one = 3 * DIM * HIDDEN
+    assert sum(p.numel() for p in ours.parameters()) == 9 * one + 8 * DIM
+    assert ours.active_params() == 3 * one + 8 * DIM
+    few, many = ours.cost(1, 1, mode="prefill"), ours.cost(4, 64, mode="prefill")
+    assert many.bytes_read - few.bytes_read == 8 * (6 * one + 255 * DIM)  # one token leaves six experts unread
+    wide = registry.create("moe", 2048, device="meta")
+    assert wide.top_k * wide.hidden_dim == pytest.approx(8 / 3 * 2048, rel=0.01)
+
+
+def test_backend_can_be_forced_from_outside():
+    ours = moe().eval()
+    want = ours(X)
+    with use(grouped_mm="chunked"):
+        torch.testing.assert_close(ours(X), want)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"top_k": 9}, "top_k=9 is more than num_experts=8"),
+        ({"top_k": 1}, "set renormalize: false"),
+        ({"num_groups": 3}, "num_groups=3 must divide"),
+        ({"num_groups": 2, "top_groups": 3}, "top_groups=3 is more than"),
+        ({"num_groups": 8, "top_groups": 1}, "do not fit into top_groups=1"),
+        ({"kernel": "tourch"}, "did you mean torch"),
+    ],
+)
+def test_bad_combinations_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        registry.load("moe")(DIM, **options)

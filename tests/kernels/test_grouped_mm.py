@@ -1,0 +1,114 @@
+"""Grouped matrix product: every row against the row loop, gradients, refusals, counts of all kinds."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.errors import KernelUnavailable
+from zoo.kernels.dispatch import explain
+from zoo.kernels.grouped_mm import cost, grouped_mm
+
+COUNTS = ([3, 0, 70, 5], [0, 0, 0, 78], [78, 0, 0, 0], [20, 19, 19, 20])
+
+
+def problem(counts, dtype=torch.float64, k=16, m=8):
+    generator = torch.Generator().manual_seed(0)
+    n, e = sum(counts), len(counts)
+    x = torch.randn(n, k, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(e, k, m, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return x, weight, torch.tensor(counts)
+
+
+def forward_backward(x, weight, counts, backend):
+    y = grouped_mm(x, weight, counts, backend=backend)
+    return (y, *torch.autograd.grad(y.square().sum(), (x, weight)))
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(
+    "backend, dtype, tolerance",
+    [
+        ("chunked", torch.float64, 1e-12),
+        ("loop", torch.float64, 1e-12),
+        ("torch", torch.float32, 1e-4),
+        ("torch", torch.bfloat16, 0.3),
+        ("loop", torch.bfloat16, 0.3),
+    ],
+)
+def test_equals_the_row_loop(counts, backend, dtype, tolerance):
+    want = forward_backward(*problem(counts), "reference")
+    got = forward_backward(*problem(counts, dtype), backend)
+    for g, w in zip(got, want):
+        assert g.dtype == dtype
+        assert (g.double() - w).abs().max() <= tolerance * max(1.0, w.abs().max().item() / 10)
+
+
+def test_weight_may_be_a_transposed_view():
+    x, weight, counts = problem(COUNTS[0], torch.float32)
+    stored = weight.detach().transpose(1, 2).contiguous().requires_grad_()
+    want = forward_backward(x, weight, counts, "reference")
+    for backend in ("loop", "torch", "chunked"):
+        y = grouped_mm(x, stored.transpose(1, 2), counts, backend=backend)
+        (grad,) = torch.autograd.grad(y.square().sum(), stored)
+        torch.testing.assert_close(y, want[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grad.transpose(1, 2), want[2], rtol=1e-3, atol=1e-3)
+
+
+def test_expanded_gradients_are_accepted():
+    x, weight, counts = problem(COUNTS[0], torch.float32)
+    grouped_mm(x, weight, counts, backend="torch").sum().backward()  # torch's op alone raises here
+    assert weight.grad[1].abs().max() == 0 < weight.grad[2].abs().max()
+
+
+def test_no_rows_at_all():
+    for backend in ("reference", "chunked", "loop"):
+        y = grouped_mm(torch.zeros(0, 16), torch.zeros(4, 16, 8), torch.zeros(4, dtype=torch.int64), backend=backend)
+        assert y.shape == (0, 8)
+
+
+def test_twice_differentiable():
+    x, weight, counts = problem([3, 0, 2], k=4, m=3)
+    assert torch.autograd.gradgradcheck(lambda a, b: grouped_mm(a, b, counts), (x, weight))
+
+
+def test_custom_ops_keep_their_promises():
+    x, weight, counts = problem([3, 0, 5, 2], torch.float32)
+    torch.library.opcheck(torch.ops.zoo.grouped_mm.default, (x, weight, counts, True))
+    torch.library.opcheck(torch.ops.zoo.grouped_mm_weight.default, (x, torch.randn(10, 8), counts, False))
+
+
+@pytest.mark.parametrize("backend", ["loop", "torch", "chunked"])
+def test_one_compiled_graph_serves_all_counts(backend):
+    compiled = torch.compile(grouped_mm, fullgraph=True, backend="aot_eager")
+    for counts in COUNTS:
+        x, weight, n = problem(counts, torch.float32)
+        got = compiled(x, weight, n, backend=backend)
+        torch.testing.assert_close(got, grouped_mm(x, weight, n, backend="reference"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend, executed", [("loop", cost.flops(78, 16, 8)), ("torch", cost.flops(78, 16, 8)),
+                                               ("chunked", cost.chunked_flops(78, 4, 16, 8))])  # fmt: skip
+def test_flops_are_counted(backend, executed):
+    x, weight, counts = problem(COUNTS[0], torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        y = grouped_mm(x, weight, counts, backend=backend)
+    assert counter.get_total_flops() == executed
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * executed
+
+
+def test_torch_refuses_what_its_kernel_cannot_take():
+    x, weight, counts = problem([3, 2], torch.float32, k=6, m=8)
+    with pytest.raises(KernelUnavailable, match=r"K = 6 rows are not a multiple of 16 bytes"):
+        grouped_mm(x, weight, counts, backend="torch")
+    with pytest.raises(KernelUnavailable, match="does not take float64"):
+        grouped_mm(*problem([3, 2]), backend="torch")
+    assert dict((r.backend, why) for r, why in explain("grouped_mm", "cpu", torch.float64))["loop"] == "chosen"
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="do not"):
+        grouped_mm(torch.zeros(5, 3), torch.zeros(2, 4, 6), torch.tensor([2, 3]))
+    with pytest.raises(ValueError, match="counts sum to 4, x has 5 rows"):
+        grouped_mm(torch.zeros(5, 4), torch.zeros(2, 4, 6), torch.tensor([2, 2]))
