@@ -1,0 +1,193 @@
+"""Mamba-2, state space duality. Dao & Gu 2024, arXiv:2405.21060.
+
+With E = expand D channels in H heads of P, N states and * elementwise:
+    [z; x; B; C; dt] = W_in input;  [x; B; C] = silu(conv([x; B; C]));  delta = softplus(dt + dt_bias)
+    S_t = exp(delta_t A) S_{t-1} + B_t (delta_t x_t)^T,  A = -exp(A_log) per head;  y_t = S_t^T C_t + D x_t
+    output = W_out RMSNorm(y * silu(z))
+The core is linear attention with q = C, k = B, v = delta x and log-decay delta A.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.blocks.mamba import MambaState
+from zoo.blocks.recurrent import ShortConv, previous, reset_softplus_decay_, wide
+from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear_attention import flops as linear_attention_flops
+from zoo.kernels.linear_attention import linear_attention
+from zoo.registry import PositiveFloat, PositiveInt, register
+
+
+class GatedGroupNorm(nn.Module):
+    """RMS norm of y * silu(z) over each of `groups` equal groups of channels, times a weight per channel."""
+
+    def __init__(self, width: int, groups: int, *, eps: float, device=None, dtype=None):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        grouped = (wide(y) * F.silu(wide(z))).unflatten(-1, (self.groups, -1))
+        normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+        return (normed.flatten(-2) * wide(self.weight)).to(z.dtype)
+
+
+@register(
+    "mamba2",
+    kind="mixer",
+    paper="arXiv:2405.21060",
+    ops=("linear_attention", "short_conv"),
+    state_growth="constant",
+    relations=("mamba2(chunk_size=16) == mamba2(chunk_size=64)",),
+    examples=(
+        {"state_dim": 16, "chunk_size": 16},
+        {"num_heads": 4, "num_groups": 2, "state_dim": 8, "chunk_size": 16, "time_step_limit": [0.01, 0.5]},
+        {"head_dim": 8, "expand": 1, "conv_size": 2, "state_dim": 16, "chunk_size": 16},
+    ),
+)
+class Mamba2(Block):
+    """Mamba-2: S_t = exp(delta_t A_h) S_{t-1} + B_t (delta_t x_t)^T, y_t = S_t^T C_t + D_h x_t, gated and normed.
+
+    x: [B, T, D] -> y: [B, T, D]; rows of in_proj are [z; x; B; C; dt], B and C are shared by the heads of a group;
+    delta is clamped to time_step_limit where given, in every mode. Time O(T), as matrix products in chunks; state
+    E N + (E + 2 G N)(W - 1) numbers, the recurrent part as [B, H, N, P] (transposed against other codes).
+    expand * D = num_heads * head_dim; of the two, one follows from the other, and head_dim is 64 where both are
+    left out (less where 64 does not divide expand * D). chunk_size changes speed only.
+    As delta -> 0 it is the skip D x; it is Mamba with A shared over the states and delta over a head.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: PositiveInt | None = None,
+        head_dim: PositiveInt | None = None,
+        state_dim: PositiveInt = 128,
+        num_groups: PositiveInt = 1,
+        expand: PositiveInt = 2,
+        conv_size: PositiveInt = 4,
+        time_step_limit: tuple[float, float] | None = None,
+        norm_eps: PositiveFloat = 1e-5,
+        chunk_size: PositiveInt = 64,
+        kernel: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(dim)
+        check_backend("linear_attention", kernel)
+        self.inner, self.state_dim, self.num_groups = expand * dim, state_dim, num_groups
+        self.num_heads, self.head_dim = _heads(self.inner, num_heads, head_dim)
+        if self.num_heads % num_groups:
+            raise ValueError(f"num_groups={num_groups} must divide the number of heads, {self.num_heads}")
+        if time_step_limit is not None and not (
+            len(time_step_limit) == 2 and 0 <= time_step_limit[0] < time_step_limit[1]
+        ):
+            raise ValueError(f"time_step_limit must be [low, high] with 0 <= low < high, got {list(time_step_limit)}")
+        self.time_step_limit = None if time_step_limit is None else tuple(time_step_limit)
+        self.conv_size, self.chunk_size, self.kernel = conv_size, chunk_size, kernel
+        factory = {"device": device, "dtype": dtype}
+        self.conv_channels = self.inner + 2 * num_groups * state_dim
+        self.in_proj = nn.Linear(dim, self.inner + self.conv_channels + self.num_heads, bias=False, **factory)
+        self.conv1d = ShortConv(self.conv_channels, conv_size, bias=True, **factory)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads, **factory))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, **factory))
+        self.D = nn.Parameter(torch.empty(self.num_heads, **factory))
+        self.norm = GatedGroupNorm(self.inner, num_groups, eps=norm_eps, **factory)
+        self.out_proj = nn.Linear(self.inner, dim, bias=False, **factory)
+
+    def reset_parameters(self) -> None:
+        for linear in (self.in_proj, self.out_proj):
+            init_linear_(linear)
+        for module in (self.conv1d, self.norm):
+            module.reset_parameters()
+        reset_softplus_decay_(self.A_log, self.dt_bias, 1.0, 16.0)
+        nn.init.ones_(self.D)
+
+    def forward(
+        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> Tensor:
+        refuse_packed_streaming(state, doc_ids)
+        z, xBC, dt = self.in_proj(x).split([self.inner, self.conv_channels, self.num_heads], -1)
+        xBC = self.conv1d(xBC, None if state is None else state.conv, doc_ids)
+        states = self.num_groups * self.state_dim
+        u, B, C = xBC.split([self.inner, states, states], -1)
+        u = wide(u).unflatten(-1, (self.num_heads, self.head_dim))
+        B, C = (t.unflatten(-1, (self.num_groups, self.state_dim)) for t in (B, C))
+        delta = F.softplus(wide(dt) + wide(self.dt_bias))
+        if self.time_step_limit is not None:
+            delta = delta.clamp(*self.time_step_limit)
+        y, ssm = linear_attention(
+            C,
+            B,
+            delta[..., None] * u,
+            -wide(self.A_log).exp() * delta,
+            initial_state=None if state is None else previous(state.ssm),
+            doc_ids=doc_ids,
+            chunk_size=self.chunk_size,
+            backend=self.kernel,
+        )
+        if state is not None:
+            state.ssm.copy_(ssm.detach())
+        y = y + wide(self.D)[:, None] * u
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def init_state(self, batch_size: int, max_len: int | None = None) -> State:
+        like, shape = self.in_proj.weight, (batch_size, self.num_heads, self.state_dim, self.head_dim)
+        return MambaState(
+            like.new_zeros(batch_size, self.conv_size - 1, self.conv_channels),
+            like.new_zeros(shape, dtype=state_dtype(like.dtype)),
+        )
+
+    def state_bytes(self, batch_size: int, max_len: int) -> int:
+        ssm = self.inner * self.state_dim * state_dtype(self.in_proj.weight.dtype).itemsize
+        return batch_size * (ssm + (self.conv_size - 1) * self.conv_channels * self.itemsize)
+
+    def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
+        return linear_flops(batch_size * seq_len, self.in_proj, self.out_proj) + linear_attention_flops(
+            batch_size,
+            seq_len,
+            self.num_heads,
+            self.state_dim,
+            self.head_dim,
+            num_groups=self.num_groups,
+            chunk_size=self.chunk_size,
+        )
+
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # x; in_proj; padded [x, B, C], its taps' products and sums; step; delta x, chunked copies, o, y, y silu(z),
+        # norm; scores and decays; a state before and after each chunk
+        chunk = min(self.chunk_size, seq_len)
+        row = self.dim + 13 * self.inner + (self.conv_size + 5) * self.conv_channels + 4 * self.num_heads
+        row += 2 * chunk * (self.num_heads + self.num_groups)
+        return batch_size * (seq_len * row + 2 * -(-seq_len // self.chunk_size) * self.inner * self.state_dim)
+
+    def parallel_plan(self) -> ParallelPlan:
+        return ParallelPlan(
+            context="pass_state",
+            reason="in_proj stacks z, x, B, C and dt, and a group's norm runs over its heads, so rows are not split "
+            "as they lie",
+        )
+
+
+def _heads(inner: int, num_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """Number and width of heads for `inner` = expand * dim channels."""
+    if num_heads is None:
+        width = head_dim or math.gcd(inner, 64)
+        count = inner // width
+    else:
+        count, width = num_heads, head_dim or inner // num_heads
+    if count * width != inner:
+        raise ValueError(
+            f"expand * dim = {inner} must equal num_heads * head_dim, got num_heads={num_heads}, "
+            f"head_dim={head_dim}; give only one of them, a divisor of {inner}"
+        )
+    return count, width

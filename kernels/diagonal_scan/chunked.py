@@ -1,0 +1,81 @@
+"""Diagonal scan in two levels: C steps, each over all T/C chunks at once, then the same scan over the chunk
+ends, then one broadcast. It only multiplies by decays of modulus <= 1: no division, no positive exponent.
+
+Backward is the same scan from right to left, dh_t = dy_t + conj(a_{t+1}) dh_{t+1}, so that only a and h are
+kept; it is made of differentiable operations, hence derivatives of any order exist.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_CHUNK = 16
+
+
+def same_document(doc_ids: Tensor) -> Tensor:
+    """[B, T] bool: does the token continue the document of the token before it (true for the first one)."""
+    same = torch.ones_like(doc_ids, dtype=torch.bool)
+    same[:, 1:] = doc_ids[:, 1:] == doc_ids[:, :-1]
+    return same
+
+
+def linear_scan(a: Tensor, b: Tensor, h: Tensor | None) -> Tensor:
+    """h_t = a_t h_{t-1} + b_t from multipliers a [B, T, ...]; O(T) work, traceable, O(log T) operations."""
+    B, T, *rest = b.shape
+    if T <= _CHUNK:
+        return torch.stack(_steps(a.unbind(1), b.unbind(1), h), 1)
+    chunks = -(-T // _CHUNK)
+    pad = (0, 0) * len(rest) + (0, chunks * _CHUNK - T)
+    # padded steps (a = b = 0) come after every real one
+    a, b = (F.pad(x, pad).reshape(B, chunks, _CHUNK, *rest).unbind(2) for x in (a, b))
+    local = _steps(a, b, None)
+    products = [a[0]]
+    for step in a[1:]:
+        products.append(products[-1] * step)
+    ends = linear_scan(products[-1][:, :-1], local[-1][:, :-1], h)
+    start = torch.zeros_like(b[0][:, :1]) if h is None else h[:, None]
+    before = torch.cat([start, ends], 1)[:, :, None]
+    out = torch.addcmul(torch.stack(local, 2), torch.stack(products, 2), before)
+    return out.reshape(B, chunks * _CHUNK, *rest)[:, :T]
+
+
+def _steps(a: tuple[Tensor, ...], b: tuple[Tensor, ...], h: Tensor | None) -> list[Tensor]:
+    out = [b[0] if h is None else torch.addcmul(b[0], a[0], h)]
+    for decay, x in zip(a[1:], b[1:]):
+        out.append(torch.addcmul(x, decay, out[-1]))
+    return out
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+        return linear_scan(a, b, h0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        a, _, h0 = inputs
+        ctx.save_for_backward(a, h0, output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        a, h0, h = ctx.saved_tensors
+        following = torch.cat([torch.zeros_like(a[:, :1]), a.flip(1)[:, :-1]], 1).conj()
+        db = linear_scan(following, grad.flip(1), None).flip(1)
+        before = torch.cat([h0[:, None], h[:, :-1]], 1)
+        return db * before.conj(), db, db[:, 0] * a[:, 0].conj()
+
+
+def diagonal_scan(
+    log_decay: Tensor, inputs: Tensor, initial_state: Tensor | None, doc_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `zoo.kernels.diagonal_scan.diagonal_scan`."""
+    wide = torch.promote_types(torch.promote_types(log_decay.dtype, inputs.dtype), torch.float32)
+    decay = torch.exp(log_decay.to(wide)).expand_as(inputs)
+    if doc_ids is not None:
+        same = same_document(doc_ids)
+        decay = torch.where(same.view(*same.shape, *[1] * (inputs.ndim - 2)), decay, 0)
+    h0 = torch.zeros_like(inputs[:, 0], dtype=wide) if initial_state is None else initial_state.to(wide)
+    h = _Scan.apply(decay, inputs.to(wide), h0)
+    return h if wide.is_complex else h.to(inputs.dtype), h[:, -1]

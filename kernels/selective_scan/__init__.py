@@ -1,0 +1,38 @@
+"""Selective scan of Mamba (S6): a diagonal state space whose step size, input and output maps depend on the token."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zoo.kernels.dispatch import call, register_row
+from zoo.kernels.selective_scan import chunked, reference
+from zoo.kernels.selective_scan.cost import flops
+
+__all__ = ["flops", "selective_scan"]
+
+register_row("selective_scan", "chunked", chunked.selective_scan, priority=10)
+register_row("selective_scan", "reference", reference.selective_scan, priority=0)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    chunk_size: int = 16,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(delta_t A) * h_{t-1} + (delta_t u_t) B_t, y_t = h_t C_t + D * u_t.
+
+    u: [B, T, E]; delta: [B, T, E] >= 0 (softplus already applied); A: [E, N] <= 0; B, C: [B, T, N], shared by all
+    channels; D: [E]; initial_state: [B, E, N] (zeros where None), it belongs to the first document of its row;
+    doc_ids: [B, T]. Returns y [B, T, E] in the dtype of u and the last state [B, E, N], float32 (float64 for
+    double). The chunked form never holds [B, T, E, N]: backward keeps one state per `chunk_size` tokens.
+    """
+    y, state = call("selective_scan", backend, u, delta, A, B, C, initial_state, doc_ids, chunk_size)
+    return (y if D is None else y + D * u).to(u.dtype), state
