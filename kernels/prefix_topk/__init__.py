@@ -6,6 +6,7 @@ from torch import Tensor
 
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.prefix_topk import chunked, reference
+from zoo.kernels.prefix_topk.chunked import merge_topk
 from zoo.kernels.prefix_topk.cost import flops
 
 register_row("prefix_topk", "chunked", chunked.prefix_topk, priority=10)
@@ -25,4 +26,4 @@ def prefix_topk(
     return call("prefix_topk", backend, scores.detach(), k, chunk_size, doc_ids)
 
 
-__all__ = ["flops", "prefix_topk"]
+__all__ = ["flops", "merge_topk", "prefix_topk"]
