@@ -129,7 +129,12 @@ def _check_section(parser: Parser, section: type, value: Any, path: tuple) -> No
     for key, item in value.items():
         if inner.get(key) and isinstance(item, Mapping):
             _check_section(parser, inner[key], item, (*path, key))
-    parser.section(section, {k: v for k, v in value.items() if not (inner.get(k) and isinstance(v, Mapping))}, path)
+    before = len(parser.problems)
+    plain = {k: v for k, v in value.items() if not (inner.get(k) and isinstance(v, Mapping))}
+    values = parser.section(section, plain, path)
+    if len(parser.problems) == before and hasattr(section, "complaints"):
+        for key, why in section(**values).complaints():
+            parser.complain((*path, key), why)
 
 
 def _try_blocks(graph: Graph, parser: Parser) -> None:

@@ -1,0 +1,103 @@
+"""Every shipped configuration: its golden file, and the law at a size where fp64 is cheap."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from zoo.graph.loader import config_names
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from golden import FOLDER, golden_text  # noqa: E402
+
+SMALL = ["dim=64", "vocab_size=61"]
+SHRINK = {
+    "hydra_hybrid": [
+        "define.experts.chunk_moe.hidden_dim=16", "define.experts.chunk_moe.chunk_size=8",
+        "define.sparse.window_global.window=8", "define.sparse.window_global.num_globals=4",
+        "define.sparse.window_global.chunk_size=8", "define.sparse.window_global.num_heads=4",
+        "define.facts.product_key.num_keys=8", "define.facts.product_key.key_dim=16",
+        "define.facts.product_key.value_dim=16", "define.facts.product_key.top_k=4",
+        "define.thoughts.workspace.slots=8", "define.thoughts.workspace.active=4",
+        "define.thoughts.workspace.rank=8", "define.thoughts.workspace.chunk_size=8",
+    ],
+    "llama_1b": ["trunk[0].repeat=2", "define.layer[0].attention.num_heads=4", "define.layer[0].attention.num_kv_heads=2",
+                 "define.layer[0].attention.head_dim=16", "define.layer[1].swiglu.hidden_dim=96"],
+    "mamba2_130m": ["trunk[0].repeat=2", "trunk[0].of.mamba2.head_dim=32", "trunk[0].of.mamba2.state_dim=16"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_golden(name):
+    expected = FOLDER / f"{name}.txt"
+    assert expected.exists(), "run: make golden"
+    assert golden_text(name) == expected.read_text(), "a model changed; if that is meant, run: make golden"
+
+
+@pytest.fixture(scope="module", params=config_names())
+def model(request):
+    model = zoo.build(request.param, SMALL + SHRINK.get(request.param, [])).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(p.shape[-1:] or (1,)) ** 0.5)
+    return model
+
+
+def tokens(length, seed=3):
+    return torch.randint(61, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_segments(model):
+    x = tokens(37)
+    with torch.no_grad():
+        full = model(x)
+        for cuts in ([1] * 37, [20, 1, 16]):
+            state, parts, start = model.init_state(2, 37), [], 0
+            for length in cuts:
+                parts.append(model(x[:, start : start + length], state=state))
+                start += length
+            torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-8)
+
+
+def test_generate_is_argmax_over_full_forwards(model):
+    x = tokens(11)
+    expected = x
+    with torch.no_grad():
+        for _ in range(12):
+            expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(model.generate(x, 12), expected)
+
+
+def test_batch_and_packing(model):
+    x = tokens(30)
+    doc_ids = torch.tensor([0] * 13 + [1] * 17).expand(2, 30)
+    with torch.no_grad():
+        packed = model(x, doc_ids=doc_ids)
+        alone = torch.cat([model(x[:, :13]), model(x[:, 13:])], 1)
+        torch.testing.assert_close(packed, alone, rtol=0, atol=1e-8)
+        torch.testing.assert_close(model(x)[:1], model(x[:1]), rtol=0, atol=1e-8)
+
+
+def test_trains(model):
+    model = zoo.build(model.config).train()
+    x = tokens(24)
+    torch.nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert sum(p.grad is not None for p in model.parameters()) >= 0.9 * len(list(model.parameters()))
+
+
+def test_saves_and_loads(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = zoo.from_pretrained(tmp_path)
+    x = tokens(9)
+    assert torch.equal(again(x), model(x))
+
+
+def test_hydra_is_the_size_it_claims():
+    report = zoo.estimate("hydra_hybrid", batch_size=1, seq_len=1)
+    assert 1.55e9 < report.params < 1.65e9
+    assert 0.90e9 < report.active_params < 1.00e9
