@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ class GatedDeltaNet(Block):
             raise ValueError(f"expand_v={expand_v} leaves no value channel at head_dim={self.head_dim}")
         self.conv_size, self.allow_neg_eigval = conv_size, allow_neg_eigval
         self.chunk_size, self.kernel = chunk_size, kernel
-        factory, keys, values = {"device": device, "dtype": dtype}, self.num_heads * self.head_dim, self.value_width
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        keys, values = self.num_heads * self.head_dim, self.value_width
         self.q_proj = nn.Linear(dim, keys, bias=False, **factory)
         self.k_proj = nn.Linear(dim, keys, bias=False, **factory)
         self.v_proj = nn.Linear(dim, values, bias=False, **factory)
@@ -126,7 +128,12 @@ class GatedDeltaNet(Block):
         reset_softplus_decay_(self.A_log, self.dt_bias, 0.0, 16.0)
 
     def forward(
-        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: ConvLinearState | None = None,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
     ) -> Tensor:
         refuse_packed_streaming(state, doc_ids)
         parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]

@@ -3,12 +3,13 @@ arXiv:2312.06635."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.blocks.recurrent import LinearMixer, wide
+from zoo.blocks.linear_mixer import LinearMixer
+from zoo.blocks.recurrent import wide
 from zoo.contract import ParallelPlan
 from zoo.registry import PositiveFloat, PositiveInt, register
 
@@ -73,7 +74,7 @@ class GatedLinearAttention(LinearMixer):
         )
         self.decay_kind = gate
         self.gate_logit_normalizer = gate_logit_normalizer
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gk_proj = None
         if gate == "channel":
             self.gk_proj = nn.Sequential(
@@ -81,12 +82,16 @@ class GatedLinearAttention(LinearMixer):
                 nn.Linear(gate_low_rank_dim, key_dim, bias=True, **factory),
             )
 
+    def gate_layers(self) -> list[nn.Linear]:
+        """Linear layers of the decay's low-rank map, none with gate='none'."""
+        return [m for m in self.gk_proj or () if isinstance(m, nn.Linear)]
+
     def projections(self) -> tuple[nn.Linear | None, ...]:
-        return *super().projections(), *(self.gk_proj or ())
+        return *super().projections(), *self.gate_layers()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for linear in (self.q_proj, self.k_proj, *(self.gk_proj or ())):
+        for linear in (self.q_proj, self.k_proj, *self.gate_layers()):
             nn.init.xavier_uniform_(linear.weight, gain=2**-2.5)
 
     def log_decay(self, x: Tensor) -> Tensor | None:

@@ -3,7 +3,7 @@ arXiv:2307.14995), Lightning Attention-2 (arXiv:2401.04658), MiniMax-01 (arXiv:2
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,8 @@ class LightningAttention(Block):
         self.head_dim = head_dim or max(dim // self.num_heads, 1)
         self.schedule, self.layer_index, self.num_layers = schedule, layer_index, num_layers
         self.chunk_size, self.kernel = chunk_size, kernel
-        factory, inner = {"device": device, "dtype": dtype}, self.num_heads * self.head_dim
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner = self.num_heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False, **factory)
         self.output_gate = nn.Linear(dim, inner, bias=False, **factory)
         self.norm = RMSNorm(inner, **factory)
@@ -82,12 +83,20 @@ class LightningAttention(Block):
         return -8 * heads / self.num_heads * (1 - self.layer_index / self.num_layers)
 
     def forward(
-        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: LinearState | None = None,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
     ) -> Tensor:
         refuse_packed_streaming(state, doc_ids)
         qkv = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, 3 * self.head_dim))
+        q, k, v = qkv.chunk(3, -1)
         o, memory = linear_attention(
-            *qkv.chunk(3, -1),
+            q,
+            k,
+            v,
             self.log_decay(x),
             initial_state=None if state is None else previous(state.memory),
             doc_ids=doc_ids,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.blocks.recurrent import LinearMixer, default_heads, wide
-from zoo.contract import State
+from zoo.blocks.linear_mixer import LinearMixer
+from zoo.blocks.recurrent import default_heads, wide
 from zoo.registry import PositiveInt, register
 
 FEATURE_MAPS = {"elu1": lambda x: F.elu(x) + 1, "relu": F.relu, "silu": F.silu, "identity": lambda x: x}
@@ -79,7 +79,7 @@ class LinearAttention(LinearMixer):
             self.scale, self.value_extra = 1.0, 1
 
     def features(
-        self, q: Tensor, k: Tensor, state: State | None, positions: Tensor | None, doc_ids: Tensor | None
+        self, q: Tensor, k: Tensor, state: Any, positions: Tensor | None, doc_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         phi = FEATURE_MAPS[self.feature_map]
         return phi(q), phi(k)

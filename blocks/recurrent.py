@@ -1,7 +1,4 @@
-"""What the recurrent mixers share: gated head norm, short convolution, decays, the linear-attention layer.
-
-Not a block itself: `linear_attention`, `gla` and `retention` are `LinearMixer` with a feature map and a decay.
-"""
+"""What the recurrent mixers share: gated head norm, short convolution, decays, the matrix memory. No block itself."""
 
 from __future__ import annotations
 
@@ -13,10 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
-from zoo.kernels.dispatch import check_backend
-from zoo.kernels.linear_attention import flops as linear_attention_flops
-from zoo.kernels.linear_attention import linear_attention
+from zoo.contract import State
 from zoo.kernels.short_conv import short_conv
 
 
@@ -130,135 +124,3 @@ class LinearState(State):
     """memory: [B, H, Dk, Dv], the sum of decayed k v^T."""
 
     memory: Tensor
-
-
-class LinearMixer(Block):
-    """y = W_o (norm(o) * silu(W_g x)), o = linear_attention(W_q x, W_k x, W_v x, decay), norm and gate optional.
-
-    A subclass says what happens to q and k, and what the decay is.
-    """
-
-    decay_kind: Literal["none", "head", "channel"] = "none"
-    value_extra = 0  # columns of the memory beyond the value
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        key_dim: int,
-        value_dim: int,
-        *,
-        output_norm: bool,
-        output_gate: bool,
-        chunk_size: int,
-        kernel: str,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__(dim)
-        check_backend("linear_attention", kernel)
-        self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
-        self.chunk_size, self.kernel = chunk_size, kernel
-        self.scale = key_dim**-0.5
-        factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, num_heads * key_dim, bias=False, **factory)
-        self.k_proj = nn.Linear(dim, num_heads * key_dim, bias=False, **factory)
-        self.v_proj = nn.Linear(dim, num_heads * value_dim, bias=False, **factory)
-        self.g_proj = nn.Linear(dim, num_heads * value_dim, bias=False, **factory) if output_gate else None
-        self.o_norm = GatedHeadNorm(value_dim, **factory) if output_norm else None
-        self.o_proj = nn.Linear(num_heads * value_dim, dim, bias=False, **factory)
-
-    def projections(self) -> tuple[nn.Linear | None, ...]:
-        """Every linear layer."""
-        return self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.o_proj
-
-    def reset_parameters(self) -> None:
-        for linear in self.projections():
-            if linear is not None:
-                init_linear_(linear)
-        if self.o_norm is not None:
-            self.o_norm.reset_parameters()
-
-    def log_decay(self, x: Tensor) -> Tensor | None:
-        """Log-decay in a shape that the op takes."""
-        return None
-
-    def features(
-        self, q: Tensor, k: Tensor, state: State | None, positions: Tensor | None, doc_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What the op sees of q and k [B, T, H, Dk]."""
-        return q, k
-
-    def values(self, v: Tensor) -> Tensor:
-        """What the op sees of v [B, T, H, Dv]."""
-        return v
-
-    def read_out(self, o: Tensor) -> Tensor:
-        """[B, T, H, Dv] of what the op returned."""
-        return o
-
-    def forward(
-        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
-    ) -> Tensor:
-        refuse_packed_streaming(state, doc_ids)
-        q, k = (p(x).unflatten(-1, (-1, self.key_dim)) for p in (self.q_proj, self.k_proj))
-        v = self.v_proj(x).unflatten(-1, (-1, self.value_dim))
-        q, k = self.features(q, k, state, positions, doc_ids)
-        o, memory = linear_attention(
-            q,
-            k,
-            self.values(v),
-            self.log_decay(x),
-            scale=self.scale,
-            initial_state=None if state is None else previous(state.memory),
-            doc_ids=doc_ids,
-            chunk_size=self.chunk_size,
-            backend=self.kernel,
-        )
-        if state is not None:
-            state.memory.copy_(memory.detach())
-        o = self.read_out(o).to(x.dtype)
-        gate = None if self.g_proj is None else self.g_proj(x)
-        if self.o_norm is not None:
-            return self.o_proj(self.o_norm(o, gate))
-        o = o.flatten(-2)
-        return self.o_proj(o if gate is None else o * F.silu(gate))
-
-    def init_state(self, batch_size: int, max_len: int | None = None) -> State:
-        return LinearState(self.new_memory(batch_size))
-
-    def new_memory(self, batch_size: int) -> Tensor:
-        """Zeros [B, H, Dk, Dv] in the dtype of states."""
-        like = self.q_proj.weight
-        shape = (batch_size, self.num_heads, self.key_dim, self.value_dim + self.value_extra)
-        return like.new_zeros(shape, dtype=state_dtype(like.dtype))
-
-    def state_bytes(self, batch_size: int, max_len: int) -> int:
-        itemsize = state_dtype(self.q_proj.weight.dtype).itemsize
-        return batch_size * self.num_heads * self.key_dim * (self.value_dim + self.value_extra) * itemsize
-
-    def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
-        return linear_flops(batch_size * seq_len, *self.projections()) + linear_attention_flops(
-            batch_size,
-            seq_len,
-            self.num_heads,
-            self.key_dim,
-            self.value_dim + self.value_extra,
-            chunk_size=self.chunk_size,
-            decay=self.decay_kind,
-        )
-
-    def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # per token and head: q, k, v twice (projected, chunked), a row of scores and of decays, o, norm and gate;
-        # per chunk and head: the state before it and what it adds
-        wide_row = 4 * self.key_dim + 6 * self.value_dim + 2 * min(self.chunk_size, seq_len)
-        if self.decay_kind == "channel":
-            wide_row += 24 * self.key_dim
-        states = 2 * -(-seq_len // self.chunk_size) * self.key_dim * self.value_dim
-        return batch_size * (seq_len * (self.dim + self.num_heads * wide_row) + self.num_heads * states)
-
-    def parallel_plan(self) -> ParallelPlan:
-        column = {name: "column" for name in ("q_proj", "k_proj", "v_proj", "g_proj")}
-        return ParallelPlan(
-            column | {"o_norm": "replicate", "o_proj": "row"}, units=self.num_heads, context="pass_state"
-        )

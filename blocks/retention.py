@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.blocks.recurrent import LinearMixer, LinearState
+from zoo.blocks.linear_mixer import LinearMixer
+from zoo.blocks.recurrent import LinearState
 from zoo.contract import ParallelPlan, State, positions_from
 from zoo.kernels.rope import rope
 from zoo.registry import Fraction, PositiveFloat, PositiveInt, register
@@ -91,7 +92,7 @@ class Retention(LinearMixer):
                 nn.init.xavier_uniform_(linear.weight, gain=2**-1 if linear is self.o_proj else 2**-2.5)
 
     def features(
-        self, q: Tensor, k: Tensor, state: State | None, positions: Tensor | None, doc_ids: Tensor | None
+        self, q: Tensor, k: Tensor, state: RetentionState | None, positions: Tensor | None, doc_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         B, T = q.shape[:2]
         if positions is None:
@@ -102,7 +103,8 @@ class Retention(LinearMixer):
             state.position.copy_(positions[:, -1] + 1)
         if not self.rotary:
             return q, k
-        return tuple(rope(t, positions, base=self.rope_base, interleaved=True) for t in (q, k))
+        q, k = (rope(t, positions, base=self.rope_base, interleaved=True) for t in (q, k))
+        return q, k
 
     def log_decay(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

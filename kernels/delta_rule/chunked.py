@@ -41,9 +41,9 @@ def delta_rule(
     outputs = []
     for span in spans(T, chunk_size, binary=per_channel):
         docs = None if doc_ids is None else span.documents(doc_ids)
-        part = [None if x is None else span.take(x) for x in (q, k, v, beta, g)]
-        o, S = _chunks(*part, S, docs, span.chunk)
-        outputs.append(o[:, : span.end - span.start])
+        g_part = None if g is None else span.take(g)
+        o, S = _chunks(span.take(q), span.take(k), span.take(v), span.take(beta), g_part, S, docs, span.chunk)
+        outputs.append(o[:, : -span.pad] if span.pad else o)
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     return o.to(out_dtype), S
 

@@ -34,13 +34,16 @@ def linear_attention(
     per_channel = g is not None and g.ndim == 4
     if per_channel and G < H:
         q, k = (x.repeat_interleave(H // G, 2) for x in (q, k))
-    run = _vector if per_channel else _scalar
     outputs = []
     for span in spans(T, chunk_size, binary=per_channel):
-        part_g = span.take(g) if g is not None and g.ndim > 1 else g
         docs = None if doc_ids is None else span.documents(doc_ids)
-        o, S = run(span.take(q), span.take(k), span.take(v), part_g, S, docs, span.chunk)
-        outputs.append(o[:, : span.end - span.start])
+        g_part = g if g is None or g.ndim == 1 else span.take(g)
+        q_part, k_part, v_part = (span.take(x) for x in (q, k, v))
+        if g_part is None or g_part.ndim < 4:
+            o, S = _scalar(q_part, k_part, v_part, g_part, S, docs, span.chunk)
+        else:
+            o, S = _vector(q_part, k_part, v_part, g_part, S, docs, span.chunk)
+        outputs.append(o[:, : -span.pad] if span.pad else o)
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     return o.to(out_dtype), S
 
