@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from toy_block import Toy, ToyState
 
+from zoo.contract import ParallelPlan
 from zoo.registry import register
 
 SAME = dict(kind="mixer", ops=("short_conv",), state_growth="constant", examples=({}, {"width": 3, "gate": True}))
@@ -168,6 +169,51 @@ class WrongDecay(Toy):
         if state is not None:
             state.sum *= 1.001
         return y
+
+
+@breaks("long_segments")
+class ForgetsLate(Toy):
+    def forward(self, x, *, state=None, positions=None, doc_ids=None):
+        if state is not None and state.seen.max() > 100:
+            state.sum *= 0.9
+        return super().forward(x, state=state, positions=positions, doc_ids=doc_ids)
+
+
+@breaks("plan")
+class NoPlan(Toy):
+    def parallel_plan(self):
+        return ParallelPlan()
+
+
+@breaks("plan")
+class WrongPlan(Toy):
+    def parallel_plan(self):
+        return ParallelPlan({"v_proj": "column", "o_porj": "row"}, units=self.dim, context="pass_state")
+
+
+@breaks("plan")
+class HalfPlan(Toy):
+    def parallel_plan(self):
+        return ParallelPlan({"v_proj": "column", "o_proj": "row"}, units=self.dim, context="pass_state")
+
+
+@breaks("card")
+class NoDocstring(Toy):
+    pass
+
+
+@breaks("card", causal=False)
+class NoReason(Toy):
+    """A block that is not causal and does not say why."""
+
+
+class Width(int):
+    """An integer that YAML does not know."""
+
+
+@breaks("yaml_round_trip", crash="cannot represent", examples=({"width": Width(5)},))
+class OptionsOfPython(Toy):
+    pass
 
 
 @breaks("segments", "gathered_segments")

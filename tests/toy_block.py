@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.contract import Block, State, init_linear_, linear_flops, positions_from, refuse_packed_streaming, state_dtype
+from zoo.contract import (
+    Block,
+    ParallelPlan,
+    State,
+    init_linear_,
+    linear_flops,
+    positions_from,
+    refuse_packed_streaming,
+    state_dtype,
+)
 from zoo.kernels.short_conv import short_conv
 from zoo.registry import PositiveInt, register
 
@@ -99,3 +108,9 @@ class Toy(Block):
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         return batch_size * seq_len * (6 * self.dim + seq_len)
+
+    def parallel_plan(self) -> ParallelPlan:
+        tensor = {"v_proj": "column", "conv": "column", "o_proj": "row"}
+        if self.gate is not None:
+            tensor["gate"] = "column"
+        return ParallelPlan(tensor, units=self.dim, context="pass_state")

@@ -38,6 +38,17 @@ def segments(subject: Subject) -> None:
             same(got, whole, TOLERANCE, f"cut {short}, max_len={max_len}, against the whole sequence")
 
 
+@check(needs=streams)
+@torch.no_grad()
+def long_segments(subject: Subject) -> None:
+    """The same over several chunks of the default size."""
+    block, x = subject.build(), tokens(1, 300)
+    whole = block(x)
+    for parts, max_len in (([200, 1, 99], 300), ([63, 130, 1, 1, 105], None), ([1, 128, 64, 107], 400)):
+        got = stream(block, x, parts, block.init_state(1, max_len))
+        same(got, whole, TOLERANCE, f"cut {parts}, max_len={max_len}, against the whole sequence")
+
+
 @check(needs=carries)
 @torch.no_grad()
 def state_in_place(subject: Subject) -> None:

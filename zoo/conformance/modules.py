@@ -9,25 +9,13 @@ import pickle
 import torch
 from torch import Tensor, nn
 
-from zoo.conformance.fastpaths import has_ops
-from zoo.conformance.report import BLOCK_KINDS, Failure, check
+from zoo.conformance.cards import WITH_NORMS
+from zoo.conformance.report import Failure, check
 from zoo.conformance.subject import DIM, NO_GRADIENT, Subject, finite, gradients, same, tokens
-from zoo.contract import Block
-from zoo.registry import options
-
-WITH_NORMS = (*BLOCK_KINDS, "norm")
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-@check(kinds=WITH_NORMS, per_block=True)
-def options_are_typed(subject: Subject) -> None:
-    """Every option is keyword-only and annotated, and device and dtype are taken."""
-    options(subject.name)
-    if subject.registration.kind != "norm" and not issubclass(type(subject.create()), Block):
-        raise Failure("the class is no subclass of zoo.contract.Block")
 
 
 @check(kinds=WITH_NORMS)
@@ -146,15 +134,3 @@ def any_leading_shape(subject: Subject) -> None:
     y = block(x)
     same(block(x[1, 3]), y[1, 3], 1e-12, "one vector alone")
     same(block(x.view(2, 3, 4, DIM)), y.view(2, 3, 4, DIM), 1e-12, "input [2, 3, 4, dim]")
-
-
-@check(needs=has_ops, per_block=True)
-def kernel_option(subject: Subject) -> None:
-    """A block with a `kernel` option takes its op's backends and refuses others with a ValueError."""
-    if "kernel" not in options(subject.name):
-        return
-    try:
-        type(subject.create())(DIM, **{**subject.options, "kernel": "no-such-backend"})
-    except ValueError:
-        return
-    raise Failure("kernel='no-such-backend' was accepted; call check_backend(op, kernel)")

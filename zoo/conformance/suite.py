@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from zoo.conformance import causality, costs, fastpaths, law, modules, relations, tracing  # noqa: F401  (fill CHECKS)
+from zoo.conformance import cards, causality, costs, fastpaths, law, modules, relations, tracing  # noqa: F401  (fill CHECKS)
 from zoo.conformance.poison import poisoned
 from zoo.conformance.report import CHECKS, Check, Failure, Report, Result
 from zoo.conformance.subject import Subject

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from zoo.conformance.modules import WITH_NORMS
+from zoo.conformance.cards import WITH_NORMS
 from zoo.conformance.report import Failure, check
 from zoo.conformance.subject import Subject, finite, gradients, same, tokens
 

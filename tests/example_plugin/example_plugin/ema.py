@@ -82,4 +82,5 @@ class EMA(Block):
         return 4 * batch_size * seq_len * self.dim + 2 * self.dim * seq_len * seq_len
 
     def parallel_plan(self) -> ParallelPlan:
-        return ParallelPlan({"v_proj": "column", "o_proj": "row"}, units=self.dim, context="pass_state")
+        tensor = {"v_proj": "column", "log_timescale": "column", "o_proj": "row"}
+        return ParallelPlan(tensor, units=self.dim, context="pass_state")
