@@ -100,7 +100,6 @@ class CausalLM(nn.Module):
         seen = torch.zeros(batch_size, dtype=torch.int64, device=self.tok_embeddings.weight.device)
         return ModelState(seen, [layer.init_state(batch_size, max_len) for layer in self.layers])
 
-    @torch.no_grad()
     def generate(
         self,
         tokens: Tensor,
@@ -115,24 +114,34 @@ class CausalLM(nn.Module):
         temperature 0 takes the most likely token; otherwise tokens are drawn from the `top_k` best (all where
         None), reproducibly where a `seed` is given.
         """
+        new = list(self.stream(tokens, max_new_tokens, temperature, top_k=top_k, seed=seed))
+        return torch.cat([tokens, *new], 1)
+
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        *,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """The new tokens of `generate`, one [B, 1] at a time."""
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B, T] with T >= 1, got {tuple(tokens.shape)}")
         if temperature < 0 or max_new_tokens < 0:
             raise ValueError("temperature and max_new_tokens must not be negative")
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-        was_training = self.training
-        self.eval()
-        try:
-            out = [tokens]
-            state = self.init_state(tokens.shape[0], tokens.shape[1] + max_new_tokens)
-            segment = tokens
-            for _ in range(max_new_tokens):
-                logits = self.lm_head(self.hidden(segment, state)[:, -1])
-                segment = _draw(logits, temperature, top_k, generator)
-                out.append(segment)
-            return torch.cat(out, 1)
-        finally:
-            self.train(was_training)
+        state = self.init_state(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        for _ in range(max_new_tokens):
+            was_training = self.training
+            self.eval()
+            try:
+                with torch.no_grad():
+                    tokens = _draw(self.lm_head(self.hidden(tokens, state)[:, -1]), temperature, top_k, generator)
+            finally:
+                self.train(was_training)
+            yield tokens
 
     # --------------------------------------------------------------------------------------- cost
     def leaves(self, batch_size: int, seq_len: int, context_len: int, mode) -> Iterator[Leaf]:

@@ -1,0 +1,46 @@
+"""`zoo list`: names of blocks, from their sources, without importing any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zoo.cli import output
+from zoo.cli.options import Json
+
+
+def command(
+    kind: Annotated[str | None, typer.Option("--kind", metavar="K", help="Only this kind.")] = None,
+    configs: Annotated[bool, typer.Option("--configs", help="The configurations that come with the zoo.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List blocks, norms, routers and combinators."""
+    from zoo import registry
+
+    if configs:
+        found = [_config(p) for p in _config_files()]
+        return (
+            output.emit(found)
+            if as_json
+            else output.table(("config", "description"), [tuple(c.values()) for c in found])
+        )
+    cards = [registry.block_card(n) for n in registry.list_blocks(kind)]
+    if as_json:
+        keys = ("name", "kind", "summary", "paper", "causal", "streaming", "state_growth", "provider")
+        return output.emit([{k: getattr(c, k) for k in keys} for c in cards])
+    cards.sort(key=lambda c: (registry.KINDS.index(c.kind), c.name))
+    output.table(("name", "kind", "summary"), [(c.name, c.kind, c.summary) for c in cards])
+    output.console().print(f"\n{len(cards)} names; zoo show NAME tells more; zoo list --configs lists configurations")
+
+
+def _config_files() -> list[Path]:
+    return sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {"name": path.stem, "description": " ".join(str(document.get("description", "")).split())}

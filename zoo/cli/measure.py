@@ -1,0 +1,193 @@
+"""Time per node, by hooks around every block: warm-up, then medians over passes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from zoo.architectures.causal_lm import CausalLM
+from zoo.architectures.storage import build
+from zoo.cli import output
+from zoo.errors import ConfigError, KernelUnavailable, ZooError
+
+if TYPE_CHECKING:
+    from zoo.cost import CostReport
+    from zoo.graph.spec import Graph
+
+REPEATS, SECONDS = 5, 20.0  # at least 3 passes, at most REPEATS, and no more once SECONDS are over
+_PATIENCE = 60.0  # seconds for one pass; slower ones are measured on request only
+_FLOPS_PER_SECOND = {"cpu": 2e10, "cuda": 1e13}  # a low guess, to tell seconds from hours
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of one pass and of each node in it, medians over `repeats` passes."""
+
+    total: float
+    nodes: dict[str, float]
+    repeats: int
+    threads: int
+    device: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def check_device(device: str) -> None:
+    """ConfigError for a device that nothing can be measured on."""
+    if device not in _FLOPS_PER_SECOND:
+        raise ConfigError(f"--device {device}: can be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise KernelUnavailable("--device cuda: torch sees no CUDA device here")
+
+
+def too_large(report: CostReport, device: str, wanted: bool) -> str:
+    """Why a pass is not measured, or the empty string. ZooError where it was `wanted` and cannot be."""
+    weights = 4 * report.params
+    need = weights * (2 if report.mode == "train" else 1) + report.activation_bytes + report.state_bytes
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_memory()
+    if need > 0.8 * free:
+        reason = f"a pass needs about {output.size(need)}, {output.size(free)} are free"
+        if wanted:
+            raise ZooError(f"cannot be measured here: {reason}")
+        return reason
+    seconds = report.flops / _FLOPS_PER_SECOND[device]
+    return "" if wanted or seconds < _PATIENCE else f"a pass may take {seconds:.0f} s; --measure insists"
+
+
+def _free_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measure(graph: Graph, reports: Sequence[CostReport], reasons: Sequence[str], device: str) -> list[Measured | None]:
+    """Measure every report that has no reason against it."""
+    model = build(dict(graph.document), device=device)
+    wanted = [not reason for reason in reasons]
+    with output.progress() as bar:
+        task = bar.add_task("measuring", total=sum(wanted) * (REPEATS + 1))
+        return [
+            _one(model, report, device, lambda: bar.advance(task)) if yes else None
+            for report, yes in zip(reports, wanted, strict=True)
+        ]
+
+
+def _one(model: CausalLM, report: CostReport, device: str, advance: Callable[[], None]) -> Measured:
+    generator = torch.Generator().manual_seed(0)
+    shape = (report.batch_size, report.context_len + report.seq_len + 1)
+    tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
+    clock = _Clock(device)
+    run = _training(model, tokens) if report.mode == "train" else _inference(model, tokens, report)
+    passes: list[tuple[float, dict[str, float]]] = []
+    with _timed_nodes(model, report, clock):
+        begun = time.perf_counter()
+        for number in range(REPEATS + 1):
+            prepare, work = run()
+            prepare()
+            clock.spent.clear()
+            start = clock.now()
+            work()
+            if number:  # the first pass warms up
+                passes.append((clock.now() - start, dict(clock.spent)))
+            advance()
+            if len(passes) >= 3 and time.perf_counter() - begun > SECONDS:
+                break
+    model.zero_grad(set_to_none=True)
+    nodes = {p: 1e3 * statistics.median(n.get(p, 0.0) for _, n in passes) for p in passes[0][1]}
+    total = 1e3 * statistics.median(t for t, _ in passes)
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return Measured(total, nodes, len(passes), torch.get_num_threads(), name)
+
+
+Pass = tuple[Callable[[], Any], Callable[[], Any]]  # what is not timed, then what is
+
+
+def _training(model: CausalLM, tokens: torch.Tensor) -> Callable[[], Pass]:
+    def work() -> None:
+        logits = model(tokens[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+
+    model.train()
+    return lambda: (lambda: model.zero_grad(set_to_none=True), work)
+
+
+def _inference(model: CausalLM, tokens: torch.Tensor, report: CostReport) -> Callable[[], Pass]:
+    model.eval()
+    before, after = tokens[:, : report.context_len], tokens[:, report.context_len : -1]
+    with torch.no_grad():
+        filled = model.init_state(report.batch_size, report.context_len + report.seq_len)
+        for part in before.split(1024, dim=1) if report.context_len else ():
+            model.hidden(part, filled)
+    snapshot = filled.snapshot()
+
+    def work() -> None:
+        with torch.no_grad():
+            model.lm_head(model.hidden(after, filled)[:, -1])
+
+    return lambda: (lambda: filled.restore(snapshot), work)
+
+
+class _Clock:
+    """Seconds spent per node. A device that works on its own is waited for."""
+
+    def __init__(self, device: str):
+        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.spent: defaultdict[str, float] = defaultdict(float)
+        self.started: list[float] = []
+
+    def now(self) -> float:
+        self.wait()
+        return time.perf_counter()
+
+    def start(self, *unused: Any) -> None:
+        self.started.append(self.now())
+
+    def stop(self, paths: Sequence[str]) -> Callable[..., None]:
+        def add(*unused: Any) -> None:
+            spent = self.now() - self.started.pop()
+            for path in paths:  # sites of shared weights bear equal parts
+                self.spent[path] += spent / len(paths)
+
+        return add
+
+
+@contextmanager
+def _timed_nodes(model: CausalLM, report: CostReport, clock: _Clock) -> Iterator[None]:
+    """Hooks on the block and the norms of every node, forward and backward."""
+    sites: dict[int, tuple[nn.Module, list[str]]] = {}
+    for leaf in model.leaves(1, 1, 0, "train"):
+        for part in (getattr(leaf.module, name, None) for name in ("norm", "block", "out_norm")):
+            if isinstance(part, nn.Module) and hasattr(leaf.module, "block"):
+                sites.setdefault(id(part), (part, []))[1].append(leaf.path)
+    for name in ("tok_embeddings", "norm", "lm_head"):
+        part = getattr(model, name)
+        if part is not None:
+            sites[id(part)] = (part, [name])
+    handles = []
+    for module, paths in sites.values():
+        handles.append(module.register_forward_pre_hook(clock.start))
+        handles.append(module.register_forward_hook(clock.stop(paths)))
+        if report.mode == "train" and module is not model.tok_embeddings:
+            handles.append(module.register_full_backward_pre_hook(clock.start))
+            handles.append(module.register_full_backward_hook(clock.stop(paths)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,75 @@
+"""`zoo train CFG`: a run folder from a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zoo.cli import output
+from zoo.cli.options import Config, Json, Overrides
+
+if TYPE_CHECKING:
+    from zoo.train.run import RunResult
+
+
+def command(
+    config: Config,
+    overrides: Overrides = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Steps in all, in place of train.steps."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Run folder. [runs/NAME, or with a number behind it]"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model through torchtitan; Ctrl-C keeps a checkpoint to resume from."""
+    from zoo.graph.loader import load_config
+
+    document = load_config(config, overrides or ())  # before seconds are spent on loading the trainer
+    with output.stdout_kept_for_json(as_json):
+        from zoo.train.run import free_folder, train
+
+        folder = out or (Path(config) if resume else free_folder(str(document.get("name", "model"))))
+        result = train(document, out=folder, resume=resume, steps=steps)
+    if as_json:
+        output.emit(_document(result))
+    else:
+        _print(result)
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+def _document(result: RunResult) -> dict[str, Any]:
+    keys = (
+        "step",
+        "steps",
+        "interrupted",
+        "parameters",
+        "loss",
+        "seconds",
+        "tokens_per_second",
+        "evaluation",
+        "sample",
+    )
+    return {"out": str(result.out)} | {k: getattr(result, k) for k in keys}
+
+
+def _print(result: RunResult) -> None:
+    console = output.console()
+    if result.interrupted:
+        console.print(f"interrupted after step {result.step} of {result.steps}; go on with")
+        console.print(f"  zoo train {result.out} --resume --steps {result.steps}")
+        return
+    console.print(
+        f"{result.step} steps of {output.count(result.parameters)} parameters in {result.seconds:.0f} s, "
+        f"{result.tokens_per_second:,.0f} tokens/s; last loss {result.loss:.3f}"
+    )
+    figures = {k.replace("_", " "): v for k, v in (result.evaluation or {}).items()}
+    output.facts({k: f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for k, v in figures.items()})
+    console.print(f"run folder {result.out}; zoo generate {result.out} --prompt TEXT")
