@@ -1,29 +1,14 @@
 import io
 import json
-import resource
-import signal
-from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
+from tiny_runs import full_disk
 
 from zoo.errors import ZooError
 from zoo.train.curve import MetricsFile, draw, read_metrics
 from zoo.train.files import new_file, new_folder, write_text
 from zoo.train.progress import Reporter, clock
-
-
-@contextmanager
-def full_disk(room=1000):
-    """Files cannot grow beyond `room` bytes, as where a disk is full."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def names(folder):

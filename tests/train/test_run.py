@@ -3,26 +3,24 @@ import json
 import logging
 import math
 import os
-import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tiny_runs import config, history, texts, weights
 
 import zoo
-from tests.train.test_files import full_disk
-from tests.train.tiny import config, texts
 from zoo import contract
-from zoo.errors import ConfigError, DataError, ZooError
-from zoo.train import curve, run
-from zoo.train.curve import read_metrics
+from zoo.errors import ConfigError, ZooError
+from zoo.train import run
 from zoo.train.run import free_folder, tokenizer_of, train
 
-TIMES = ("tokens_per_second", "seconds")
+
+@pytest.fixture(autouse=True, scope="module")
+def short_samples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "SAMPLE_TOKENS", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +30,8 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
-    """Uninterrupted runs."""
     folder = tmp_path_factory.mktemp("runs")
     return {name: train(config(name, source), out=folder / name, progress=False) for name in ("dense", "hybrid")}
-
-
-def history(folder):
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(Path(folder) / "metrics.jsonl")]
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model" / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("name", ["dense", "hybrid"])
@@ -100,71 +85,6 @@ def test_same_seed_same_numbers(whole, source):
     )
 
 
-@pytest.mark.parametrize("name", ["dense", "hybrid"])
-def test_killed_and_resumed_is_bit_identical(whole, source, tmp_path, name):
-    out = tmp_path / "run"
-    script = Path(__file__).with_name("tiny.py")
-    done = subprocess.run(
-        [sys.executable, str(script), name, str(source), str(out), "8"], capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(read_metrics(out / "metrics.jsonl")) == 8 and not (out / "model").exists()
-    # as if it had been killed while it saved: neither folder may be taken for a checkpoint
-    (out / "checkpoint" / ".step-9.tmp").mkdir()
-    (out / "checkpoint" / "step-12").mkdir()
-    resumed = train(config(name, source), out=out, resume=True, progress=False)
-    assert resumed.step == 10
-    assert history(out) == history(whole[name].out)
-    assert same(weights(out), weights(whole[name].out))
-    assert resumed.evaluation == whole[name].evaluation
-    assert not list((out / "checkpoint").glob(".*"))
-
-
-def test_a_finished_run_goes_on(source, tmp_path):
-    out = tmp_path / "run"
-    flat = {"schedule": "wsd", "decay_fraction": 0.01, "warmup_steps": 0}
-    long = train(config("dense", source, **flat, steps=7), progress=False, out=tmp_path / "long")
-    train(config("dense", source, **flat), out=out, steps=5, progress=False)
-    more = train(config("dense", source, **flat), out=out, steps=7, resume=True, progress=False)
-    assert more.loss == long.loss and same(weights(out), weights(tmp_path / "long"))
-    assert [r["step"] for r in history(out)] == list(range(1, 8))
-    # nothing is left to do: the results are the same
-    again = train(config("dense", source, **flat, steps=7), out=out, resume=True, progress=False)
-    assert (again.step, again.loss, again.evaluation) == (7, more.loss, more.evaluation)
-
-
-def test_a_changed_schedule_applies_from_the_first_resumed_step(source, tmp_path):
-    out = tmp_path / "run"
-    train(
-        config("dense", source, warmup_steps=0, schedule="wsd", decay_fraction=0.01, lr=0.01, steps=3),
-        out=out,
-        progress=False,
-    )
-    train(config("dense", source, warmup_steps=0, schedule="wsd", decay_fraction=0.01, lr=0.001, steps=5), out=out,
-          resume=True, progress=False)  # fmt: skip
-    assert [r["lr"] for r in history(out)] == [0.01, 0.01, 0.01, 0.001, 0.001]
-
-
-def test_interrupted_run_saves_and_goes_on(whole, source, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    add = curve.MetricsFile.add
-
-    def interrupt(self, record):
-        add(self, record)
-        if record["step"] == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(curve.MetricsFile, "add", interrupt)
-    handler = signal.getsignal(signal.SIGINT)
-    result = train(config("dense", source), out=out, progress=False)
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert (result.step, result.interrupted, result.evaluation, result.model) == (4, True, None, None)
-    assert (out / "checkpoint" / "step-4").is_dir() and (out / "loss.png").exists() and not (out / "model").exists()
-    monkeypatch.setattr(curve.MetricsFile, "add", add)
-    train(config("dense", source), out=out, resume=True, progress=False)
-    assert history(out) == history(whole["dense"].out)
-
-
 @pytest.mark.parametrize("changes", [{"accumulation": 4}, {"activation_checkpoint": "full"}])
 def test_how_it_is_computed_does_not_matter(whole, source, changes):
     result = train(config("dense", source, **changes), progress=False)
@@ -187,20 +107,10 @@ def test_synthetic_task(tmp_path):
     assert (result.out / "sample.txt").read_text().startswith("input: ")
 
 
-def test_full_disk_is_one_line_and_the_run_can_be_resumed(source, tmp_path, whole):
-    out = tmp_path / "run"
-    with full_disk(20_000), pytest.raises(ZooError, match=r"step-3: the checkpoint cannot be written: ") as caught:
-        train(config("dense", source), out=out, progress=False)
-    assert "\n" not in str(caught.value)
-    assert not list((out / "checkpoint").iterdir())
-    train(config("dense", source), out=out, resume=True, progress=False)
-    assert history(out) == history(whole["dense"].out)
-
-
-def test_divergence_stops_with_one_message(source, tmp_path, monkeypatch):
+def test_divergence_stops_with_one_message(source, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(
-        ZooError, match=r"training diverged: the loss of step \d+ is (nan|inf); lower train.lr"
+        ZooError, match=r"training diverged: the (loss|gradient norm) of step \d+ is (nan|inf); lower train\.lr"
     ) as caught:
         train(config("dense", source, lr=1e30, warmup_steps=0), out=out, progress=False)
     assert "\n" not in str(caught.value)
@@ -227,14 +137,6 @@ def test_requests_that_cannot_be_met(whole, source, tmp_path):
     assert "train.seq_len: was 24 when the run began, is 32" in str(caught.value)
 
 
-def test_changed_data_cannot_be_resumed(tmp_path):
-    folder = texts(tmp_path / "texts")
-    train(config("dense", folder), out=tmp_path / "run", steps=1, progress=False)
-    (folder / f"{random.randrange(30)}.txt").write_text("another text")
-    with pytest.raises(DataError, match="the data are not those"):
-        train(config("dense", folder), out=tmp_path / "run", resume=True, progress=False)
-
-
 def test_free_folder(tmp_path):
     assert free_folder("a", tmp_path) == tmp_path / "a"
     (tmp_path / "a").mkdir()
@@ -246,4 +148,3 @@ def test_nothing_is_said_on_stdout(source, capfd):
     said = capfd.readouterr()
     assert said.out == ""
     assert "training 2/2" in said.err and "[titan]" not in said.err and "WARNING" not in said.err
-    assert run.MAY_CHANGE

@@ -167,7 +167,7 @@ def _quiet() -> Iterator[None]:
     own.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"torch\.distributed\.|torchtitan\.")
+            warnings.filterwarnings("ignore", module=r"torch\.(distributed|optim)\.|torchtitan\.")
             yield
     finally:
         root.removeFilter(keep)

@@ -1,10 +1,17 @@
-"""Small configurations, and a run that is killed in the middle (`python tests/train/tiny.py NAME FOLDER STEP`)."""
+"""Small training runs, also one that kills itself: `python tests/tiny_runs.py CONFIG TEXTS FOLDER STEP`."""
 
 import copy
 import os
+import resource
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from zoo.train.curve import read_metrics
 
 DENSE = {
     "name": "dense",
@@ -23,7 +30,7 @@ HYBRID = copy.deepcopy(DENSE) | {
     "name": "hybrid",
     "define": {
         "linear": [{"gated_deltanet": {"num_heads": 2}}, {"moe": _MOE}],
-        "sparse": [{"moba": {"num_heads": 2, "block_size": 8, "top_k": 2}}, {"moe": {"num_experts": 4, "hidden_dim": 8}}],
+        "sparse": [{"moba": {"num_heads": 2, "block_size": 8, "top_k": 2}}, {"moe": {"hidden_dim": 8}}],
         "think": [{"attention": {"num_heads": 2}}, {"swiglu": {"hidden_dim": 16}}],
     },
     "trunk": ["linear", "sparse", {"loop": {"steps": 2, "of": ["think"]}}, {"swiglu": {"hidden_dim": 16}, "share": "a"},
@@ -48,6 +55,35 @@ def config(name: str, source: Path, **train) -> dict:
     made["data"]["source"] = str(source)
     made["train"] |= train
     return made
+
+
+def history(folder: Path) -> list[dict]:
+    """The metrics of a run without what depends on the clock."""
+    records = read_metrics(Path(folder) / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "seconds")} for r in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The exported weights of a run."""
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@contextmanager
+def full_disk(room: int = 1000):
+    """Files cannot grow beyond `room` bytes, as where a disk is full."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 if __name__ == "__main__":
