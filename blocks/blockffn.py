@@ -22,6 +22,7 @@ from zoo.contract import (
     linear_flops,
     positions_from,
 )
+from zoo.kernels.precision import no_autocast
 from zoo.registry import NonNegativeFloat, PositiveInt, register
 
 SHARPNESS = 100.0  # of the locality loss: sigmoid(100 z) is nearly "z > 0"
@@ -114,7 +115,8 @@ class BlockFFN(Block):
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        z = F.linear(x.to(wide), self.router.weight.to(wide))
+        with no_autocast(x.device):
+            z = F.linear(x.to(wide), self.router.weight.to(wide))
         return z, self.router_norm(F.relu(z)).to(x.dtype)
 
     def forward(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.blocks.chunks import finished_chunks, max_read
+from zoo.blocks.chunks import finished_chunks, max_finished
 from zoo.blocks.experts import SwiGLUExperts
 from zoo.blocks.measure import balance_loss, group_counts, load_metrics, recording
 from zoo.blocks.swiglu import swiglu_width
@@ -28,6 +28,7 @@ from zoo.contract import (
     state_dtype,
 )
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.precision import no_autocast
 from zoo.registry import NonNegativeFloat, PositiveFloat, PositiveInt, register
 
 
@@ -122,8 +123,10 @@ class ChunkMixtureOfExperts(Block):
         start = self.first_chunk.to(wide).expand(B, D)
         if state is not None:
             start = torch.where(state.position[:, None] < self.chunk_size, start, state.summary.to(wide))
-        read = chunks.means[:, : max_read(T, self.chunk_size, state is not None)]
-        logits = F.linear(torch.cat([start[:, None], read], dim=1), self.gate.weight.to(wide)) / self.temperature
+        with no_autocast(x.device):
+            logits = (
+                F.linear(torch.cat([start[:, None], chunks.means], dim=1), self.gate.weight.to(wide)) / self.temperature
+            )
         row = torch.where(position < self.chunk_size, 0, chunks.before)
         logits = logits.gather(1, row[..., None].expand(B, T, self.num_experts)).flatten(0, 1)
         best = logits.topk(self.top_k, dim=-1)
@@ -145,7 +148,7 @@ class ChunkMixtureOfExperts(Block):
         return y
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
-        routes = batch_size * (max_read(seq_len, self.chunk_size, streaming) + 1)
+        routes = batch_size * (max_finished(seq_len, self.chunk_size, streaming) + 1)
         return 2 * routes * self.dim * self.num_experts + self.experts.flops(batch_size * seq_len * self.top_k)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:

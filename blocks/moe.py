@@ -18,6 +18,7 @@ from zoo.blocks.measure import balance_loss, group_counts, load_metrics, recordi
 from zoo.blocks.swiglu import SwiGLU, swiglu_width
 from zoo.contract import Block, Cost, Mode, ParallelPlan, State, add_auxiliary_loss
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.precision import no_autocast
 from zoo.registry import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, register
 
 
@@ -47,7 +48,8 @@ class TopKRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x: [N, D] -> logits [N, E], scores [N, E], indices [N, k], weights [N, k]; floats fp32 or wider."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        with no_autocast(x.device):
+            logits = F.linear(x.to(wide), self.weight.to(wide))
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
         wanted = scores.detach()
         if self.e_score_correction_bias is not None:

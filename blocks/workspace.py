@@ -26,6 +26,7 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels.precision import no_autocast
 from zoo.registry import PositiveInt, register
 
 WRITE_RATE = 0.1
@@ -132,16 +133,17 @@ class WorkspaceMemory(Block):
             start = torch.where(state.position[:, None, None] < C, start, state.memory)
         R = max_read(T, C, streaming)
         steps = max_finished(T, C, streaming) if streaming else R  # a last write that nobody reads is left out
-        memories, keys = self._write(start, chunks.means[:, :steps], chunks.first if doc_ids is not None else None, R)
-
+        first = chunks.first if doc_ids is not None else None
         version = torch.where(position < C, 0, chunks.before)  # which memory a token reads
         query = self.q_proj(x)
         head = T if doc_ids is not None else min(T, C)  # only these can read version 0
-        y = read(query[:, :head], keys[0], memories[0])
-        if head < T:
-            y = F.pad(y, (0, 0, 0, T - head))
-        if R:
-            y = self._read_later(query, y, version, position % C, keys[1 : R + 1], memories[1 : R + 1])
+        with no_autocast(x.device):
+            memories, keys = self._write(start, chunks.means[:, :steps], first, R)
+            y = read(query[:, :head], keys[0], memories[0])
+            if head < T:
+                y = F.pad(y, (0, 0, 0, T - head))
+            if R:
+                y = self._read_later(query, y, version, position % C, keys[1 : R + 1], memories[1 : R + 1])
         if state is not None:
             last = chunks.total[:, None, None, None].expand(B, 1, self.num_slots, D)
             # detached: segments are trained one after the other

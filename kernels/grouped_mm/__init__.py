@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from zoo.kernels.dispatch import call, register_row
@@ -26,7 +27,8 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, *, backend: str = "aut
     """y_n = x_n W_e with e the group of row n; the rows of x are sorted by group.
 
     x: [N, K]; weight: [E, K, M]; counts: [E] int64, the number of rows of each group, summing to N, zeros
-    allowed. Returns y [N, M] in x's dtype. No shape depends on the counts, so it compiles and exports.
+    allowed. Returns y [N, M] in x's dtype (under autocast in its dtype, as matmul does). No shape depends on the
+    counts, so it compiles and exports.
     """
     if x.ndim != 2 or weight.ndim != 3 or counts.ndim != 1:
         raise ValueError(f"grouped_mm takes x [N, K], weight [E, K, M], counts [E], got {x.ndim}, {weight.ndim}, "
@@ -36,4 +38,8 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, *, backend: str = "aut
             f"grouped_mm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and counts {tuple(counts.shape)} do not "
             "agree; they must be [N, K], [E, K, M], [E]"
         )
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        half = torch.get_autocast_dtype(device)
+        x, weight = x.to(half), weight.to(half)
     return call("grouped_mm", backend, x, weight, counts)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.kernels.precision import no_autocast
+
 
 def product_key_lookup(query: Tensor, sub_keys: Tensor, values: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `zoo.kernels.product_key_lookup.product_key_lookup`."""
@@ -13,7 +15,9 @@ def product_key_lookup(query: Tensor, sub_keys: Tensor, values: Tensor, top_k: i
     n = sub_keys.shape[2]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     halves = query.reshape(N, 2 * H, width // 2).transpose(0, 1).to(wide)
-    scores = torch.bmm(halves, sub_keys.reshape(2 * H, n, width // 2).transpose(1, 2).to(wide))  # [2H, N, n]
+    keys = sub_keys.reshape(2 * H, n, width // 2).transpose(1, 2).to(wide)
+    with no_autocast(query.device):
+        scores = torch.bmm(halves, keys)  # [2H, N, n]
     kept = min(top_k, n)
     best, where = scores.transpose(0, 1).reshape(N, H, 2, n).topk(kept, dim=-1)
     pairs = (best[:, :, 0, :, None] + best[:, :, 1, None, :]).flatten(2)

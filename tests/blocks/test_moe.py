@@ -222,3 +222,31 @@ def test_backend_can_be_forced_from_outside():
 def test_bad_combinations_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         registry.load("moe")(DIM, **options)
+
+
+@pytest.mark.parametrize(
+    "name, options", [("moe", {}), ("chunk_moe", {"chunk_size": 4}), ("blockffn", {"num_experts": 8})]
+)
+def test_autocast_leaves_the_route_in_fp32(name, options):
+    torch.manual_seed(0)
+    ours, x = registry.create(name, DIM, **options).eval(), X.float()
+    want = ours(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ours(x)
+    # a flipped choice of experts would be far outside bf16's error
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.03 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["moe", "chunk_moe", "blockffn", "product_key"])
+def test_training_with_losses_and_metrics_compiles_to_one_graph(name):
+    torch.manual_seed(0)
+    ours = registry.create(name, DIM).train()
+    x = X.float().requires_grad_()
+    ours(x).sum().backward()
+    want, metrics = {n: p.grad.clone() for n, p in ours.named_parameters()}, dict(ours.metrics)
+    ours.zero_grad()
+    ours.metrics = {}
+    torch.compile(ours, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    for n, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, want[n], rtol=1e-4, atol=1e-5)
+    assert metrics and all(torch.allclose(ours.metrics[k], v) for k, v in metrics.items())

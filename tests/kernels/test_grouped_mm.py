@@ -112,3 +112,13 @@ def test_wrong_shapes_are_named():
         grouped_mm(torch.zeros(5, 3), torch.zeros(2, 4, 6), torch.tensor([2, 3]))
     with pytest.raises(ValueError, match="counts sum to 4, x has 5 rows"):
         grouped_mm(torch.zeros(5, 4), torch.zeros(2, 4, 6), torch.tensor([2, 2]))
+
+
+def test_autocast_mixes_dtypes_as_matmul_does():
+    x, weight, counts = problem([3, 0, 5, 2], torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = grouped_mm(x.bfloat16(), weight, counts)
+        exact = grouped_mm(x.double(), weight.double(), counts)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32 and exact.dtype == torch.float64
+    torch.testing.assert_close(y.double(), exact, rtol=0.05, atol=0.1)
