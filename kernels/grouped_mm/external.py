@@ -1,6 +1,6 @@
 """Grouped matrix product as one opaque op with gradients: torch's own kernel, or one `mm` per group.
 
-torch._grouped_mm alone traces only in bf16 on a CPU and is invisible to FLOP counters; behind a custom op every
+torch.nn.functional.grouped_mm alone traces only in bf16 on a CPU and is invisible to FLOP counters; behind a custom op every
 dtype compiles, exports and is counted.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 TORCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +22,7 @@ def _ends(counts: Tensor) -> Tensor:
 @torch.library.custom_op("zoo::grouped_mm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, counts: Tensor, native: bool) -> Tensor:
     if native:
-        return torch._grouped_mm(x.contiguous(), weight, offs=_ends(counts)).contiguous()
+        return F.grouped_mm(x.contiguous(), weight, offs=_ends(counts)).contiguous()
     y = x.new_empty(x.shape[0], weight.shape[2])
     start = 0
     for matrix, n in zip(weight, counts.tolist(), strict=True):
@@ -36,7 +37,7 @@ def _forward(x: Tensor, weight: Tensor, counts: Tensor, native: bool) -> Tensor:
 def _weight_gradient(x: Tensor, grad: Tensor, counts: Tensor, native: bool) -> Tensor:
     """[E, K, M]: x_e^T grad_e for the rows of each group."""
     if native:
-        return torch._grouped_mm(x.contiguous().t(), grad.contiguous(), offs=_ends(counts)).contiguous()
+        return F.grouped_mm(x.contiguous().t(), grad.contiguous(), offs=_ends(counts)).contiguous()
     out = x.new_empty(len(counts), x.shape[1], grad.shape[1])
     start = 0
     for matrix, n in zip(out, counts.tolist(), strict=True):
@@ -96,12 +97,12 @@ def loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def torch_grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """torch._grouped_mm."""
+    """torch.nn.functional.grouped_mm."""
     return _forward(x, weight, counts, True)
 
 
 def torch_refuses(x: Tensor, weight: Tensor, counts: Tensor) -> str | None:
-    """Why torch._grouped_mm cannot take this call, or None."""
+    """Why torch.nn.functional.grouped_mm cannot take this call, or None."""
     if weight.dtype != x.dtype:
         return f"needs one dtype, x is {x.dtype} and weight {weight.dtype}"
     for name, size in (("K", weight.shape[1]), ("M", weight.shape[2])):
