@@ -1,7 +1,7 @@
 """Grouped matrix product as one opaque op with gradients: torch's own kernel, or one `mm` per group.
 
-torch.nn.functional.grouped_mm alone traces only in bf16 on a CPU and is invisible to FLOP counters; behind a custom op every
-dtype compiles, exports and is counted.
+torch.nn.functional.grouped_mm alone traces only in bf16 on a CPU and is invisible to FLOP counters; behind a
+custom op every dtype compiles, exports and is counted.
 """
 
 from __future__ import annotations
