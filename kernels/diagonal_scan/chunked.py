@@ -1,5 +1,5 @@
-"""Diagonal scan in two levels: C steps, each over all T/C chunks at once, then the same scan over the chunk
-ends, then one broadcast. It only multiplies by decays of modulus <= 1: no division, no positive exponent.
+"""Diagonal scan in two levels: a scan inside all T/C chunks at once, then the same function over the chunk ends,
+then one broadcast. It only multiplies by decays of modulus <= 1: no division, no positive exponent.
 
 Backward is the same scan from right to left, dh_t = dy_t + conj(a_{t+1}) dh_{t+1}, so that only a and h are
 kept; it is made of differentiable operations, hence derivatives of any order exist.
@@ -24,28 +24,36 @@ def same_document(doc_ids: Tensor) -> Tensor:
 def linear_scan(a: Tensor, b: Tensor, h: Tensor | None) -> Tensor:
     """h_t = a_t h_{t-1} + b_t from multipliers a [B, T, ...]; O(T) work, traceable, O(log T) operations."""
     B, T, *rest = b.shape
-    if T <= _CHUNK:
-        return torch.stack(_steps(a.unbind(1), b.unbind(1), h), 1)
-    chunks = -(-T // _CHUNK)
-    pad = (0, 0) * len(rest) + (0, chunks * _CHUNK - T)
-    # padded steps (a = b = 0) come after every real one
-    a, b = (F.pad(x, pad).reshape(B, chunks, _CHUNK, *rest).unbind(2) for x in (a, b))
-    local = _steps(a, b, None)
-    products = [a[0]]
-    for step in a[1:]:
-        products.append(products[-1] * step)
-    ends = linear_scan(products[-1][:, :-1], local[-1][:, :-1], h)
-    start = torch.zeros_like(b[0][:, :1]) if h is None else h[:, None]
-    before = torch.cat([start, ends], 1)[:, :, None]
-    out = torch.addcmul(torch.stack(local, 2), torch.stack(products, 2), before)
-    return out.reshape(B, chunks * _CHUNK, *rest)[:, :T]
+    chunk = min(T, _CHUNK)
+    chunks = -(-T // chunk)
+    pad = (0, 0) * len(rest) + (0, chunks * chunk - T)  # padded steps come after every real one
+    a, b = (F.pad(x, pad).reshape(B, chunks, chunk, *rest) for x in (a, b))
+    # a traced graph wants few operations, an eager run few passes over memory
+    products, local = _doubling(a, b) if torch.compiler.is_compiling() else _steps(a, b)
+    before = torch.zeros_like(b[:, :1, 0]) if h is None else h[:, None]
+    if chunks > 1:
+        before = torch.cat([before, linear_scan(products[:, :-1, -1], local[:, :-1, -1], h)], 1)
+    return torch.addcmul(local, products, before[:, :, None]).reshape(B, chunks * chunk, *rest)[:, :T]
 
 
-def _steps(a: tuple[Tensor, ...], b: tuple[Tensor, ...], h: Tensor | None) -> list[Tensor]:
-    out = [b[0] if h is None else torch.addcmul(b[0], a[0], h)]
+def _steps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Running products of a and the scan from zero along dimension 2, one step after the other."""
+    a, b = a.unbind(2), b.unbind(2)
+    products, local = [a[0]], [b[0]]
     for decay, x in zip(a[1:], b[1:]):
-        out.append(torch.addcmul(x, decay, out[-1]))
-    return out
+        products.append(products[-1] * decay)
+        local.append(torch.addcmul(x, decay, local[-1]))
+    return torch.stack(products, 2), torch.stack(local, 2)
+
+
+def _doubling(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by ceil(log2 C) passes, each of which doubles how far back a step has looked."""
+    back = 1
+    while back < a.shape[2]:
+        b = torch.cat([b[:, :, :back], torch.addcmul(b[:, :, back:], a[:, :, back:], b[:, :, :-back])], 2)
+        a = torch.cat([a[:, :, :back], a[:, :, back:] * a[:, :, :-back]], 2)
+        back *= 2
+    return a, b
 
 
 class _Scan(torch.autograd.Function):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels.chunking import wide
 from zoo.kernels.diagonal_scan.chunked import linear_scan, same_document
 from zoo.kernels.precision import no_autocast
+from zoo.kernels.selective_scan.cost import flops
 
 _MAX_TRACED_SLABS = 8
 
@@ -145,6 +147,16 @@ def _opaque_gradient(ctx, dy, dstates):
 
 
 _opaque_forward.register_autograd(_opaque_gradient, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.zoo.selective_scan)
+def _opaque_flops(u, delta, A, *args, out_shape=None, **kwargs) -> int:
+    return flops(*u, A[0])
+
+
+@register_flop_formula(torch.ops.zoo.selective_scan_backward)
+def _opaque_backward_flops(dy, dstates, u, delta, A, *args, out_shape=None, **kwargs) -> int:
+    return 3 * flops(*u, A[0])  # gradients of B, C and of the inputs
 
 
 def selective_scan(
