@@ -247,8 +247,8 @@ class MoBA(Block):
         flops = linear_flops(batch_size * seq_len, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         if self.top_k > 1:
             flops += scoring.flops(batch_size, seq_len, blocks, self.num_heads, size)
-        listed = (min(self.top_k - 1, blocks) + 1) * self.block_size
-        return flops + attending.flops(batch_size, seq_len, keys, *heads, size, size, listed, self.num_heads)
+        lists = (min(self.top_k - 1, blocks) + 1, self.block_size, self.num_heads)
+        return flops + attending.flops(batch_size, seq_len, keys, *heads, size, size, *lists)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize = self.num_kv_heads * self.head_dim, self.itemsize

@@ -290,13 +290,13 @@ class WindowGlobal(Block):
         if not streaming:
             flops += attention_flops(B, seq_len, seq_len, heads[0], size, window=self.window, fused=fused)
             tile = min(self.chunk_size, seq_len)
-            far = (B, seq_len, seq_len, *heads, size, size, self._listed(seq_len), 1, tile)
+            far = (B, seq_len, seq_len, *heads, size, size, self._listed(seq_len), 1, 1, tile)
             return flops + (sparse.flops(*far) if G else 0)
         for start in range(0, seq_len, self._piece):
             L = min(self._piece, seq_len - start)
             near = (B, L, self._ring + L, heads[0], size)
             flops += attention_flops(*near, window=self.window, plain=False, fused=fused)
-            flops += sparse.flops(B, L, G if L == 1 else 2 * G, *heads, size, size, G, 1) if G else 0
+            flops += sparse.flops(B, L, G if L == 1 else 2 * G, *heads, size, size, 1, G, 1) if G else 0
         return flops
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:

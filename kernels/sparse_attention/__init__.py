@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import call, register_row
@@ -47,6 +48,8 @@ def sparse_attention(
         raise ValueError(f"heads do not fit: {Hq} query, {Hkv} key and {idx.shape[1]} list heads")
     if idx.shape[0] != B or idx.shape[2] != -(-Tq // blocks.q_tile):
         raise ValueError(f"idx of shape {tuple(idx.shape)} does not serve {B} rows of {Tq} queries in {blocks.q_tile}s")
+    if idx.shape[3] == 0:  # no slot at all is one empty slot
+        blocks = BlockList(F.pad(idx, (0, 1), value=-1), blocks.q_tile, blocks.kv_block, blocks.stride)
     if q_index is None:
         q_index = torch.arange(Tq, device=q.device).expand(B, Tq)
     if k_index is None:

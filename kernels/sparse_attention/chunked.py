@@ -1,4 +1,5 @@
-"""Attention over a BlockList in chunks of query tiles, gathering the listed keys or masking all of them.
+"""Attention over a BlockList in chunks of query tiles, gathering the listed keys or masking all of them; or from
+the side of the keys (key_major.py). Which way is taken depends on the sizes alone.
 
 Both directions recompute the probabilities of a chunk from the logits and the saved lse, so that memory is
 linear in the sequence length: q, k, v, o, lse and one chunk.
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.precision import no_autocast
-from zoo.kernels.sparse_attention.cost import prefers_dense
+from zoo.kernels.sparse_attention.cost import choose_way
+from zoo.kernels.sparse_attention.key_major import KeyMajor
 
 CHUNK_ELEMENTS = 1 << 22
 _NONE = float("-inf")
@@ -35,8 +37,8 @@ class _Call:
     causal: bool
     window: int | None
     scale: float
-    dense: bool
     heads: int  # Hl
+    dense: bool
 
     def slots(self, tiles: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Of the keys gathered for some tiles: listed? [B, Hs, n, L], slot in a row [B, Hs, n, L] and row in
@@ -169,9 +171,9 @@ def _backward(
 
 
 def _call(k, v, k_bias, idx, q_index, k_index, q_doc_ids, k_doc_ids, static) -> _Call:
-    q_tile, kv_block, stride, causal, window, scale, dense, heads = static
+    q_tile, kv_block, stride, *options = static
     blocks = BlockList(idx, q_tile, kv_block, stride)
-    return _Call(k, v, k_bias, blocks, q_index, k_index, q_doc_ids, k_doc_ids, causal, window, scale, dense, heads)
+    return _Call(k, v, k_bias, blocks, q_index, k_index, q_doc_ids, k_doc_ids, *options)
 
 
 def sparse_attention(
@@ -203,9 +205,14 @@ def sparse_attention(
     q_index = F.pad(q_index, (0, pad), value=-1).reshape(B, N, tile)
     if q_doc_ids is not None:
         q_doc_ids = F.pad(q_doc_ids, (0, pad)).reshape(B, N, tile)
-    dense = prefers_dense(N, Hq // heads * tile, Tk, blocks.idx.shape[3] * blocks.kv_block)
-    static = (tile, blocks.kv_block, blocks.stride, causal, window, scale, dense, heads)
-    o, lse = _Attend.apply(tiled, k, v, k_bias, blocks.idx, q_index, k_index, q_doc_ids, k_doc_ids, static)
+    static = (tile, blocks.kv_block, blocks.stride, causal, window, scale, heads)
+    sizes = (N, Hq // heads * tile, Tk, blocks.idx.shape[3], blocks.kv_block, blocks.num_blocks(Tk))
+    way = choose_way(*sizes)
+    tensors = (tiled, k, v, k_bias, blocks.idx, q_index, k_index, q_doc_ids, k_doc_ids)
+    if way == "key_major":
+        o, lse = KeyMajor.apply(*tensors, static)
+    else:
+        o, lse = _Attend.apply(*tensors, (*static, way == "mask"))
     o = o.permute(0, 2, 4, 1, 3, 5).reshape(B, N * tile, Hq, Dv)[:, :Tq]
     lse = lse.permute(0, 2, 4, 1, 3).reshape(B, N * tile, Hq)[:, :Tq]
     return o.to(q.dtype), lse

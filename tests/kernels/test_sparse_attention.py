@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.kernels.block_list import BlockList, sort_ids
-from zoo.kernels.sparse_attention import chunked, flops, sparse_attention
+from zoo.kernels.sparse_attention import chunked, flops, key_major, sparse_attention
+from zoo.kernels.sparse_attention.cost import choose_way
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
@@ -20,10 +22,11 @@ def lists(B, H, N, n, num_blocks, kv_block, q_tile, stride=0, seed=0):
     return BlockList(sort_ids(idx * kv_block if stride == 1 else idx).clamp(min=-1), q_tile, kv_block, stride)
 
 
-@pytest.fixture(params=["gather", "mask"])
+@pytest.fixture(params=["gather", "mask", "key_major"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(chunked, "prefers_dense", lambda *a: request.param == "mask")
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 3000)  # several chunks
+    monkeypatch.setattr(chunked, "choose_way", lambda *sizes: request.param)
+    for module in (chunked, key_major):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 3000)  # several chunks
     return request.param
 
 
@@ -84,15 +87,23 @@ def test_low_precision_accumulates_in_fp32(way):
     torch.testing.assert_close(o.double(), exact, rtol=8e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("T,kv_block,n,q_tile,list_heads", [(40, 4, 2, 1, 4), (40, 2, 3, 1, 2), (129, 1, 8, 16, 1)])
-def test_cost_is_what_is_counted(T, kv_block, n, q_tile, list_heads):
-    from torch.utils.flop_counter import FlopCounterMode
-
+@pytest.mark.parametrize(
+    "T,kv_block,n,q_tile,list_heads,expected",
+    [
+        (40, 4, 2, 1, 4, "mask"),
+        (129, 1, 8, 16, 1, "gather"),
+        (600, 1, 3, 1, 4, "gather"),
+        (600, 32, 3, 1, 4, "key_major"),
+    ],
+)
+def test_cost_is_what_is_counted(T, kv_block, n, q_tile, list_heads, expected):
     q, k, v = draw(2, T, 4, 6), draw(2, T, 2, 6), draw(2, T, 2, 5)
     blocks = lists(2, list_heads, -(-T // q_tile), n, -(-T // kv_block), kv_block, q_tile)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         sparse_attention(q, k, v, blocks)
-    assert counter.get_total_flops() == flops(2, T, T, 4, 2, 6, 5, n * kv_block, list_heads, q_tile)
+    assert counter.get_total_flops() == flops(2, T, T, 4, 2, 6, 5, n, kv_block, list_heads, q_tile)
+    rows = q_tile * (1 if list_heads == 4 else 2)
+    assert choose_way(-(-T // q_tile), rows, T, n, kv_block, -(-T // kv_block)) == expected
 
 
 def test_wrong_shapes_are_named():
@@ -103,7 +114,16 @@ def test_wrong_shapes_are_named():
         sparse_attention(q, q, q, lists(1, 4, 5, 2, 3, 2, 1))
 
 
-def test_compiles_whole():
+def test_lists_without_slots():
+    q = draw(1, 6, 4, 3).requires_grad_()
+    o, lse = sparse_attention(q, q, q, BlockList(torch.zeros(1, 1, 6, 0, dtype=torch.int32)))
+    assert not o.any() and torch.isneginf(lse).all()
+    assert not torch.autograd.grad(o.sum(), q)[0].any()
+
+
+def test_key_major_compiles_whole(monkeypatch):
+    # the conformance suite compiles the other ways inside blocks
+    monkeypatch.setattr(chunked, "choose_way", lambda *sizes: "key_major")
     q, k, v = (draw(1, 12, 2, 4, seed=s).requires_grad_() for s in range(3))
     idx = lists(1, 2, 12, 2, 3, 4, 1).idx
 
