@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class DiagonalSSM(Block):
         super().__init__(dim)
         check_backend("diagonal_scan", kernel)
         self.readout, self.kernel = readout, kernel
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.param_proj = nn.Linear(dim, 4 * dim, bias=False, **factory)
         self.skip_proj = nn.Linear(dim, dim, bias=False, **factory)
         self.log_lambda = nn.Parameter(torch.empty(dim, **factory))
@@ -74,7 +74,12 @@ class DiagonalSSM(Block):
             self.param_proj.weight[self.dim : 2 * self.dim] *= gain[:, None].to(self.param_proj.weight.dtype)
 
     def forward(
-        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: DiagonalState | None = None,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
     ) -> Tensor:
         refuse_packed_streaming(state, doc_ids)
         delta, B, C, U = wide(self.param_proj(x)).chunk(4, -1)
@@ -96,7 +101,7 @@ class DiagonalSSM(Block):
             state.s.copy_(last.detach())
         return (C * s).to(x.dtype) + self.skip_proj(x)
 
-    def init_state(self, batch_size: int, max_len: int | None = None) -> State:
+    def init_state(self, batch_size: int, max_len: int | None = None) -> DiagonalState:
         like = self.log_lambda
         return DiagonalState(like.new_zeros(batch_size, self.dim, dtype=state_dtype(like.dtype)))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class Mamba(Block):
         check_backend("selective_scan", kernel)
         self.inner, self.state_dim, self.conv_size, self.kernel = expand * dim, state_dim, conv_size, kernel
         self.dt_rank = dt_rank or -(-dim // 16)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False, **factory)
         self.conv1d = ShortConv(self.inner, conv_size, bias=True, **factory)
         self.x_proj = nn.Linear(self.inner, self.dt_rank + 2 * state_dim, bias=False, **factory)
@@ -95,13 +96,18 @@ class Mamba(Block):
             self.A_log.copy_(torch.arange(1, self.state_dim + 1, device=self.A_log.device).log())
 
     def forward(
-        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: MambaState | None = None,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
     ) -> Tensor:
         refuse_packed_streaming(state, doc_ids)
         x, z = self.in_proj(x).chunk(2, -1)
         u = self.conv1d(x, None if state is None else state.conv, doc_ids)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state_dim, self.state_dim], -1)
-        if self.dt_layernorm is not None:
+        if self.dt_layernorm and self.b_layernorm and self.c_layernorm:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         y, ssm = selective_scan(
             u,
@@ -118,7 +124,7 @@ class Mamba(Block):
             state.ssm.copy_(ssm.detach())
         return self.out_proj(y * F.silu(z))
 
-    def init_state(self, batch_size: int, max_len: int | None = None) -> State:
+    def init_state(self, batch_size: int, max_len: int | None = None) -> MambaState:
         like = self.in_proj.weight
         return MambaState(
             like.new_zeros(batch_size, self.conv_size - 1, self.inner),

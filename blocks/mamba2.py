@@ -10,6 +10,7 @@ The core is linear attention with q = C, k = B, v = delta x and log-decay delta 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.mamba import MambaState
 from zoo.blocks.recurrent import ShortConv, previous, reset_softplus_decay_, wide
-from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.kernels.linear_attention import linear_attention
@@ -94,7 +95,7 @@ class Mamba2(Block):
             raise ValueError(f"time_step_limit must be [low, high] with 0 <= low < high, got {list(time_step_limit)}")
         self.time_step_limit = None if time_step_limit is None else tuple(time_step_limit)
         self.conv_size, self.chunk_size, self.kernel = conv_size, chunk_size, kernel
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv_channels = self.inner + 2 * num_groups * state_dim
         self.in_proj = nn.Linear(dim, self.inner + self.conv_channels + self.num_heads, bias=False, **factory)
         self.conv1d = ShortConv(self.conv_channels, conv_size, bias=True, **factory)
@@ -113,7 +114,12 @@ class Mamba2(Block):
         nn.init.ones_(self.D)
 
     def forward(
-        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: MambaState | None = None,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
     ) -> Tensor:
         refuse_packed_streaming(state, doc_ids)
         z, xBC, dt = self.in_proj(x).split([self.inner, self.conv_channels, self.num_heads], -1)
@@ -140,7 +146,7 @@ class Mamba2(Block):
         y = y + wide(self.D)[:, None] * u
         return self.out_proj(self.norm(y.flatten(-2), z))
 
-    def init_state(self, batch_size: int, max_len: int | None = None) -> State:
+    def init_state(self, batch_size: int, max_len: int | None = None) -> MambaState:
         like, shape = self.in_proj.weight, (batch_size, self.num_heads, self.state_dim, self.head_dim)
         return MambaState(
             like.new_zeros(batch_size, self.conv_size - 1, self.conv_channels),

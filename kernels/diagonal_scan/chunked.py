@@ -38,9 +38,9 @@ def linear_scan(a: Tensor, b: Tensor, h: Tensor | None) -> Tensor:
 
 def _steps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Running products of a and the scan from zero along dimension 2, one step after the other."""
-    a, b = a.unbind(2), b.unbind(2)
-    products, local = [a[0]], [b[0]]
-    for decay, x in zip(a[1:], b[1:]):
+    (first, *decays), (start, *rows) = a.unbind(2), b.unbind(2)
+    products, local = [first], [start]
+    for decay, x in zip(decays, rows):
         products.append(products[-1] * decay)
         local.append(torch.addcmul(x, decay, local[-1]))
     return torch.stack(products, 2), torch.stack(local, 2)

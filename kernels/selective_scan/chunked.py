@@ -110,7 +110,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dstates):
-        return *_backward(dy, dstates, *ctx.saved_tensors, ctx.chunk_size), None, None
+        return *_backward(dy, dstates, *ctx.saved_tensors, chunk_size=ctx.chunk_size), None, None
 
 
 @torch.library.custom_op("zoo::selective_scan", mutates_args=())
@@ -151,12 +151,12 @@ _opaque_forward.register_autograd(_opaque_gradient, setup_context=_setup_context
 
 @register_flop_formula(torch.ops.zoo.selective_scan)
 def _opaque_flops(u, delta, A, *args, out_shape=None, **kwargs) -> int:
-    return flops(*u, A[0])
+    return flops(*u, state_dim=A[0])
 
 
 @register_flop_formula(torch.ops.zoo.selective_scan_backward)
 def _opaque_backward_flops(dy, dstates, u, delta, A, *args, out_shape=None, **kwargs) -> int:
-    return 3 * flops(*u, A[0])  # gradients of B, C and of the inputs
+    return 3 * flops(*u, state_dim=A[0])  # gradients of B, C and of the inputs
 
 
 def selective_scan(
