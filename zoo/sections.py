@@ -39,8 +39,8 @@ class _Section:
             values[key], why = check_type(value, known[key])
             if why:
                 complaints.append((key, why))
-        section = None if complaints else cls(**values)
-        complaints += section.complaints() if section else []
+        section = cls(**({} if complaints else values))
+        complaints += section.complaints()
         if complaints:
             raise ConfigError([Problem(text, f"{cls.where}.{key}") for key, text in complaints])
         return section

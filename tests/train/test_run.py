@@ -12,7 +12,7 @@ from tiny_runs import config, history, texts, weights
 import zoo
 from zoo import contract
 from zoo.errors import ConfigError, ZooError
-from zoo.train import run
+from zoo.train import parallelize, run
 from zoo.train.run import free_folder, tokenizer_of, train
 
 
@@ -148,3 +148,10 @@ def test_nothing_is_said_on_stdout(source, capfd):
     said = capfd.readouterr()
     assert said.out == ""
     assert "training 2/2" in said.err and "[titan]" not in said.err and "WARNING" not in said.err
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(whole, source, monkeypatch):
+    monkeypatch.setattr(parallelize, "COMPILE_BACKEND", "aot_eager")
+    result = train(config("dense", source, compile=True), progress=False)
+    assert result.loss == pytest.approx(whole["dense"].loss, rel=1e-4)

@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import zoo
-from zoo.errors import ConfigError, DataError, Problem
+from zoo.errors import ConfigError, DataError, Problem, ZooError
 from zoo.sections import DataSection, TrainSection
 from zoo.train.corpus import Corpus, Stream, read_corpus
 from zoo.train.curve import LN2, MetricsFile, draw
@@ -107,7 +107,7 @@ def train(
     steps: in place of `train.steps`. Ctrl-C saves a checkpoint and returns with `interrupted`; a second one
     stops at once. ConfigError, DataError and ZooError say what is wrong in one line each.
     """
-    document = OmegaConf.to_container(zoo.load_config(config), resolve=True)
+    document = _document(config)
     section = TrainSection.from_mapping(document.get("train"))
     if steps is not None:
         section = TrainSection.from_mapping({**(document.get("train") or {}), "steps": steps})
@@ -120,13 +120,28 @@ def train(
         raise ConfigError("resume needs the run folder: give out")
     with Reporter(progress) as report:
         report.begin("loading torchtitan")
-        from zoo.train import titan  # seconds: after the checks that need no torch
-
+        titan = _titan()
         report.end()
         report.begin("reading data")
         data = _prepare(data_section, section, document)
         report.end()
         return _run(titan, document, section, data, folder, resume, report)
+
+
+def _document(config: Any) -> dict[str, Any]:
+    """A configuration, checked and resolved, as plain values."""
+    return cast(dict[str, Any], OmegaConf.to_container(zoo.load_config(config), resolve=True))
+
+
+def _titan() -> Any:
+    """The adapter of torchtitan. Its import takes seconds, so it comes after the checks that need none of it."""
+    try:
+        from zoo.train import titan
+    except ImportError as error:
+        if (error.name or "").startswith("zoo"):
+            raise
+        raise ZooError(f"training needs the extra `train`: pip install 'block-zoo[train]' ({error})") from error
+    return titan
 
 
 def _run(
@@ -207,7 +222,7 @@ def _check_folder(folder: Path, resume: bool, document: dict[str, Any]) -> None:
         return
     if not known.is_file():
         raise ConfigError(f"{folder} holds no run to resume (it has no config.yaml)")
-    before = OmegaConf.to_container(zoo.load_config(known), resolve=True)
+    before = _document(known)
     changed = [Problem(f"was {a!r} when the run began, is {b!r}", key) for key, a, b in _differences(before, document)]
     if changed:
         raise ConfigError([Problem(f"{folder} cannot be resumed with another configuration"), *changed])
@@ -266,11 +281,12 @@ def _environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     try:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        # the last commit of this very folder: none where the package lies in somebody else's repository
+        command = ["git", "-C", str(Path(__file__).resolve().parent), "log", "-1", "--format=%H", "--", "."]
         done = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _finish(
@@ -300,8 +316,7 @@ def tokenizer_of(folder: str | Path) -> Tokenizer:
     for path in (folder / "tokenizer.json", folder / "model" / "tokenizer.json"):
         if path.is_file():
             return FileTokenizer(path)
-    document = OmegaConf.to_container(zoo.load_config(folder / "config.yaml"), resolve=True)
-    return load_tokenizer(DataSection.from_mapping(document.get("data")).tokenizer)
+    return load_tokenizer(DataSection.from_mapping(_document(folder / "config.yaml").get("data")).tokenizer)
 
 
 @contextmanager
@@ -314,7 +329,7 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: Any) -> None:
         asked.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     for n in before:
@@ -342,7 +357,7 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
     summary = corpus.summary()
     # about eval_batches batches of held-out text, in whole bytes
     wanted = section.eval_batches * section.batch_size * section.seq_len
-    seen = some_heldout(corpus, max(1, round(wanted * summary["train_bytes"] / len(stream.ids))))
+    seen = some_heldout(corpus, max(1, round(wanted * int(summary["train_bytes"]) / len(stream.ids))))
     seen_rows = HeldoutRows(Stream.of(seen, tokenizer), section.seq_len, data.doc_ids)
     size = section.batch_size // section.accumulation
 

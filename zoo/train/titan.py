@@ -119,7 +119,7 @@ def fit(job: Job) -> tuple[nn.Module, int]:
         try:
             trainer = _config(job).build()
             trainer.train()
-            return trainer.model_parts[0].model, trainer.step
+            return trainer.trained, trainer.step
         finally:
             if trainer is not None:
                 trainer.close()
@@ -141,16 +141,17 @@ def newest_checkpoint(folder: Path) -> int | None:
 def _process_group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ZooError("training runs in one process; start it without torchrun")
-    mine = not dist.is_initialized()
+    mine, hook = not dist.is_initialized(), sys.excepthook
     had = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = had or "0"
     try:
         if mine:  # a store in memory needs no network
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
         yield
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
+            sys.excepthook = hook  # torch put the rank in front of every line of it
         if had is None:
             del os.environ["LOCAL_RANK"]
 
@@ -177,6 +178,8 @@ def _quiet() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------- adapters
 class _Model(BaseModel):
     """Our model under the name `model`. Built on meta, moved by `to_empty`, filled by `init_weights`."""
+
+    model: Any
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseModel.Config):
@@ -309,17 +312,22 @@ class _Trainer(Trainer):
         job: Job
         metrics: MetricsProcessor.Config = field(default_factory=_Metrics.Config)
 
+    checkpointer: _Checkpoints
+    metrics_processor: _Metrics
+
     def __init__(self, config: Config):
         super().__init__(config)
+        self.job = config.job
+        self.trained: Any = self.model_parts[0].model
         set_auxiliary_scale(1 / self.gradient_accumulation_steps)
-        modules = list(self.model_parts[0].modules())
-        self.biased = [m for m in modules if callable(getattr(m, "update_bias", None))]
-        self.measuring = [m for m in modules if isinstance(getattr(m, "metrics", None), dict)]
-        self.parameters = list(self.model_parts[0].parameters())
+        modules = list(self.trained.modules())
+        self.biased: list[Any] = [m for m in modules if callable(getattr(m, "update_bias", None))]
+        self.measuring: list[Any] = [m for m in modules if isinstance(getattr(m, "metrics", None), dict)]
+        self.parameters = list(self.trained.parameters())
 
     def train(self) -> None:
         """The loop of torchtitan's Trainer without its end-of-run pause, with evaluation and a way to stop."""
-        job, train = self.config.job, self.config.job.train
+        job, train = self.job, self.job.train
         if job.resume_from is not None:
             self.checkpointer.load(job.resume_from)
             self._apply_schedule()
@@ -330,7 +338,7 @@ class _Trainer(Trainer):
             record = self._timed_step(batches)
             last = self.step == train.steps
             if job.evaluate and train.eval_every and (last or self.step % train.eval_every == 0):
-                record |= job.evaluate(self.model_parts[0].model)
+                record |= job.evaluate(self.trained)
             job.on_step(record)
             if last or job.stop():
                 self.checkpointer.save_now(self.step)
@@ -365,7 +373,7 @@ class _Trainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         # a step's random numbers are its own: checkpoints hold no generator state
-        key = f"{self.config.job.train.seed}/{self.step}"
+        key = f"{self.job.train.seed}/{self.step}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
         super().train_step(data_iterator)
         for module in self.biased:
