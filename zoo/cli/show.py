@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from typing import Annotated, Any
 
 import typer
@@ -46,21 +44,13 @@ def _config(name: str, as_json: bool) -> None:
 
 
 def _block(card: Card, as_json: bool) -> None:
-    from zoo.family import family
-    from zoo.registry import CONTEXT_OPTIONS, options
+    from zoo.cards import family, option_table
 
-    hidden = () if card.kind == "combinator" else CONTEXT_OPTIONS
-    table = [_option(o) for o in options(card.name).values() if o.name not in hidden]
-    tree = family(card.name)
+    table, tree = option_table(card.name), family(card.name)
     if as_json:
         document = dataclasses.asdict(card)
         return output.emit(document | {"backends": card.backends, "options": table, "family": tree.as_dict()})
     _print(card, table, tree)
-
-
-def _option(option: Any) -> dict[str, Any]:
-    row = {"name": option.name, "type": _type_in_words(option.annotation), "required": option.required}
-    return row if option.required else row | {"default": option.default}
 
 
 def _print(card: Card, table: list[dict[str, Any]], tree: Any) -> None:
@@ -100,23 +90,6 @@ def _grow(branch: Any, members: Any) -> None:
 
     for member in members:
         _grow(branch.add(Text(member.relation)), member.members)
-
-
-def _type_in_words(annotation: Any) -> str:
-    """An option's type with its bounds: `an integer >= 1 or null`."""
-    from zoo.registry import Range, type_name
-
-    args = typing.get_args(annotation)
-    if hasattr(annotation, "__metadata__"):
-        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-        given = [dataclasses.asdict(m) for m in annotation.__metadata__ if isinstance(m, Range)]
-        bounds = ", ".join(f"{signs[k]} {v:g}" for d in given for k, v in d.items() if v is not None)
-        return f"{_type_in_words(args[0])} {bounds}".strip()
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " or ".join(map(_type_in_words, args))
-    if typing.get_origin(annotation) in (list, tuple) and args:
-        return f"a list of {_type_in_words(args[0])}"
-    return type_name(annotation)
 
 
 def _as_yaml(value: Any) -> str:

@@ -1,16 +1,47 @@
-"""The family tree of blocks, from the relations on their cards; the conformance suite proves every edge."""
+"""What cards tell beyond their fields: the table of options and the family tree. `zoo show` and the docs read it."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import types
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from zoo import registry
+from zoo.registry import CONTEXT_OPTIONS, Range
 
 
+# -------------------------------------------------------------------------------------------- options
+def option_table(name: str) -> list[dict[str, Any]]:
+    """Name, type in words, whether it is required, and default of each option of a block (imports its module)."""
+    hidden = () if registry.block_card(name).kind == "combinator" else CONTEXT_OPTIONS
+    rows = []
+    for option in registry.options(name).values():
+        if option.name not in hidden:
+            row = {"name": option.name, "type": type_in_words(option.annotation), "required": option.required}
+            rows.append(row if option.required else row | {"default": option.default})
+    return rows
+
+
+def type_in_words(annotation: Any) -> str:
+    """A type with its bounds: `an integer >= 1 or null`."""
+    args = typing.get_args(annotation)
+    if hasattr(annotation, "__metadata__"):
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        given = [dataclasses.asdict(m) for m in annotation.__metadata__ if isinstance(m, Range)]
+        bounds = ", ".join(f"{signs[k]} {v:g}" for d in given for k, v in d.items() if v is not None)
+        return f"{type_in_words(args[0])} {bounds}".strip()
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(map(type_in_words, args))
+    if typing.get_origin(annotation) in (list, tuple) and args:
+        return f"a list of {type_in_words(args[0])}"
+    return registry.type_name(annotation)
+
+
+# --------------------------------------------------------------------------------------------- family
 @dataclass(frozen=True)
 class Member:
     """A relative: the relation that leads to it, its name, and its own relatives in the same direction."""
