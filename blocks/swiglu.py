@@ -22,9 +22,7 @@ class SwiGLU(Block):
     up to 16). A constant gate degenerates it to a linear map.
     """
 
-    def __init__(
-        self, dim: int, *, hidden_dim: PositiveInt | None = None, bias: bool = False, device=None, dtype=None
-    ):
+    def __init__(self, dim: int, *, hidden_dim: PositiveInt | None = None, bias: bool = False, device=None, dtype=None):
         super().__init__(dim)
         self.hidden_dim = hidden_dim or swiglu_width(dim)
         factory = {"device": device, "dtype": dtype}

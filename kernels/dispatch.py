@@ -47,7 +47,7 @@ class Row:
         if self.min_capability and device.type == "cuda":
             have = torch.cuda.get_device_capability(device)
             if have < self.min_capability:
-                return "needs sm_%d%d, this is sm_%d%d" % (*self.min_capability, *have)
+                return "needs sm_{}{}, this is sm_{}{}".format(*self.min_capability, *have)
         return None
 
 
@@ -125,7 +125,9 @@ def use(**choice: str) -> Iterator[None]:
         rows(op)
         if backend != AUTO and backend not in backends(op):
             known = ", ".join(backends(op))
-            raise KernelUnavailable(f"{op} has no backend {backend!r}{did_you_mean(backend, backends(op))}; it has {known}")
+            raise KernelUnavailable(
+                f"{op} has no backend {backend!r}{did_you_mean(backend, backends(op))}; it has {known}"
+            )
     before = dict(_overrides)
     _overrides.update(choice)
     try:
