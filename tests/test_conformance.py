@@ -17,7 +17,7 @@ def every_case():
             yield pytest.param(check, subject, id=f"{name}-{check.name}-{n}", marks=marks)
 
 
-@pytest.mark.parametrize(("check", "subject"), every_case())
+@pytest.mark.parametrize(("check", "subject"), list(every_case()))
 def test_block(check, subject):
     result = ask(check, subject)
     assert result.ok, f"{subject.name}({dict(subject.options)}): {check.summary}\n{result.message}"
