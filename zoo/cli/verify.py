@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +24,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Prove that a block keeps the law: segments, causality, packing, cost, gradients, relations."""
+    if ":" in name and "" not in sys.path:
+        sys.path.insert(0, "")  # a stranger's module may lie in the current folder, as for `python -m`
     with output.stdout_kept_for_json(as_json):
         from zoo.conformance import verify
         from zoo.conformance.suite import cases, checks_for, registration_of
@@ -45,6 +48,6 @@ def command(
         output.emit({"ok": all(r.ok for r in reports), "blocks": [r.to_json() for r in reports]})
     else:
         for report in reports:
-            output.console().print(str(report))
+            output.console().print(str(report), markup=False)
     if not all(r.ok for r in reports):
         raise typer.Exit(1)
