@@ -43,7 +43,7 @@ def command(
     if max(ids) >= model.vocab_size:
         raise DataError(f"{run} knows {model.vocab_size} tokens and no text: its data are no text of this tokenizer")
     start, made, ended = time.perf_counter(), [], False
-    say = (lambda text: None) if as_json else (lambda text: print(text, end="", flush=True))
+    say = (lambda text: None) if as_json else _print
     text = _Text(tokenizer.decode, say)
     say(prompt)
     for token in model.stream(torch.tensor([ids]), max_new_tokens, temperature, top_k=top_k, seed=seed):
@@ -58,6 +58,12 @@ def command(
         output.emit(_document(prompt, text.said, made, ended, seconds))
     else:
         print()
+
+
+def _print(text: str) -> None:
+    # a model can say what moves a terminal's cursor
+    harmless = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    print(harmless, end="", flush=True)
 
 
 def _document(prompt: str, text: str, made: list[int], ended: bool, seconds: float) -> dict[str, Any]:

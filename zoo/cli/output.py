@@ -21,9 +21,13 @@ def console(stderr: bool = False) -> Console:
     """A console on stdout or stderr that prints text as it is: no markup, no highlighting."""
     from rich.console import Console
 
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit by itself
+
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    return Plain(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
