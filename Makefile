@@ -68,7 +68,7 @@ docs: $(INSTALLED)
 	$(BIN)/python tools/build_docs.py
 
 golden: $(INSTALLED)
-	$(BIN)/python tools/update_golden.py
+	$(BIN)/python tools/golden.py
 
 lock: $(INSTALLED)
 	$(BIN)/python tools/lock.py

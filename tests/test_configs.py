@@ -24,8 +24,9 @@ SHRINK = {
         "define.thoughts.workspace.slots=8", "define.thoughts.workspace.active=4",
         "define.thoughts.workspace.rank=8", "define.thoughts.workspace.chunk_size=8",
     ],
-    "llama_1b": ["trunk[0].repeat=2", "define.layer[0].attention.num_heads=4", "define.layer[0].attention.num_kv_heads=2",
-                 "define.layer[0].attention.head_dim=16", "define.layer[1].swiglu.hidden_dim=96"],
+    "llama_1b": ["trunk[0].repeat=2", "define.layer[0].attention.num_heads=4",
+                 "define.layer[0].attention.num_kv_heads=2", "define.layer[0].attention.head_dim=16",
+                 "define.layer[1].swiglu.hidden_dim=96"],
     "mamba2_130m": ["trunk[0].repeat=2", "trunk[0].of.mamba2.head_dim=32", "trunk[0].of.mamba2.state_dim=16"],
 }  # fmt: skip
 

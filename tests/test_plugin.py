@@ -57,7 +57,8 @@ def test_installed_plugin_is_built_and_verified(installed):
     seen = python(
         "import json, zoo\nfrom zoo.conformance import verify\n"
         "block = zoo.create_block('ema', 32, max_timescale=8)\n"
-        "reports = [verify('ema', slow=False).to_json(), verify('example_plugin.ema:EMA', only=['segments']).to_json()]\n"
+        "reports = [verify('ema', slow=False), verify('example_plugin.ema:EMA', only=['segments'])]\n"
+        "reports = [report.to_json() for report in reports]\n"
         "print(json.dumps({'class': type(block).__module__, 'reports': reports}))",
         installed,
     )

@@ -74,16 +74,15 @@ def _print(graph: Graph, report: CostReport, seconds: float, out: Path | None) -
     )
     title = f"{graph.name}: dim {graph.dim}, {len(graph.trunk)} layers, vocabulary {graph.vocab_size}"
     output.table((*HEADS, ">params", ">active", ">share"), cells, title)
-    console = output.console()
     counted = sum(n.params for n in report.nodes)
     if counted > report.params:
-        console.print(
+        print(
             f"shared weights count at each of their sites: {output.count(counted - report.params)} more than there are"
         )
     total, active = report.params, report.active_params
-    console.print(
+    print(
         f"\n{total:,} parameters ({output.count(total)}), {active:,} touched by one token ({output.count(active)}); "
         f"{output.size(4 * total)} in float32; built in {seconds:.1f} s"
     )
     if out:
-        console.print(f"saved in {out}")
+        print(f"saved in {out}")

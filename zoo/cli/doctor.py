@@ -111,7 +111,6 @@ def _choice(op: str, device: str) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    console = output.console()
     torch, triton = found["torch"], found["triton"]
     output.facts(
         {
@@ -124,10 +123,10 @@ def _print(found: dict[str, Any]) -> None:
             **{d["name"]: " ".join(str(d[k]) for k in ("model", "capability") if k in d) for d in found["devices"]},
         }
     )
-    console.print()
+    print()
     rows = [(lib["name"], lib["version"] or "-", lib["problem"] or "ok", lib["for"]) for lib in found["libraries"]]
     output.table(("library", "version", "state", "for"), rows)
-    console.print()
+    print()
     rows = []
     for op, devices in found["ops"].items():
         for device, choice in devices.items():

@@ -32,7 +32,7 @@ def command(
         return output.emit([{k: getattr(c, k) for k in keys} for c in cards])
     cards.sort(key=lambda c: (registry.KINDS.index(c.kind), c.name))
     output.table(("name", "kind", "summary"), [(c.name, c.kind, c.summary) for c in cards])
-    output.console().print(f"\n{len(cards)} names; zoo show NAME tells more; zoo list --configs lists configurations")
+    print(f"\n{len(cards)} names; zoo show NAME tells more; zoo list --configs lists configurations")
 
 
 def _config_files() -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ def console(stderr: bool = False) -> Console:
             raise BrokenPipeError  # rich would exit by itself
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    width = None if stream.isatty() else _PIPE_WIDTH
     return Plain(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
 
 
@@ -52,7 +51,7 @@ def facts(pairs: Mapping[str, str]) -> None:
     """Print names and values, one pair a line."""
     width = max(map(len, pairs), default=0)
     for name, value in pairs.items():
-        console().print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {value}")
 
 
 def emit(document: Any) -> None:

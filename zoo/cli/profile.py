@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -63,7 +64,7 @@ def command(
     for report, measured, reason in zip(reports, found, reasons, strict=True):
         _print(graph, report, measured)
         if reason and measure is not False:
-            output.console(stderr=True).print(f"predicted only: {reason}")
+            print(f"predicted only: {reason}", file=sys.stderr)
 
 
 def _lengths(seq: str | None, mode: str, graph: Graph) -> list[int]:
@@ -133,5 +134,5 @@ def _print(graph: Graph, report: CostReport, measured: Measured | None) -> None:
             f"{speed:,.0f} tokens/s"
         )
     for line in lines:
-        output.console().print(line)
+        print(line)
     print()

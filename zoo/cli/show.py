@@ -61,13 +61,11 @@ def _print(card: Card, table: list[dict[str, Any]], tree: Any) -> None:
     console.print(
         Text(f"{card.name}  ", style="bold"), Text(f"{card.kind} {card.class_name} of {card.module}", style="dim")
     )
-    console.print()
-    console.print(card.doc)
-    console.print()
+    print(f"\n{card.doc}\n")
     if table:
         rows = [(o["name"], o["type"], "required" if o["required"] else _as_yaml(o["default"])) for o in table]
         output.table(("option", "type", "default"), rows)
-        console.print()
+        print()
     facts = {"paper": card.paper, "ops": ", ".join(card.ops), "backends": ", ".join(card.backends)}
     if card.kind in ("mixer", "ffn", "memory"):
         facts |= {
@@ -78,7 +76,7 @@ def _print(card: Card, table: list[dict[str, Any]], tree: Any) -> None:
     facts |= {"note": card.note, "provider": card.provider}
     output.facts({k: v for k, v in facts.items() if v})
     if tree.special or tree.general:
-        console.print()
+        print()
         branch = Tree(Text("family (proven by the conformance suite)", style="bold"))
         _grow(branch.add(Text("becomes")) if tree.special else branch, tree.special)
         _grow(branch.add(Text("is what these become")) if tree.general else branch, tree.general)

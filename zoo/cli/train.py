@@ -61,15 +61,14 @@ def _document(result: RunResult) -> dict[str, Any]:
 
 
 def _print(result: RunResult) -> None:
-    console = output.console()
     if result.interrupted:
-        console.print(f"interrupted after step {result.step} of {result.steps}; go on with")
-        console.print(f"  zoo train {result.out} --resume --steps {result.steps}")
+        print(f"interrupted after step {result.step} of {result.steps}; go on with")
+        print(f"  zoo train {result.out} --resume --steps {result.steps}")
         return
-    console.print(
+    print(
         f"{result.step} steps of {output.count(result.parameters)} parameters in {result.seconds:.0f} s, "
         f"{result.tokens_per_second:,.0f} tokens/s; last loss {result.loss:.3f}"
     )
     figures = {k.replace("_", " "): v for k, v in (result.evaluation or {}).items()}
     output.facts({k: f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for k, v in figures.items()})
-    console.print(f"run folder {result.out}; zoo generate {result.out} --prompt TEXT")
+    print(f"run folder {result.out}; zoo generate {result.out} --prompt TEXT")

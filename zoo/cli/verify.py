@@ -48,6 +48,6 @@ def command(
         output.emit({"ok": all(r.ok for r in reports), "blocks": [r.to_json() for r in reports]})
     else:
         for report in reports:
-            output.console().print(str(report), markup=False)
+            print(report)
     if not all(r.ok for r in reports):
         raise typer.Exit(1)

@@ -110,7 +110,9 @@ def parse(document: Mapping[str, Any], source: Source) -> Graph:
     if not parser.problems:
         _try_blocks(graph, parser)
     if parser.problems:
-        raise ConfigError(list(parser.problems.values()))
+        # in the order of the file; what came from overrides last
+        order = sorted(parser.problems.values(), key=lambda p: (p.line is None, p.line or 0, p.column or 0))
+        raise ConfigError(order)
     return graph
 
 
