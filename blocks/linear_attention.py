@@ -12,7 +12,13 @@ from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import default_heads, wide
 from zoo.registry import PositiveInt, register
 
-FEATURE_MAPS = {"elu1": lambda x: F.elu(x) + 1, "relu": F.relu, "silu": F.silu, "identity": lambda x: x}
+
+def elu1(x: Tensor) -> Tensor:
+    """elu(x) + 1, as pointwise operations: torch's own elu has a backward that AOT graphs lay out wrongly."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+FEATURE_MAPS = {"elu1": elu1, "relu": F.relu, "silu": F.silu, "identity": lambda x: x}
 POSITIVE = ("elu1", "relu")
 
 

@@ -39,7 +39,9 @@ def l2_normalise(x: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------- decays
 def softplus_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     """g = -exp(A_log) softplus(a + dt_bias) <= 0, in fp32 (fp64)."""
-    return -wide(A_log).exp() * F.softplus(wide(a) + wide(dt_bias))
+    x = wide(a) + wide(dt_bias)
+    # softplus; torch's own has a backward that AOT graphs lay out wrongly
+    return -wide(A_log).exp() * torch.logaddexp(x, torch.zeros_like(x))
 
 
 def reset_softplus_decay_(A_log: Tensor, dt_bias: Tensor, low: float, high: float) -> None:
