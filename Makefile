@@ -34,13 +34,13 @@ endef
 
 demo: $(INSTALLED)
 	@rm -rf $(DEMO)
-	$(call heading,1. a hybrid of 1.6 billion parameters, composed from YAML; nothing of its size is allocated)
+	$(call heading,1. a hybrid of 1.6 billion parameters composed from YAML; nothing of its size is allocated)
 	$(BIN)/zoo build configs/hydra_hybrid.yaml
-	$(call heading,2. the same design, small)
+	$(call heading,2. the same design in small)
 	$(BIN)/zoo build configs/hydra_small.yaml
 	$(call heading,3. trained on the sources of this Python)
 	$(BIN)/zoo train configs/hydra_small.yaml --out $(DEMO)
-	$(call heading,4. profiled: predicted, and measured on this machine)
+	$(call heading,4. profiled: predicted and measured on this machine)
 	$(BIN)/zoo profile $(DEMO)
 	$(call heading,5. generating)
 	$(BIN)/zoo generate $(DEMO) --prompt 'def ' --max-new-tokens 300 --seed 0
