@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zoo.contract import DrawsItself
 from zoo.registry import PositiveFloat, register
 
 
 @register("rms", kind="norm", paper="arXiv:1910.07467")
-class RMSNorm(nn.Module):
+class RMSNorm(nn.Module, metaclass=DrawsItself):
     """Root-mean-square norm: y = x / sqrt(mean(x^2) + eps) * w.
 
     x: [..., dim] -> y: [..., dim], same dtype; w starts at 1. Zhang & Sennrich 2019.
@@ -29,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 @register("layer", kind="norm", paper="arXiv:1607.06450")
-class LayerNorm(nn.Module):
+class LayerNorm(nn.Module, metaclass=DrawsItself):
     """Layer norm: y = (x - mean(x)) / sqrt(var(x) + eps) * w + b.
 
     x: [..., dim] -> y: [..., dim], same dtype; w starts at 1, b at 0 (absent with `bias=False`). Ba et al. 2016.

@@ -221,8 +221,22 @@ def add_auxiliary_loss(x: Tensor, loss: Tensor) -> Tensor:
     return _AuxiliaryLoss.apply(x, loss, _auxiliary_scale) if loss.requires_grad else x
 
 
+# ------------------------------------------------------------------------------------- initialisation
+class DrawsItself(type):
+    """Of a module built on a real device every parameter is drawn, as in any torch module; `reset_parameters` is
+    called once, after the whole `__init__`, so subclasses may extend both. On the meta device nothing happens."""
+
+    draws_itself = True
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        module = super().__call__(*args, **kwargs)
+        if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+            module.reset_parameters()
+        return module
+
+
 # --------------------------------------------------------------------------------------------- block
-class Block(nn.Module):
+class Block(nn.Module, metaclass=DrawsItself):
     """Base of mixers, FFNs and memories. `forward(x, *, state=None, positions=None, doc_ids=None) -> y`.
 
     x, y: [B, T, D]. state: from `init_state`, updated in place, rows continue where they stopped.
@@ -339,7 +353,7 @@ class Pick:
     mask: Tensor | None = None
 
 
-class Router(nn.Module):
+class Router(nn.Module, metaclass=DrawsItself):
     """Decides which tokens run which step of a loop (`nested`: among those still running) or which body of a
     route. The combinator calls `start`, then for each step `pick` and `advance`, then `finish`.
 

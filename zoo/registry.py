@@ -279,7 +279,8 @@ def create(name: str, dim: int, **given: Any) -> Any:
         block = cls(dim, **values, **factory)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-    if str(factory.get("device", "cpu")) != "meta":
+    # blocks of the contract have drawn their parameters; a stranger's plain module has not
+    if str(factory.get("device", "cpu")) != "meta" and not getattr(cls, "draws_itself", False):
         block.reset_parameters()
     return block
 
