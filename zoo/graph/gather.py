@@ -21,13 +21,14 @@ def run_picked(
     node: Node, pick: Pick, x: Tensor, state: State | None, positions: Tensor, doc_ids: Tensor | None
 ) -> Tensor:
     """Increment of `node` [B, T, D] at the picked tokens, zero elsewhere."""
-    if pick.index is None and pick.mask is None:
-        return node.increment(x, state=state, positions=positions, doc_ids=doc_ids)
-    if pick.index is not None and state is None:
-        return _gathered(node, pick.index, None, x, positions, doc_ids)
-    mask = pick.mask
-    if mask is None:
+    if pick.index is not None:
+        if state is None:
+            return _gathered(node, pick.index, None, x, positions, doc_ids)
         mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, pick.index, True)
+    elif pick.mask is not None:
+        mask = pick.mask
+    else:
+        return node.increment(x, state=state, positions=positions, doc_ids=doc_ids)
     counts = mask.sum(1)
     first = torch.argsort(mask.int(), dim=1, descending=True, stable=True)  # picked tokens first, in order
     if state is None:

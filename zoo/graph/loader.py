@@ -129,8 +129,8 @@ def _check_section(parser: Parser, section: type, value: Any, path: tuple) -> No
     hints = typing.get_type_hints(section, include_extras=True)
     inner = {k: _section_in(h) for k, h in hints.items()}
     for key, item in value.items():
-        if inner.get(key) and isinstance(item, Mapping):
-            _check_section(parser, inner[key], item, (*path, key))
+        if (inside := inner.get(key)) and isinstance(item, Mapping):
+            _check_section(parser, inside, item, (*path, key))
     before = len(parser.problems)
     plain = {k: v for k, v in value.items() if not (inner.get(k) and isinstance(v, Mapping))}
     values = parser.section(section, plain, path)

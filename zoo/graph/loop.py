@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class RoutedState(State):
 def token_positions(x: Tensor, state: RoutedState | None, positions: Tensor | None, doc_ids: Tensor | None) -> Tensor:
     """Positions of x's tokens: the given ones, or those that continue the state or start each document."""
     if positions is None:
-        here = positions_from(doc_ids, *x.shape[:2], x.device)
+        here = positions_from(doc_ids, x.shape[0], x.shape[1], x.device)
         positions = here if state is None else state.next_positions(x.shape[1])
     if state is not None:
         state.seen += x.shape[1]
@@ -65,7 +65,8 @@ class Loop(Composite):
         dtype=None,
     ):
         super().__init__()
-        self.body, self.router, self.dim = body, router, dim
+        self.body: Any = body
+        self.router, self.dim = router, dim
         self.steps, self.inject, self.grad_last = steps, inject, grad_last
         factory = {"device": device, "dtype": dtype}
         self.inject_proj = nn.Linear(2 * dim, dim, bias=False, **factory) if inject == "concat" else None
@@ -84,7 +85,8 @@ class Loop(Composite):
 
     @classmethod
     def from_spec(cls, spec: Spec, builder: Builder) -> Loop:
-        router = builder.component(spec.router, steps=spec.options["steps"], nested=True)
+        # the parser gives every one a router
+        router = builder.component(spec.router or Spec("fixed"), steps=spec.options["steps"], nested=True)
         return cls(builder.node(spec.children[0]), router, builder.dim, **spec.options, **builder.factory)
 
     def reset_own_parameters(self) -> None:
@@ -93,7 +95,7 @@ class Loop(Composite):
         if self.step_signal is not None:
             nn.init.normal_(self.step_signal, std=0.02)
 
-    def forward(self, x, *, state=None, positions=None, doc_ids=None):
+    def forward(self, x, *, state: Any = None, positions=None, doc_ids=None):
         positions = token_positions(x, state, positions, doc_ids)
         entry, carry = x, self.router.start(x)
         if self.inject != "none":

@@ -3,6 +3,8 @@
 `increment` is out - in: what route, loop and parallel add up, so that "weighted" means one thing only.
 """
 
+# pyright: reportCallIssue=false
+# (nn.ModuleList forgets the type of its items)
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -62,7 +64,7 @@ class Builder:
         self.factory = {"device": device, "dtype": dtype}
         self.shared: dict[str, nn.Module] = {}
 
-    def node(self, spec: Spec) -> nn.Module:
+    def node(self, spec: Spec) -> Any:
         """The node of a spec."""
         if spec.share and spec.share in self.shared:
             return self.shared[spec.share]
@@ -73,7 +75,7 @@ class Builder:
             self.shared[spec.share] = module
         return module
 
-    def component(self, spec: Spec, **context: Any) -> nn.Module:
+    def component(self, spec: Spec, **context: Any) -> Any:
         """A block, norm or router with uninitialised parameters."""
         known = registry.options(spec.name)
         here = {"layer_index": spec.layer_index, "num_layers": self.num_layers, **context}
@@ -103,23 +105,23 @@ class ResidualBlock(Node):
         return cls(block, norms[0], out_norm, spec.residual, spec.name, **builder.factory)  # type: ignore[arg-type]
 
     def reset_own_parameters(self) -> None:
-        if self.scale is not None:
+        if self.scale is not None and self.scale_start is not None:
             nn.init.constant_(self.scale, self.scale_start)
 
-    def increment(self, x, *, state=None, positions=None, doc_ids=None):
+    def increment(self, x, *, state: Any = None, positions=None, doc_ids=None):
         if self.style == "post":
             return self(x, state=state, positions=positions, doc_ids=doc_ids) - x
         return self._branch(x, state, positions, doc_ids)
 
-    def forward(self, x, *, state=None, positions=None, doc_ids=None):
+    def forward(self, x, *, state: Any = None, positions=None, doc_ids=None):
         y = self._branch(x, state, positions, doc_ids)
         if self.style == "none":
             return y
         return self.norm(x + y) if self.style == "post" and self.norm is not None else x + y
 
     def _branch(self, x, state, positions, doc_ids):
-        inside = self.norm is not None and self.style != "post"
-        y = self.block(self.norm(x) if inside else x, state=state, positions=positions, doc_ids=doc_ids)
+        h = x if self.norm is None or self.style == "post" else self.norm(x)
+        y = self.block(h, state=state, positions=positions, doc_ids=doc_ids)
         if self.out_norm is not None:
             y = self.out_norm(y)
         if self.scale is not None:
@@ -169,12 +171,12 @@ class Sequence(Composite):
     def from_spec(cls, spec: Spec, builder: Builder) -> Sequence:
         return cls([builder.node(c) for c in spec.children], spec.order, spec.label)
 
-    def forward(self, x, *, state=None, positions=None, doc_ids=None):
+    def forward(self, x, *, state: Any = None, positions=None, doc_ids=None):
         for i, item in enumerate(self.order):
             x = self.items[item](x, state=state and state.children[i], positions=positions, doc_ids=doc_ids)
         return x
 
-    def increment(self, x, *, state=None, positions=None, doc_ids=None):
+    def increment(self, x, *, state: Any = None, positions=None, doc_ids=None):
         if len(self.order) == 1:  # exact, where out - in would round
             inside = state and state.children[0]
             return self.items[0].increment(x, state=inside, positions=positions, doc_ids=doc_ids)

@@ -1,8 +1,10 @@
 """Branches that read the same stream and are merged."""
 
+# pyright: reportCallIssue=false
+# (nn.ModuleList forgets the type of its items)
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -78,13 +80,13 @@ class Parallel(Composite):
         if self.out_proj is not None:
             init_linear_(self.out_proj)
 
-    def increment(self, x, *, state=None, positions=None, doc_ids=None):
+    def increment(self, x, *, state: Any = None, positions=None, doc_ids=None):
         h = x if self.norm is None else self.norm(x)
         parts = [
             branch.increment(h, state=state and state.children[i], positions=positions, doc_ids=doc_ids)
             for i, branch in enumerate(self.branches)
         ]
-        if self.merge == "concat":
+        if self.out_proj is not None:
             return self.out_proj(torch.cat(parts, -1))
         if self.merge == "max":
             return torch.stack(parts).amax(0)

@@ -1,6 +1,10 @@
 """Tokens choose a body, or skip."""
 
+# pyright: reportCallIssue=false
+# (nn.ModuleList forgets the type of its items)
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,17 +61,18 @@ class Route(Composite):
 
     @classmethod
     def from_spec(cls, spec: Spec, builder: Builder) -> Route:
-        router = builder.component(spec.router, steps=len(spec.children), nested=False)
+        # the parser gives every one a router
+        router = builder.component(spec.router or Spec("fixed"), steps=len(spec.children), nested=False)
         bodies = [None if c.name == "skip" else builder.node(c) for c in spec.children]
         return cls(bodies, router, builder.dim)
 
-    def forward(self, x, *, state=None, positions=None, doc_ids=None):
+    def forward(self, x, *, state: Any = None, positions=None, doc_ids=None):
         positions = token_positions(x, state, positions, doc_ids)
         entry, carry = x, self.router.start(x)
         for number, (place, body) in enumerate(zip(self.places, self.bodies, strict=True)):
             pick = self.router.pick(place, entry, carry, state is not None)
             inside = state and state.children[number]
-            increment = run_picked(body, pick, entry, inside, positions, doc_ids)
+            increment = run_picked(body, pick, entry, inside, positions, doc_ids)  # type: ignore[arg-type]
             x = self.router.advance(place, x, increment, carry)
         return self.router.finish(x, carry)
 
