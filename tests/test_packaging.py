@@ -53,6 +53,7 @@ def test_every_source_file_is_in_the_wheel(site):
     assert packed == sources(ROOT / "zoo")
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_from_the_wheel(site):
     code = (
         "import sys, importlib, json, pkgutil\n"
