@@ -21,6 +21,9 @@ class RMSNorm(nn.Module, metaclass=DrawsItself):
         self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
 
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
+
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
@@ -41,6 +44,9 @@ class LayerNorm(nn.Module, metaclass=DrawsItself):
         self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if bias else None
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)

@@ -271,6 +271,8 @@ def create(name: str, dim: int, **given: Any) -> Any:
     `given` are the block's options and, if wanted, `device` and `dtype`. A wrong option raises ConfigError.
     """
     cls = load(name)
+    if cls.zoo_registration.kind == "combinator":  # type: ignore[attr-defined]
+        raise ConfigError(f"{name} is a combinator: it joins blocks in a configuration and has no weights of its own")
     factory = {k: given.pop(k) for k in ("device", "dtype") if k in given}
     values, complaints = check_options(name, given)
     if complaints:

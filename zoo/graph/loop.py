@@ -89,6 +89,9 @@ class Loop(Composite):
         router = builder.component(spec.router or Spec("fixed"), steps=spec.options["steps"], nested=True)
         return cls(builder.node(spec.children[0]), router, builder.dim, **spec.options, **builder.factory)
 
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}, inject={self.inject}"
+
     def reset_own_parameters(self) -> None:
         if self.inject_proj is not None:
             init_linear_(self.inject_proj)

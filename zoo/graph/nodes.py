@@ -161,6 +161,9 @@ class Sequence(Composite):
         self.order = tuple(order) or tuple(range(len(items)))
         self.label = label
 
+    def extra_repr(self) -> str:
+        return self.label
+
     @staticmethod
     def parse(fields) -> Spec | None:
         body = fields.body()

@@ -73,6 +73,9 @@ class Parallel(Composite):
         branches = [builder.node(c) for c in spec.children]
         return cls(branches, builder.dim, norm, **spec.options, **builder.factory)
 
+    def extra_repr(self) -> str:
+        return f"merge={self.merge}"
+
     def reset_own_parameters(self) -> None:
         if self.gates is not None:
             with torch.no_grad():
