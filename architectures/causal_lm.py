@@ -35,7 +35,9 @@ class CausalLM(nn.Module):
         builder = Builder(graph.dim, graph.num_layers, device, dtype)
         self.config: Mapping[str, Any] = graph.document
         self.dim, self.vocab_size = graph.dim, graph.vocab_size
-        self.tok_embeddings = nn.Embedding(graph.vocab_size, graph.dim, **builder.factory)
+        # given its weight, nn.Embedding draws none; on meta that draw would load torch's compiler, seconds
+        table = torch.empty(graph.vocab_size, graph.dim, **builder.factory)
+        self.tok_embeddings = nn.Embedding(graph.vocab_size, graph.dim, _weight=table)
         self.layers = nn.ModuleList(builder.node(spec) for spec in graph.trunk)
         self.norm = builder.component(graph.norm) if graph.norm else None
         self.lm_head = nn.Linear(graph.dim, graph.vocab_size, bias=False, **builder.factory)
