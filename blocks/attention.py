@@ -19,7 +19,8 @@ from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, positi
 from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.rope import check_scaling, rope
-from zoo.registry import NonNegativeInt, PositiveFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 def default_num_heads(dim: int, head_dim: int = 64) -> int:

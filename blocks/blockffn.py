@@ -23,7 +23,8 @@ from zoo.contract import (
     positions_from,
 )
 from zoo.kernels.precision import no_autocast
-from zoo.registry import NonNegativeFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import NonNegativeFloat, PositiveInt
 
 SHARPNESS = 100.0  # of the locality loss: sigmoid(100 z) is nearly "z > 0"
 

@@ -29,7 +29,8 @@ from zoo.contract import (
 )
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.precision import no_autocast
-from zoo.registry import NonNegativeFloat, PositiveFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass

@@ -24,7 +24,8 @@ from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops,
 from zoo.kernels.delta_rule import delta_rule
 from zoo.kernels.delta_rule import flops as delta_rule_flops
 from zoo.kernels.dispatch import check_backend
-from zoo.registry import NonNegativeInt, PositiveFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass

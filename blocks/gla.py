@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import wide
 from zoo.contract import ParallelPlan
-from zoo.registry import PositiveFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import PositiveFloat, PositiveInt
 
 
 @register(

@@ -15,7 +15,8 @@ from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops,
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.kernels.linear_attention import linear_attention
-from zoo.registry import NonNegativeInt, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import NonNegativeInt, PositiveInt
 
 
 @register(

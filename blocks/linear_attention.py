@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import default_heads, wide
-from zoo.registry import PositiveInt, register
+from zoo.registry import register
+from zoo.schema import PositiveInt
 
 
 def elu1(x: Tensor) -> Tensor:

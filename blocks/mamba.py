@@ -23,7 +23,8 @@ from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops,
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.selective_scan import flops as selective_scan_flops
 from zoo.kernels.selective_scan import selective_scan
-from zoo.registry import PositiveInt, register
+from zoo.registry import register
+from zoo.schema import PositiveInt
 
 
 @dataclass

@@ -22,7 +22,8 @@ from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.kernels.linear_attention import linear_attention
-from zoo.registry import PositiveFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import PositiveFloat, PositiveInt
 
 
 class GatedGroupNorm(nn.Module):

@@ -21,7 +21,8 @@ from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, positi
 from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.rope import check_scaling, rope, yarn_mscale
-from zoo.registry import NonNegativeInt, PositiveFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @register(

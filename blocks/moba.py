@@ -38,7 +38,8 @@ from zoo.kernels.rope import rope
 from zoo.kernels.select import select
 from zoo.kernels.short_conv import short_conv
 from zoo.kernels.sparse_attention import sparse_attention
-from zoo.registry import NonNegativeInt, PositiveFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
 ROUTED_AT_ONCE = 2048  # queries whose block scores are in memory together
 

@@ -19,7 +19,8 @@ from zoo.blocks.swiglu import SwiGLU, swiglu_width
 from zoo.contract import Block, Cost, Mode, ParallelPlan, State, add_auxiliary_loss
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.precision import no_autocast
-from zoo.registry import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class TopKRouter(nn.Module):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.contract import DrawsItself
-from zoo.registry import PositiveFloat, register
+from zoo.registry import register
+from zoo.schema import PositiveFloat
 
 
 @register("rms", kind="norm", paper="arXiv:1910.07467")

@@ -17,7 +17,8 @@ from zoo.contract import Block, Cost, Mode, ParallelPlan, State, init_linear_, l
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.product_key_lookup import product_key_lookup
 from zoo.kernels.product_key_lookup.cost import flops as lookup_flops
-from zoo.registry import PositiveInt, register
+from zoo.registry import register
+from zoo.schema import PositiveInt
 
 
 @register(

@@ -12,7 +12,8 @@ from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import LinearState
 from zoo.contract import ParallelPlan, State, positions_from
 from zoo.kernels.rope import rope
-from zoo.registry import Fraction, PositiveFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import Fraction, PositiveFloat, PositiveInt
 
 
 @dataclass

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.contract import Pick, Router, add_auxiliary_loss, init_linear_
-from zoo.registry import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, register
+from zoo.registry import register
+from zoo.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
 
 @register("fixed", kind="router")

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops
-from zoo.registry import PositiveInt, register
+from zoo.registry import register
+from zoo.schema import PositiveInt
 
 
 def swiglu_width(dim: int, multiple_of: int = 16) -> int:

@@ -38,7 +38,8 @@ from zoo.kernels.precision import no_autocast
 from zoo.kernels.prefix_topk import merge_topk, prefix_topk
 from zoo.kernels.rope import rope
 from zoo.kernels.sparse_attention import sparse_attention
-from zoo.registry import NonNegativeInt, PositiveFloat, PositiveInt, register
+from zoo.registry import register
+from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass

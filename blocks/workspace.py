@@ -27,7 +27,8 @@ from zoo.contract import (
     state_dtype,
 )
 from zoo.kernels.precision import no_autocast
-from zoo.registry import PositiveInt, register
+from zoo.registry import register
+from zoo.schema import PositiveInt
 
 WRITE_RATE = 0.1
 

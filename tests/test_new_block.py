@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from zoo.contract import Block, State, init_linear_, linear_flops, refuse_packed_streaming
 from zoo.kernels.diagonal_scan import diagonal_scan
-from zoo.registry import Fraction, register
+from zoo.registry import register
+from zoo.schema import Fraction
 
 
 @dataclass

@@ -18,7 +18,8 @@ from zoo.contract import (
     state_dtype,
 )
 from zoo.kernels.short_conv import short_conv
-from zoo.registry import PositiveInt, register
+from zoo.registry import register
+from zoo.schema import PositiveInt
 
 
 @dataclass

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoo import registry
-from zoo.registry import CONTEXT_OPTIONS, Range
+from zoo.registry import CONTEXT_OPTIONS
+from zoo.schema import Range, type_name
 
 
 # -------------------------------------------------------------------------------------------- options
@@ -38,7 +39,7 @@ def type_in_words(annotation: Any) -> str:
         return " or ".join(map(type_in_words, args))
     if typing.get_origin(annotation) in (list, tuple) and args:
         return f"a list of {type_in_words(args[0])}"
-    return registry.type_name(annotation)
+    return type_name(annotation)
 
 
 # --------------------------------------------------------------------------------------------- family

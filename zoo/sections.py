@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from zoo.errors import ConfigError, Problem, did_you_mean
-from zoo.registry import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, check_type
+from zoo.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, check_type
 
 SYNTHETIC = ("mqar", "selective_copy", "induction")
 STDLIB = "python-stdlib"

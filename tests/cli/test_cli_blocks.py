@@ -8,7 +8,7 @@ import pytest
 
 from zoo import registry
 from zoo.cards import family, option_table, type_in_words
-from zoo.registry import Fraction, PositiveInt
+from zoo.schema import Fraction, PositiveInt
 
 SHOWN = ("swiglu", "attention", "rms", "token_choice", "loop", "product_key")
 

@@ -87,8 +87,10 @@ def _triton() -> dict[str, Any]:
     try:
         # to be importable is not to have a device to compile for
         importlib.import_module("triton").runtime.driver.active.get_current_target()
-    except Exception as error:
-        return {"version": version, "problem": next(iter(str(error).splitlines()), type(error).__name__)}
+    except ImportError as error:
+        return {"version": version, "problem": f"cannot be imported: {error}"}
+    except RuntimeError:
+        return {"version": version, "problem": "no GPU driver: its kernels cannot run here"}
     return {"version": version, "problem": None}
 
 

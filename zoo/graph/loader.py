@@ -17,7 +17,7 @@ from zoo.errors import ConfigError, Problem, did_you_mean, one_of
 from zoo.graph.parse import Parser, graph_of
 from zoo.graph.reading import MAX_VALUES, Source, read_file, read_text, scalar
 from zoo.graph.spec import Graph
-from zoo.registry import PositiveInt
+from zoo.schema import PositiveInt, check_type
 from zoo.sections import DataSection, TrainSection
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -99,7 +99,7 @@ def parse(document: Mapping[str, Any], source: Source) -> Graph:
             _check_section(parser, section, value, (key,))
             top[key] = value
             continue
-        top[key], why = registry.check_type(value, hints[key])
+        top[key], why = check_type(value, hints[key])
         if why:
             parser.complain((key,), why)
             del top[key]

@@ -14,7 +14,8 @@ from zoo.contract import Cost, Router, State, init_linear_, positions_from
 from zoo.graph.gather import run_picked
 from zoo.graph.nodes import Builder, Composite, Leaf
 from zoo.graph.spec import Spec
-from zoo.registry import PositiveInt, Range, register
+from zoo.registry import register
+from zoo.schema import PositiveInt, Range
 
 
 @dataclass

@@ -16,6 +16,7 @@ from zoo import registry
 from zoo.errors import did_you_mean, one_of
 from zoo.graph.reading import Path_, Source
 from zoo.graph.spec import Graph, Residual, Spec
+from zoo.schema import accepts_list, check_type
 
 BLOCK_KINDS = ("mixer", "ffn", "memory")
 ATTRIBUTES = ("norm", "residual", "share")
@@ -235,7 +236,7 @@ class Parser:
             if key not in known:
                 self.complain((*path, key), f"unknown option{did_you_mean(key, known) or '; ' + one_of(known)}")
                 continue
-            converted, why = registry.check_type(value, known[key])
+            converted, why = check_type(value, known[key])
             if why:
                 self.complain((*path, key), why)
             else:
@@ -271,7 +272,7 @@ class Parser:
             and value
             and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
         )
-        if not numbers or self.copy is None or registry.accepts_list(annotation):
+        if not numbers or self.copy is None or accepts_list(annotation):
             return value
         index, copies = self.copy
         if len(value) == copies:

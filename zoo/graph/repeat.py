@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from zoo.graph.nodes import Sequence
 from zoo.graph.spec import Spec
-from zoo.registry import PositiveInt, Range, register
+from zoo.registry import register
+from zoo.schema import PositiveInt, Range
 
 Tie = Literal["none", "all", "cycle", "sequence", "middle_cycle", "middle_sequence"]
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
-from zoo.registry import PositiveFloat, register
+from zoo.registry import register
+from zoo.schema import PositiveFloat
 
 
 @dataclass
