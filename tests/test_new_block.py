@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # seven processes, one of them loads torchtitan
+
 BLOCK = '''
 """Decayed running mean of a projection."""
 from dataclasses import dataclass
