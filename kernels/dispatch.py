@@ -7,6 +7,7 @@ and `zoo.kernels.use(op=backend)` override the choice. `explain` says why each r
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -23,39 +24,60 @@ _ANY_DTYPE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation of an op. `refuse(*args, **kwargs)` looks at a call and returns the reason why this
-    row cannot run it, or None."""
+    """One implementation of an op. The three questions are asked in turn, each answers with the reason why this
+    row cannot run, or None: `missing()` looks at the machine, `unfit(device)` at one device, and
+    `refuse(*args, **kwargs)` at a call. `fn` may be "module:function", imported on first use."""
 
     op: str
     backend: str
-    fn: Callable
+    fn: Callable | str
     priority: int = 0
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[str, ...] = ("cpu", "cuda", "meta")
     min_capability: tuple[int, int] | None = None
     dtypes: tuple[torch.dtype, ...] = _ANY_DTYPE
-    missing: str | None = None  # why the library behind this row cannot be used here
+    missing: Callable[[], str | None] | None = None
+    unfit: Callable[[torch.device], str | None] | None = None
     refuse: Callable[..., str | None] | None = None
+    by_name: tuple[str, ...] = ()  # devices on which this row runs only where it is asked for by name
 
-    def objection(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
-        """Why this row cannot run on a device and dtype at all, or None."""
-        if self.missing:
-            return self.missing
-        if device.type not in self.devices and device.type != "meta":
-            return f"runs on {' and '.join(self.devices)}, not on {device.type}"
+    def objection(self, device: torch.device, dtype: torch.dtype | None, named: bool = False) -> str | None:
+        """Why this row cannot run on a device and dtype at all, or None. named: it was asked for by its name."""
+        if device.type not in self.devices and not (named and device.type in self.by_name):
+            return f"runs on {' and '.join(d for d in self.devices if d != 'meta')}, not on {device.type}"
         if dtype is not None and dtype not in self.dtypes:
             return f"does not take {str(dtype).removeprefix('torch.')}"
-        if self.min_capability and device.type == "cuda":
-            have = torch.cuda.get_device_capability(device)
-            if have < self.min_capability:
-                return "needs sm_{}{}, this is sm_{}{}".format(*self.min_capability, *have)
-        return None
+        return _unable(self, str(device))
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the implementation."""
+        return (_imported(self.fn) if isinstance(self.fn, str) else self.fn)(*args, **kwargs)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _unable(row: Row, device: str) -> str | None:
+    """What the machine and the device object to; asked once, and never traced."""
+    if row.missing and (why := row.missing()):
+        return why
+    where = torch.device(device)
+    if row.min_capability and where.type == "cuda":
+        have = torch.cuda.get_device_capability(where)
+        if have < row.min_capability:
+            return "needs sm_{}{}, this is sm_{}{}".format(*row.min_capability, *have)
+    return row.unfit(where) if row.unfit else None
+
+
+@functools.cache
+def _imported(path: str) -> Callable:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 _rows: dict[str, list[Row]] = {}
 _overrides: dict[str, str] = {}
 
 
-def register_row(op: str, backend: str, fn: Callable, **constraints: Any) -> None:
+def register_row(op: str, backend: str, fn: Callable | str, **constraints: Any) -> None:
     """Add an implementation of `op`. The highest `priority` among the legal rows is chosen."""
     rows = _rows.setdefault(op, [])
     rows[:] = [r for r in rows if r.backend != backend] + [Row(op, backend, fn, **constraints)]
@@ -99,9 +121,10 @@ def call(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
     for row in _rows[op]:
         if wanted not in (AUTO, row.backend):
             continue
-        why = row.objection(first.device, first.dtype) or (row.refuse and row.refuse(*args, **kwargs))
+        why = row.objection(first.device, first.dtype, wanted == row.backend)
+        why = why or (row.refuse and row.refuse(*args, **kwargs))
         if not why:
-            return row.fn(*args, **kwargs)
+            return row.run(*args, **kwargs)
         refused.append(f"{row.backend}: {why}")
     if not refused:
         raise KernelUnavailable(f"{op} has no backend {wanted!r}{did_you_mean(wanted, backends(op))}")

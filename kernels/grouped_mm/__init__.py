@@ -10,7 +10,7 @@ from zoo.kernels.grouped_mm import chunked, external, reference
 
 # On a CPU a loop of plain products is as fast as torch's own op and takes every dtype and shape; on a GPU it
 # would wait for the counts, so it is not offered there.
-register_row("grouped_mm", "loop", external.loop, priority=30, devices=("cpu",))
+register_row("grouped_mm", "loop", external.loop, priority=30, devices=("cpu", "meta"))
 register_row(
     "grouped_mm",
     "torch",
