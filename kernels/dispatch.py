@@ -7,7 +7,6 @@ and `zoo.kernels.use(op=backend)` override the choice. `explain` says why each r
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -53,10 +52,18 @@ class Row:
         return (_imported(self.fn) if isinstance(self.fn, str) else self.fn)(*args, **kwargs)
 
 
+_answers: dict[tuple[Row, str], str | None] = {}
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def _unable(row: Row, device: str) -> str | None:
     """What the machine and the device object to; asked once, and never traced."""
+    if (row, device) not in _answers:
+        _answers[row, device] = _asked(row, device)
+    return _answers[row, device]
+
+
+def _asked(row: Row, device: str) -> str | None:
     if row.missing and (why := row.missing()):
         return why
     where = torch.device(device)
@@ -67,7 +74,7 @@ def _unable(row: Row, device: str) -> str | None:
     return row.unfit(where) if row.unfit else None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _imported(path: str) -> Callable:
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from zoo.kernels import dispatch
-from zoo.kernels.compare import first_difference
+from zoo.kernels.compare import differentiable, first_difference
 from zoo.kernels.native import cache_dir
 
 _HERE = Path(__file__).resolve().parent
@@ -49,9 +49,7 @@ def _unfit(op: str, device: torch.device) -> str | None:
     if device.type == "cpu":
         return None if interpreting() else "on a CPU only interpreted: start Python with TRITON_INTERPRET=1"
     capability = torch.cuda.get_device_capability(device)
-    if why := refusal(capability, _triton_version()):
-        return why
-    return _verdict(op, device)
+    return refusal(capability, _triton_version()) or checked(op, "triton", device)
 
 
 # ---------------------------------------------------------------------------------------------- known wrong pairs
@@ -146,16 +144,18 @@ seen: dict[str, list[dict[str, int]]] = {}  # kernel -> configurations it was as
 # -------------------------------------------------------------------------------------------------- first-use check
 
 
-def _verdict(op: str, device: torch.device) -> str | None:
-    """Compare the row with the definition on this GPU once; the verdict is kept for this card, source and compiler."""
-    source = b"".join(p.read_bytes() for p in sorted((_HERE / op).glob("*.py")))
+def checked(op: str, backend: str, device: torch.device) -> str | None:
+    """Compare a row with the definition on this GPU once; the verdict is kept for this card, source and compiler."""
+    if device.type != "cuda":
+        return None
+    source = b"".join(p.read_bytes() for p in (*sorted((_HERE / op).glob("*.py")), *sorted(_HERE.glob("*.py"))))
     identity = (torch.cuda.get_device_name(device), torch.__version__, _triton_version(), _ptxas_version())
-    key = f"{op} {hashlib.sha256(repr(identity).encode() + source).hexdigest()[:24]}"
+    key = f"{op} {backend} {hashlib.sha256(repr(identity).encode() + source).hexdigest()[:24]}"
     path = cache_dir() / "verified.json"
     with contextlib.suppress(OSError, ValueError):
         if key in (kept := json.loads(path.read_text())):
             return kept[key]
-    verdict = self_check(op, device)
+    verdict = self_check(op, backend, device)
     with contextlib.suppress(OSError, ValueError):
         kept = json.loads(path.read_text()) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,16 +165,17 @@ def _verdict(op: str, device: torch.device) -> str | None:
     return verdict
 
 
-def self_check(op: str, device: torch.device) -> str | None:
-    """How the `triton` row of an op differs from its definition on the op's examples, or None."""
+def self_check(op: str, backend: str, device: torch.device) -> str | None:
+    """How a row of an op differs from its definition on the op's examples, or None."""
     examples: Callable = importlib.import_module(f"zoo.kernels.{op}.examples").examples
     rows = {row.backend: row for row in dispatch.rows(op)}
-    for dtype in (torch.float32, torch.bfloat16):
+    row = rows[backend]
+    for dtype in (d for d in (torch.float32, torch.bfloat16) if d in row.dtypes):
         for name, args in examples(device, dtype):
-            if rows["triton"].refuse and rows["triton"].refuse(*args):
+            if row.refuse and row.refuse(*differentiable(args)):
                 continue
             try:
-                difference = first_difference(rows["triton"].run, rows["reference"].run, args)
+                difference = first_difference(row.run, rows["reference"].run, args)
             except Exception as error:  # a compiler can fail in any way; the next row still serves
                 difference = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             if difference:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
-from zoo.kernels.attention import chunked, reference, sdpa
+from zoo.kernels import flash_attn, gpu, xformers
+from zoo.kernels.attention import chunked, flex, reference, sdpa
 from zoo.kernels.attention.cost import attention_flops
 from zoo.kernels.attention.mask import QUERY_TILE, Mask
 from zoo.kernels.dispatch import call, register_row
 
 register_row("attention", "sdpa", sdpa.attention, priority=20, refuse=sdpa.refuse)
+register_row("attention", "flash_attn", flash_attn.attention, refuse=flash_attn.refuse, **flash_attn.CONSTRAINTS)
+register_row("attention", "xformers", xformers.attention, refuse=xformers.refuse, **xformers.CONSTRAINTS)
+# compiled anew for each shape, a minute the first time: on a CPU only where it is asked for
+register_row(
+    "attention", "flex", flex.attention, priority=12, devices=("cuda",), by_name=("cpu",),
+    dtypes=flex.DTYPES, unfit=functools.partial(gpu.checked, "attention", "flex"), refuse=flex.refuse,
+)  # fmt: skip
 register_row("attention", "chunked", chunked.attention, priority=10)
 register_row("attention", "reference", reference.attention, priority=0)
 

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from zoo.kernels.attention.mask import Mask, Tile, tiles
 
+_MASK_CELLS = 1 << 26  # on a GPU, where other rows skip what nobody sees instead of masking it
+
 
 def refuse(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None,
@@ -18,7 +20,13 @@ def refuse(
         return "has no soft cap"
     if sink_logits is not None:
         return "has no sink logits"
-    return "does not return the log-sum-exp with its gradient" if need_lse else None
+    if need_lse:
+        return "does not return the log-sum-exp with its gradient"
+    if q.is_cuda and not (mask.causal and mask.plain and mask.window is None and mask.q_doc_ids is None):
+        cells = q.shape[0] * q.shape[1] * k.shape[1]
+        if cells > _MASK_CELLS and mask != Mask(False, None, 0, None, None, None, None):
+            return f"would hold a mask of {cells:,} cells"
+    return None
 
 
 def attention(

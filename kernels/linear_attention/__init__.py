@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zoo.kernels import fla, mamba_ssm
 from zoo.kernels.chunking import check_heads
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.linear_attention import chunked, reference
@@ -11,6 +12,14 @@ from zoo.kernels.linear_attention.cost import flops
 
 __all__ = ["flops", "linear_attention"]
 
+register_row(
+    "linear_attention", "fla", fla.linear_attention,
+    refuse=fla.linear_attention_refuses, **fla.constraints("linear_attention"),
+)  # fmt: skip
+register_row(
+    "linear_attention", "mamba_ssm", mamba_ssm.ssd,
+    refuse=mamba_ssm.ssd_refuses, **mamba_ssm.constraints("linear_attention"),
+)  # fmt: skip
 register_row("linear_attention", "chunked", chunked.linear_attention, priority=10)
 register_row("linear_attention", "reference", reference.linear_attention, priority=0)
 
