@@ -220,7 +220,7 @@ class Attention(Block):
             token += 2 * (q_width + kv_width)  # normalised and not
         if self.output_gate:
             token += 3 * q_width  # gate, its sigmoid, the product
-        if not self._fused and seq_len <= QUERY_TILE:  # longer sequences recompute their scores
+        if self.kernel in ("chunked", "reference") and seq_len <= QUERY_TILE:  # longer ones recompute their scores
             token += 4 * self.num_heads * seq_len
         return batch_size * seq_len * token
 

@@ -66,7 +66,7 @@ def _build(op: str, real: str) -> Path | str:
         return "no C compiler was found (cc, gcc or clang)"
     source = _HERE / op / "native.c"
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    text = source.read_text() + (_HERE / "native.h").read_text()
+    text = source.read_text() + "".join(header.read_text() for header in sorted(_HERE.glob("*.h")))
     key = hashlib.sha256("\0".join((text, real, version, _processor(), *_FLAGS)).encode()).hexdigest()[:24]
     for folder in (cache_dir() / "native", Path(tempfile.gettempdir()) / f"block-zoo-{os.getuid()}"):
         target = folder / f"{op}-{real}-{key}.so"
@@ -124,3 +124,12 @@ def run(op: str, function: str, dtype: torch.dtype, *args: Tensor | int | float 
         for a in args
     ]  # fmt: skip
     getattr(_library(op, dtype), function)(ctypes.c_int64(torch.get_num_threads()), *converted)
+
+
+def untraceable() -> str | None:
+    """Why no native core can stand in a graph that leaves this program, or under a function transform."""
+    if torch.compiler.is_exporting():
+        return "torch.export wants plain operations"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func transforms want plain operations"
+    return None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from zoo.kernels import flash_attn, gpu, xformers
-from zoo.kernels.attention import chunked, flex, reference, sdpa
+from zoo.kernels import native as native_core
+from zoo.kernels.attention import chunked, flex, native, reference, sdpa
 from zoo.kernels.attention.cost import attention_flops
 from zoo.kernels.attention.mask import QUERY_TILE, Mask
 from zoo.kernels.dispatch import call, register_row
@@ -15,6 +17,10 @@ from zoo.kernels.dispatch import call, register_row
 register_row("attention", "sdpa", sdpa.attention, priority=20, refuse=sdpa.refuse)
 register_row("attention", "flash_attn", flash_attn.attention, refuse=flash_attn.refuse, **flash_attn.CONSTRAINTS)
 register_row("attention", "xformers", xformers.attention, refuse=xformers.refuse, **xformers.CONSTRAINTS)
+register_row(
+    "attention", "native", native.attention, priority=22, devices=("cpu",), dtypes=(torch.float32, torch.float64),
+    missing=functools.partial(native_core.missing, "attention"), refuse=native.refuse,
+)  # fmt: skip
 # compiled anew for each shape, a minute the first time: on a CPU only where it is asked for
 register_row(
     "attention", "flex", flex.attention, priority=12, devices=("cuda",), by_name=("cpu",),

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from zoo.kernels import native as native_core
 from zoo.kernels.dispatch import call, register_row
-from zoo.kernels.rope import chunked, reference
+from zoo.kernels.rope import chunked, native, reference
 from zoo.kernels.rope.frequencies import check_scaling, rope_frequencies, yarn_mscale
 
+register_row(
+    "rope", "native", native.rope, priority=20, devices=("cpu",), dtypes=(torch.float32, torch.float64),
+    missing=functools.partial(native_core.missing, "rope"), refuse=native.refuse,
+)  # fmt: skip
 register_row("rope", "chunked", chunked.rope, priority=10)
 register_row("rope", "reference", reference.rope, priority=0)
 

@@ -11,7 +11,7 @@ def rope(
 ) -> Tensor:
     """See `zoo.kernels.rope.rope`."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    angle = positions.to(wide)[..., None] * frequencies.to(wide)
+    angle = positions.to(wide)[..., None] * frequencies.detach().to(wide)
     factor = 1 / amplitude if inverse else amplitude
     cos = (angle.cos() * factor)[:, :, None]  # one angle for all heads
     sin = (angle.sin() * (-factor if inverse else factor))[:, :, None]

@@ -13,7 +13,7 @@ def rope(
     half = frequencies.shape[0]
     wide = x.to(torch.float64)
     out = list(wide.unbind(-1))
-    for i, w in enumerate(frequencies.unbind()):
+    for i, w in enumerate(frequencies.detach().unbind()):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
         angle = positions.to(torch.float64)[..., None] * w * (-1 if inverse else 1)
         factor = 1 / amplitude if inverse else amplitude

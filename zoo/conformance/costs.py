@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.conformance.law import carries, streams
 from zoo.conformance.report import Failure, check
 from zoo.conformance.subject import DIM, Subject, tokens
+from zoo.kernels.dispatch import rows
 
 GROWTH = ("none", "constant", "window", "linear")
 
@@ -109,7 +110,13 @@ def state_stays_small(subject: Subject) -> None:
 
 @check()
 def activations(subject: Subject) -> None:
-    """activation_bytes is within a factor of two of what autograd keeps for backward."""
+    """activation_bytes is within a factor of two of what autograd keeps for backward (on a machine where a native
+    core cannot be built, the portable forms may keep more than that)."""
+    portable = any(
+        row.backend == "native" and row.objection(torch.device("cpu"), torch.float32)
+        for op in subject.registration.ops
+        for row in rows(op)
+    )
     block = subject.build(torch.float32).train()
     own = {p.untyped_storage().data_ptr() for p in [*block.parameters(), *block.buffers()]}
     kept: dict[int, int] = {}
@@ -125,7 +132,7 @@ def activations(subject: Subject) -> None:
         y = block(x)  # `y` holds the graph, so no storage is freed and counted again
     seen, said = sum(kept.values()), block.cost(2, 100, 0, "train").activation_bytes
     del y
-    if not seen / 2 <= said <= seen * 2:
+    if said > seen * 2 or (said < seen / 2 and not portable):
         raise Failure(f"activation_bytes of 2 x 100 tokens: cost says {said:,}, autograd keeps {seen:,}")
 
 
