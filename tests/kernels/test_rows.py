@@ -31,7 +31,7 @@ def cases(device, dtypes, only=None):
                         yield pytest.param(op, row.backend, dtype, name, id=f"{op}-{row.backend}-{dtype}-{name}"[:120])
 
 
-def check(op, backend, dtype, name, device):
+def row_and_arguments(op, backend, dtype, name, device):
     row = next(r for r in dispatch.rows(op) if r.backend == backend)
     if why := row.objection(torch.device(device), dtype, named=True):
         pytest.skip(why)
@@ -39,6 +39,11 @@ def check(op, backend, dtype, name, device):
     args = dict(examples(device, dtype))[name]
     if row.refuse and (why := row.refuse(*differentiable(args))):
         pytest.skip(why)
+    return row, args
+
+
+def check(op, backend, dtype, name, device):
+    row, args = row_and_arguments(op, backend, dtype, name, device)
     reference = next(r for r in dispatch.rows(op) if r.backend == "reference")
     assert first_difference(row.run, reference.run, args) is None
 
@@ -46,6 +51,43 @@ def check(op, backend, dtype, name, device):
 @pytest.mark.parametrize(("op", "backend", "dtype", "name"), list(cases("cpu", (torch.float32,))))
 def test_on_the_cpu(op, backend, dtype, name):
     check(op, backend, dtype, name, "cpu")
+
+
+@pytest.mark.parametrize(("op", "backend", "dtype", "name"), list(cases("cpu", (torch.float64,))))
+def test_gradients_are_finite_differences(op, backend, dtype, name):
+    """Along one random direction of all inputs together, in float64."""
+    row, args = row_and_arguments(op, backend, dtype, name, "cpu")
+    given = differentiable(args)
+    generator = torch.Generator().manual_seed(0)
+
+    def value(arguments):
+        outputs = row.run(*arguments)
+        generator.manual_seed(1)
+        total = torch.zeros((), dtype=dtype)
+        for y in outputs if isinstance(outputs, tuple) else (outputs,):
+            if isinstance(y, torch.Tensor) and y.is_floating_point():
+                weight = torch.randn(y.shape, generator=generator, dtype=dtype)
+                total = total + torch.where(y.isfinite(), y * weight, 0).sum()
+        return total
+
+    leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
+    total = value(given)
+    if not total.requires_grad:
+        return  # nothing in it is differentiable, which the comparison with the definition confirms
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    with torch.no_grad():
+        generator.manual_seed(2)
+        ways = [
+            torch.zeros_like(x) if g is None else torch.randn(x.shape, generator=generator, dtype=dtype)
+            for x, g in zip(leaves, grads)
+        ]
+        slope = sum((g * w).sum() for g, w in zip(grads, ways) if g is not None)
+        ends = []
+        for sign in (1, -1):
+            moved = iter([x + sign * 1e-6 * w for x, w in zip(leaves, ways)])
+            ends.append(value([next(moved) if isinstance(x, torch.Tensor) and x.requires_grad else x for x in given]))
+    numeric = (ends[0] - ends[1]) / 2e-6
+    torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-5)
 
 
 @needs_gpu
