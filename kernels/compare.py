@@ -25,7 +25,8 @@ def differentiable(args: Sequence[Any]) -> list[Any]:
 def _run(fn: Callable, args: Sequence[Any], seed: int) -> tuple[list[Tensor], list[Tensor | None]]:
     """Outputs, and the gradients of a random linear functional of them with respect to every float argument."""
     args = differentiable(args)
-    outputs = _floats(fn(*args))
+    values = fn(*args)
+    outputs = [y for y in (values if isinstance(values, (tuple, list)) else (values,)) if isinstance(y, Tensor)]
     loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
     for n, y in enumerate(outputs):
         if y.requires_grad:
@@ -58,10 +59,15 @@ def first_difference(
     for what, got, want in pairs:
         if want is None and got is None:
             continue
-        got = torch.zeros_like(want) if got is None else got.double()
+        got = torch.zeros_like(want) if got is None else got
         want = torch.zeros_like(got) if want is None else want
         if got.shape != want.shape:
             return f"{what} has shape {list(got.shape)}, not {list(want.shape)}"
+        if not want.is_floating_point():
+            if not torch.equal(got.to(want.dtype), want):
+                return f"{what} differs in {int((got != want).sum())} of {want.numel()} places"
+            continue
+        got = got.double()
         if not torch.equal(got.isfinite(), want.isfinite()):
             return f"{what} is finite elsewhere"
         finite = want.isfinite()
