@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from zoo.kernels import fla, mamba_ssm
+from zoo.kernels import native as native_core
 from zoo.kernels.chunking import check_heads
 from zoo.kernels.dispatch import call, register_row
-from zoo.kernels.linear_attention import chunked, reference
+from zoo.kernels.linear_attention import chunked, native, reference
 from zoo.kernels.linear_attention.cost import flops
 
 __all__ = ["flops", "linear_attention"]
@@ -19,6 +22,10 @@ register_row(
 register_row(
     "linear_attention", "mamba_ssm", mamba_ssm.ssd,
     refuse=mamba_ssm.ssd_refuses, **mamba_ssm.constraints("linear_attention"),
+)  # fmt: skip
+register_row(
+    "linear_attention", "native", native.linear_attention, priority=20, devices=("cpu",),
+    missing=functools.partial(native_core.missing, "linear_attention"), refuse=native.refuse,
 )  # fmt: skip
 register_row("linear_attention", "chunked", chunked.linear_attention, priority=10)
 register_row("linear_attention", "reference", reference.linear_attention, priority=0)
