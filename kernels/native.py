@@ -62,7 +62,7 @@ def _processor() -> str:
 def _build(op: str, real: str) -> Path | str:
     """The shared library of an op, or why there is none."""
     compiler = _compiler()
-    if compiler is None:
+    if compiler is None or os.name != "posix":
         return "no C compiler was found (cc, gcc or clang)"
     source = _HERE / op / "native.c"
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
