@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.kernels import native as native_core
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import call, register_row
-from zoo.kernels.sparse_attention import chunked, reference
+from zoo.kernels.sparse_attention import chunked, native, reference
 from zoo.kernels.sparse_attention.cost import flops
 
+register_row(
+    "sparse_attention", "native", native.attend, priority=20, devices=("cpu",),
+    missing=functools.partial(native_core.missing, "sparse_attention"), refuse=native.refuse,
+)  # fmt: skip
 register_row("sparse_attention", "chunked", chunked.sparse_attention, priority=10)
 register_row("sparse_attention", "reference", reference.sparse_attention, priority=0)
 
