@@ -47,32 +47,108 @@ static Block block(int64_t Kp, int64_t Vp, real **pool) {
     return x;
 }
 
-static void pack(const real *x, int64_t rows, int64_t stride, int64_t width, real scale, real *out, int64_t ld) {
+/* Rows of one head lie far apart, which no hardware prefetcher follows: the block L rows on is asked for here. */
+static void pack(const real *restrict x, int64_t rows, int64_t stride, int64_t width, real scale, real *restrict out,
+                 int64_t ld, int64_t ahead) {
     for (int64_t i = 0; i < L; i++) {
         const int64_t filled = i < rows ? width : 0;
+        for (int64_t d = 0; d < filled; d += LANES) __builtin_prefetch(x + (i + ahead) * stride + d);
         for (int64_t d = 0; d < filled; d++) out[i * ld + d] = x[i * stride + d] * scale;
         for (int64_t d = filled; d < ld; d++) out[i * ld + d] = 0;
     }
 }
 
-static void transpose(const real *x, int64_t rows, int64_t cols, int64_t stride, real *out, int64_t ld) {
-    for (int64_t i0 = 0; i0 < rows; i0 += 16)
-        for (int64_t d = 0; d < cols; d++)
-            for (int64_t i = i0; i < rows && i < i0 + 16; i++) out[d * ld + i] = x[i * stride + d];
+static void multiply(const real *restrict x, const real *restrict y, int64_t n, real *restrict out) {
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * y[i];
+}
+
+static void multiply_by(const real *restrict x, int64_t n, real *restrict out) {
+    for (int64_t i = 0; i < n; i++) out[i] *= x[i];
+}
+
+static void add_products(const real *restrict x, const real *restrict y, int64_t n, real *restrict out) {
+    for (int64_t i = 0; i < n; i++) out[i] += x[i] * y[i];
+}
+
+/* Each row of `width` elements by the same factors. */
+static void decay_rows(const real *restrict keep, int64_t rows, int64_t width, const real *restrict x,
+                       real *restrict out) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t d = 0; d < width; d++) out[i * width + d] = x[i * width + d] * keep[d];
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES
+#endif
+#endif
+
+#ifdef SHUFFLES
+/* LANES x LANES: rows half a square apart are interleaved, log2(LANES) times. */
+static inline void transpose_square(const real *x, int64_t stride, real *out, int64_t ld) {
+    vec a[LANES], b[LANES];
+    for (int i = 0; i < LANES; i++) a[i] = *(const vec *)(x + i * stride);
+#ifdef REAL_IS_FLOAT
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#else
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#endif
+    for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES / 2; i++) {
+            b[2 * i] = __builtin_shufflevector(a[i], a[i + LANES / 2], LOW);
+            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + LANES / 2], HIGH);
+        }
+        memcpy(a, b, sizeof a);
+    }
+    for (int i = 0; i < LANES; i++) *(vec *)(out + i * ld) = a[i];
+}
+#endif
+
+static void transpose(const real *restrict x, int64_t rows, int64_t cols, int64_t stride, real *restrict out,
+                      int64_t ld) {
+    for (int64_t i = 0; i < rows; i += LANES)
+        for (int64_t d = 0; d < cols; d += LANES) {
+#ifdef SHUFFLES
+            if (i + LANES <= rows && d + LANES <= cols) {
+                transpose_square(x + i * stride + d, stride, out + d * ld + i, ld);
+                continue;
+            }
+#endif
+            for (int64_t n = d; n < cols && n < d + LANES; n++)
+                for (int64_t m = i; m < rows && m < i + LANES; m++) out[n * ld + m] = x[m * stride + n];
+        }
+}
+
+/* keep * sum over the rows of x * y. */
+static void crossing(const real *restrict x, const real *restrict y, const real *restrict keep, int64_t rows,
+                     int64_t width, real *restrict out) {
+    for (int64_t d = 0; d < width; d += LANES) {
+        vec a = {0}, b = {0};
+        int64_t i = d;
+        for (; i + width < rows * width; i += 2 * width) {
+            a += *(const vec *)(x + i) * *(const vec *)(y + i);
+            b += *(const vec *)(x + i + width) * *(const vec *)(y + i + width);
+        }
+        if (i < rows * width) a += *(const vec *)(x + i) * *(const vec *)(y + i);
+        *(vec *)(out + d) = (a + b) * *(const vec *)(keep + d);
+    }
 }
 
 /* Tokens, decays and their products for a block that starts at t0. */
-static void load(const Call *c, int64_t b, int64_t h, int64_t t0, Block *x) {
+static void load(const Call *c, int64_t b, int64_t h, int64_t t0, Block *x, int64_t ahead) {
     const int64_t Kp = x->Kp, g = h / (c->H / c->G), n = c->T - t0 < L ? c->T - t0 : L, at = b * c->T + t0;
     x->t0 = t0;
     x->n = n;
-    pack(c->q + (at * c->G + g) * c->Dk, n, c->G * c->Dk, c->Dk, (real)c->scale, x->Q, Kp);
-    pack(c->k + (at * c->G + g) * c->Dk, n, c->G * c->Dk, c->Dk, 1, x->K, Kp);
-    pack(c->v + (at * c->H + h) * c->Dv, n, c->H * c->Dv, c->Dv, 1, x->V, x->Vp);
+    pack(c->q + (at * c->G + g) * c->Dk, n, c->G * c->Dk, c->Dk, (real)c->scale, x->Q, Kp, ahead);
+    pack(c->k + (at * c->G + g) * c->Dk, n, c->G * c->Dk, c->Dk, 1, x->K, Kp, ahead);
+    pack(c->v + (at * c->H + h) * c->Dv, n, c->H * c->Dv, c->Dv, 1, x->V, x->Vp, ahead);
     const int64_t wide = c->kind == 3 ? Kp : 1; /* decays of a token */
     real *a = x->a;
     if (c->kind == 3) {
-        pack(c->g + (at * c->H + h) * c->Dk, n, c->H * c->Dk, c->Dk, 1, a, Kp);
+        pack(c->g + (at * c->H + h) * c->Dk, n, c->H * c->Dk, c->Dk, 1, a, Kp, ahead);
     } else {
         for (int64_t i = 0; i < L; i++)
             a[i] = i >= n || c->kind == 0 ? 0 : c->kind == 1 ? c->g[h] : c->g[(at + i) * c->H + h];
@@ -107,17 +183,15 @@ static void load(const Call *c, int64_t b, int64_t h, int64_t t0, Block *x) {
             for (int64_t d = 0; d < Kp; d++) x->W[j * Kp + d] = x->D[(L - 1) * L + j];
         for (int64_t d = 0; d < Kp; d++) x->keep[d] = read;
     }
-    for (int64_t i = 0; i < L * Kp; i++) {
-        x->Qd[i] = x->Q[i] * x->R[i];
-        x->Kd[i] = x->K[i] * x->W[i];
-    }
+    multiply(x->Q, x->R, L * Kp, x->Qd);
+    multiply(x->K, x->W, L * Kp, x->Kd);
 }
 
 /* Weights of a block's pairs, A_ij = sum_d Q_id K_jd D_ij,d. A decay per head scales scores that its group shares. For
    a decay per channel the keys are decayed token by token; with dA also the gradient of Q without its diagonal. */
 static void weigh(const Call *c, Block *x, const real *scores, const real *dA, real *keys, real *dQ) {
     if (c->kind < 3) {
-        for (int64_t i = 0; i < PAIRS; i++) x->A[i] = scores[i] * x->D[i];
+        multiply(scores, x->D, PAIRS, x->A);
         return;
     }
     const int64_t Kp = x->Kp;
@@ -172,8 +246,8 @@ static void all_scores(const Call *c, int64_t b, int64_t g, Block *x, real *turn
     const int64_t Kp = x->Kp;
     for (int64_t t0 = 0; t0 < c->T; t0 += L, scores += PAIRS) {
         const int64_t n = c->T - t0 < L ? c->T - t0 : L, at = ((b * c->T + t0) * c->G + g) * c->Dk;
-        pack(c->q + at, n, c->G * c->Dk, c->Dk, (real)c->scale, x->Q, Kp);
-        pack(c->k + at, n, c->G * c->Dk, c->Dk, 1, x->K, Kp);
+        pack(c->q + at, n, c->G * c->Dk, c->Dk, (real)c->scale, x->Q, Kp, L);
+        pack(c->k + at, n, c->G * c->Dk, c->Dk, 1, x->K, Kp, L);
         transpose(x->K, L, c->Dk, Kp, turned, L);
         gemm(L, L, c->Dk, x->Q, Kp, 1, turned, L, scores, L, 0);
     }
@@ -201,14 +275,16 @@ static void forward_task(const Call *c, int64_t b, int64_t g, int64_t first, int
                 real *to = states + ((b * intervals + t0 / c->interval) * c->H + h) * Dk * Dv;
                 for (int64_t d = 0; d < Dk; d++) memcpy(to + d * Dv, S + d * Vp, sizeof(real) * Dv);
             }
-            load(c, b, h, t0, &x);
+            load(c, b, h, t0, &x, L);
             weigh(c, &x, scores + t0 / L * PAIRS, NULL, keys, NULL);
             gemm(L, Vp, Dk, x.Qd, Kp, 1, S, Vp, O, Vp, 0);
             causal_product(x.A, x.V, O, Vp);
             for (int64_t i = 0; i < x.n; i++)
                 memcpy(o + ((b * c->T + t0 + i) * c->H + h) * Dv, O + i * Vp, sizeof(real) * Dv);
-            for (int64_t d = 0; d < Dk && (c->kind || c->doc); d++)
-                for (int64_t e = 0; e < Vp; e++) S[d * Vp + e] *= x.keep[d];
+            for (int64_t d = 0; d < Dk && (c->kind || c->doc); d++) {
+                const real keep = x.keep[d];
+                for (int64_t e = 0; e < Vp; e++) S[d * Vp + e] *= keep;
+            }
             gemm(Dk, Vp, L, x.Kd, 1, Kp, x.V, Vp, S, Vp, 1);
         }
         for (int64_t d = 0; d < Dk; d++)
@@ -263,11 +339,21 @@ static void decay_gradient(const Call *c, const Block *x, int64_t b, int64_t h, 
     }
 }
 
-static void add_rows(const real *x, const Block *from, const Call *c, int64_t b, int64_t g, int first, real *out) {
+static void add_rows(const real *restrict x, const Block *from, const Call *c, int64_t b, int64_t g, int first,
+                     real scale, real *restrict out) {
     for (int64_t i = 0; i < from->n; i++) {
         real *row = out + ((b * c->T + from->t0 + i) * c->G + g) * c->Dk;
-        for (int64_t d = 0; d < c->Dk; d++) row[d] = (first ? 0 : row[d]) + x[i * from->Kp + d];
+        for (int64_t d = 0; d < c->Dk; d += LANES) __builtin_prefetch(row - L * c->G * c->Dk + d, 1);
+        if (first) {
+            for (int64_t d = 0; d < c->Dk; d++) row[d] = x[i * from->Kp + d] * scale;
+        } else {
+            for (int64_t d = 0; d < c->Dk; d++) row[d] += x[i * from->Kp + d] * scale;
+        }
     }
+}
+
+static void add_pair(real weight, const real *restrict x, const real *restrict y, int64_t n, real *restrict out) {
+    for (int64_t d = 0; d < n; d++) out[d] += x[d] + weight * y[d];
 }
 
 /* dq, dk: of this task's part. ds0 may be NULL, and dg where there is no decay. */
@@ -276,7 +362,8 @@ static void backward_task(const Call *c, int64_t b, int64_t g, int64_t first, in
                           real *ds0) {
     const int64_t Dk = c->Dk, Dv = c->Dv, Kp = round_lanes(Dk), Vp = round_lanes(Dv), blocks = (c->T + L - 1) / L;
     const int64_t intervals = (c->T + c->interval - 1) / c->interval, inside = c->interval / L;
-    Block x = block(Kp, Vp, &pool);
+    Block x, own[inside]; /* the blocks of an interval */
+    for (int64_t m = 0; m < inside; m++) own[m] = block(Kp, Vp, &pool);
     real *dO = take(&pool, L * Vp), *dV = take(&pool, L * Vp), *wide = take(&pool, L * (Kp > Vp ? Kp : Vp));
     real *dA = take(&pool, PAIRS), *M = take(&pool, PAIRS), *keys = take(&pool, L * Kp), *later = take(&pool, 3 * Kp);
     real *X = take(&pool, L * Kp), *Y = take(&pool, L * Kp), *dQ = take(&pool, L * Kp), *dK = take(&pool, L * Kp);
@@ -287,7 +374,7 @@ static void backward_task(const Call *c, int64_t b, int64_t g, int64_t first, in
     memset(dK, 0, sizeof(real) * L * Kp);
     memset(S, 0, sizeof(real) * inside * Dv * Kp);
     if (c->kind < 3) {
-        all_scores(c, b, g, &x, keys, scores);
+        all_scores(c, b, g, own, keys, scores);
         memset(dscores, 0, sizeof(real) * blocks * PAIRS);
     }
     for (int64_t h = first; h < last; h++) {
@@ -297,19 +384,20 @@ static void backward_task(const Call *c, int64_t b, int64_t g, int64_t first, in
             const int64_t start = n * c->interval, end = start + c->interval < c->T ? start + c->interval : c->T;
             const int64_t count = (end - start + L - 1) / L;
             transpose(states + ((b * intervals + n) * c->H + h) * Dk * Dv, Dk, Dv, Dv, S, Kp);
-            for (int64_t m = 0; m + 1 < count; m++) { /* the states before the other blocks */
-                load(c, b, h, start + m * L, &x);
+            for (int64_t m = 0; m < count; m++) { /* load, and the states before the other blocks */
+                load(c, b, h, start + m * L, own + m, -c->interval);
+                if (m + 1 == count) break;
+                x = own[m];
                 const real *from = S + m * Dv * Kp;
                 real *to = S + (m + 1) * Dv * Kp;
-                for (int64_t e = 0; e < Dv; e++)
-                    for (int64_t d = 0; d < Kp; d++) to[e * Kp + d] = from[e * Kp + d] * x.keep[d];
+                decay_rows(x.keep, Dv, Kp, from, to);
                 gemm(Dv, Kp, L, x.V, 1, Vp, x.Kd, Kp, to, Kp, 1);
             }
             for (int64_t m = count - 1; m >= 0; m--) {
                 const int64_t t0 = start + m * L, number = t0 / L, at = ((b * c->T + t0) * c->H + h) * Dv;
                 const real *before = S + m * Dv * Kp;
-                load(c, b, h, t0, &x);
-                pack(grad_o + at, x.n, c->H * Dv, Dv, 1, dO, Vp);
+                x = own[m];
+                pack(grad_o + at, x.n, c->H * Dv, Dv, 1, dO, Vp, -L);
                 transpose(x.V, L, Dv, Vp, wide, L);
                 gemm(L, L, Dv, dO, Vp, 1, wide, L, dA, L, 0);
                 weigh(c, &x, scores + number * PAIRS, dA, keys, dQ);
@@ -317,10 +405,8 @@ static void backward_task(const Call *c, int64_t b, int64_t g, int64_t first, in
                     weigh_back(&x, dA, keys, dK);
                 } else {
                     real *shared = dscores + number * PAIRS;
-                    for (int64_t i = 0; i < PAIRS; i++) {
-                        M[i] = x.A[i] * dA[i];
-                        shared[i] += x.D[i] * dA[i];
-                    }
+                    multiply(x.A, dA, PAIRS, M);
+                    add_products(x.D, dA, PAIRS, shared);
                 }
                 /* dV = A^T dO + (K * W) dS, the second product transposed */
                 transpose(x.Kd, L, Dk, Kp, wide, L);
@@ -331,51 +417,39 @@ static void backward_task(const Call *c, int64_t b, int64_t g, int64_t first, in
                 for (int64_t i = 0; i < x.n; i++) memcpy(dv + at + i * c->H * Dv, wide + i * Vp, sizeof(real) * Dv);
                 gemm(L, Kp, Dv, dO, Vp, 1, before, Kp, X, Kp, 0);
                 gemm(L, Kp, Dv, x.V, Vp, 1, dS, Kp, Y, Kp, 0);
-                if (c->kind) {
-                    for (int64_t d = 0; d < Kp; d++) across[d] = 0;
-                    for (int64_t e = 0; e < Dv; e++)
-                        for (int64_t d = 0; d < Kp; d++) across[d] += before[e * Kp + d] * dS[e * Kp + d];
-                    for (int64_t d = 0; d < Kp; d++) across[d] *= x.keep[d];
-                }
-                for (int64_t e = 0; e < Dv && decays; e++)
-                    for (int64_t d = 0; d < Kp; d++) dS[e * Kp + d] *= x.keep[d];
+                if (c->kind) crossing(before, dS, x.keep, Dv, Kp, across);
+                for (int64_t e = 0; e < Dv && decays; e++) multiply_by(x.keep, Kp, dS + e * Kp);
                 gemm(Dv, Kp, L, dO, 1, Vp, x.Qd, Kp, dS, Kp, 1);
-                for (int64_t i = 0; i < L * Kp; i++) {
-                    X[i] *= x.R[i];
-                    Y[i] *= x.W[i];
-                    x.Qd[i] = x.Q[i] * X[i]; /* now what reaches each token through the state, */
-                    x.Kd[i] = x.K[i] * Y[i]; /* and what leaves it */
-                }
+                multiply_by(x.R, L * Kp, X);
+                multiply_by(x.W, L * Kp, Y);
+                multiply(x.Q, X, L * Kp, x.Qd); /* now what reaches each token through the state, */
+                multiply(x.K, Y, L * Kp, x.Kd); /* and what leaves it */
                 if (c->kind) decay_gradient(c, &x, b, h, M, dQ, dK, x.Qd, x.Kd, across, later, dg);
-                for (int64_t i = 0; i < L; i++) {
-                    const real diagonal = c->kind == 3 ? dA[i * L + i] : 0;
-                    for (int64_t d = 0; d < Kp; d++) {
-                        const int64_t at = i * Kp + d;
-                        X[at] = (X[at] + dQ[at] + diagonal * x.K[at]) * (real)c->scale;
-                        Y[at] += dK[at] + diagonal * x.Q[at];
-                    }
+                for (int64_t i = 0; i < L && c->kind == 3; i++) {
+                    add_pair(dA[i * L + i], dQ + i * Kp, x.K + i * Kp, Kp, X + i * Kp);
+                    add_pair(dA[i * L + i], dK + i * Kp, x.Q + i * Kp, Kp, Y + i * Kp);
                 }
-                add_rows(X, &x, c, b, g, h == first, dq);
-                add_rows(Y, &x, c, b, g, h == first, dk);
+                add_rows(X, &x, c, b, g, h == first, (real)c->scale, dq);
+                add_rows(Y, &x, c, b, g, h == first, 1, dk);
             }
         }
         if (ds0) transpose(dS, Dv, Dk, Kp, ds0 + (b * c->H + h) * Dk * Dv, Dv);
     }
     for (int64_t n = 0; n < blocks && c->kind < 3; n++) { /* through the scores, once for all heads */
         const real *shared = dscores + n * PAIRS;
-        load(c, b, first, n * L, &x);
+        load(c, b, first, n * L, own, L);
+        x = *own;
         gemm(L, Kp, L, shared, L, 1, x.K, Kp, X, Kp, 0);
-        for (int64_t i = 0; i < L * Kp; i++) X[i] *= (real)c->scale;
         gemm(L, Kp, L, shared, 1, L, x.Q, Kp, Y, Kp, 0);
-        add_rows(X, &x, c, b, g, 0, dq);
-        add_rows(Y, &x, c, b, g, 0, dk);
+        add_rows(X, &x, c, b, g, 0, (real)c->scale, dq);
+        add_rows(Y, &x, c, b, g, 0, 1, dk);
     }
 }
 
-static real *scratch(const Call *c, int64_t blocks_of_pairs, int64_t states) {
+static real *scratch(const Call *c, int64_t blocks, int64_t pair_sets, int64_t states) {
     const int64_t Kp = round_lanes(c->Dk), Vp = round_lanes(c->Dv), wide = Kp > Vp ? Kp : Vp;
-    const int64_t pairs = (c->T + L - 1) / L * PAIRS * blocks_of_pairs;
-    const int64_t count = block_size(Kp, Vp) + L * (10 * wide) + 3 * Kp + 2 * PAIRS + states * wide * wide + pairs;
+    const int64_t pairs = (c->T + L - 1) / L * PAIRS * pair_sets;
+    const int64_t count = blocks * block_size(Kp, Vp) + L * (10 * wide) + 3 * Kp + 2 * PAIRS + states * wide * wide + pairs;
     return aligned_alloc(64, (sizeof(real) * count + 64 * 64) / 64 * 64);
 }
 
@@ -386,7 +460,7 @@ void forward(int64_t threads, const real *q, const real *k, const real *v, const
     const int64_t R = H / G;
 #pragma omp parallel num_threads(threads)
     {
-        real *pool = scratch(&c, 1, 1);
+        real *pool = scratch(&c, 1, 1, 1);
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < B * G * parts; n++) {
             const int64_t p = n % parts, bg = n / parts, first = bg % G * R;
@@ -405,7 +479,7 @@ void backward(int64_t threads, const real *grad_o, const real *grad_final, const
     const int64_t R = H / G, each = B * T * G * Dk;
 #pragma omp parallel num_threads(threads)
     {
-        real *pool = scratch(&c, 2, interval / L + 1);
+        real *pool = scratch(&c, interval / L, 2, interval / L + 1);
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < B * G * parts; n++) {
             const int64_t p = n % parts, bg = n / parts, first = bg % G * R;
