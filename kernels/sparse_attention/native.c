@@ -151,14 +151,42 @@ static void pack_row(const real *x, int64_t width, real scale, real *out, int64_
     for (int64_t d = width; d < padded; d++) out[d] = 0;
 }
 
-/* 16 rows of x at a time, [n][width] with strides -> [width][KT] */
+#if defined(__clang__) || __GNUC__ >= 12
+#ifdef REAL_IS_FLOAT
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#else
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#endif
+/* A square of LANES rows into out, rows KT apart: rows i and i + LANES / 2 interleaved, log2(LANES) times. */
+static void transpose(const real *x, int64_t stride, real *out) {
+    vec a[LANES], t[LANES];
+    for (int i = 0; i < LANES; i++) a[i] = *(const vec *)(x + i * stride);
+    for (int left = LANES; left > 1; left /= 2) {
+        for (int i = 0; i < LANES / 2; i++) t[2 * i] = LOW(a[i], a[i + LANES / 2]), t[2 * i + 1] = HIGH(a[i], a[i + LANES / 2]);
+        memcpy(a, t, sizeof a);
+    }
+    for (int i = 0; i < LANES; i++) *(vec *)(out + i * KT) = a[i];
+}
+#else
+static void transpose(const real *x, int64_t stride, real *out) {
+    for (int d = 0; d < LANES; d++)
+        for (int j = 0; j < LANES; j++) out[d * KT + j] = x[j * stride + d];
+}
+#endif
+
+/* [n][width], rows `stride` apart -> [width][KT]; columns from n on are left as they are. */
 static void pack_panel(const real *x, int64_t n, int64_t stride, int64_t width, real *out) {
-    for (int64_t j0 = 0; j0 < n; j0 += 16)
-        for (int64_t d = 0; d < width; d++)
-            for (int64_t j = j0; j < MIN(n, j0 + 16); j++) out[d * KT + j] = x[j * stride + d];
-    if (n < KT)
-        for (int64_t d = 0; d < width; d++)
-            for (int64_t j = n; j < KT; j++) out[d * KT + j] = 0;
+    for (int64_t j0 = 0; j0 < n; j0 += LANES)
+        for (int64_t d0 = 0; d0 < width; d0 += LANES) {
+            if (j0 + LANES <= n && d0 + LANES <= width) {
+                transpose(x + j0 * stride + d0, stride, out + d0 * KT + j0);
+                continue;
+            }
+            for (int64_t d = d0; d < MIN(width, d0 + LANES); d++)
+                for (int64_t j = j0; j < MIN(n, j0 + LANES); j++) out[d * KT + j] = x[j * stride + d];
+        }
 }
 
 static Rows make_rows(const Call *c, int64_t rows, int backward, real *space, int64_t *ints) {
@@ -345,24 +373,28 @@ typedef struct { /* up to KT gathered keys */
 
 /* The next keys of a list, from position *at (slot of the list * block + key inside); packed for many rows. */
 static int64_t gather(const Call *c, int64_t b, int64_t g, const int32_t *list, int64_t *at, Gathered *x, int pack) {
-    int64_t n = 0, i = *at;
-    for (; n < KT && i < c->n * c->block; i++) {
-        const int64_t id = list[i / c->block], u = id * c->stride + i % c->block;
-        if (id < 0 || u >= c->Tk || c->k_index[b * c->Tk + u] < 0) continue;
-        x->slot[n] = (b * c->Tk + u) * c->G + g;
-        x->index[n] = c->k_index[b * c->Tk + u];
-        x->doc[n] = c->k_doc ? c->k_doc[b * c->Tk + u] : 0;
-        x->bias[n] = c->bias ? c->bias[(b * c->Tk + u) * c->Gb + (c->Gb > 1 ? g : 0)] : 0;
-        n++;
+    int64_t n = 0, entry = *at / c->block, inside = *at % c->block;
+    while (n < KT && entry < c->n) {
+        const int64_t start = list[entry] < 0 ? c->Tk : list[entry] * c->stride;
+        const int64_t end = MIN(c->block, c->Tk - start), row = b * c->Tk + start;
+        for (; inside < end && n < KT; inside++) {
+            const int64_t u = row + inside;
+            x->slot[n] = u * c->G + g;
+            x->index[n] = c->k_index[u];
+            x->doc[n] = c->k_doc ? c->k_doc[u] : 0;
+            x->bias[n] = c->bias ? c->bias[u * c->Gb + (c->Gb > 1 ? g : 0)] : 0;
+            n += x->index[n] >= 0;
+        }
+        if (inside >= end) entry++, inside = 0;
     }
-    *at = i;
+    *at = entry * c->block + inside;
     if (!pack) return n;
     for (int64_t j = 0; j < n; j++) {
         pack_row(c->k + x->slot[j] * c->D, c->D, 1, x->K + j * c->Dp, c->Dp);
         pack_row(c->v + x->slot[j] * c->Dv, c->Dv, 1, x->V + j * c->Vp, c->Vp);
     }
-    pack_panel(x->K, n, c->Dp, c->D, x->KT_);
-    if (x->VT) pack_panel(x->V, n, c->Vp, c->Dv, x->VT);
+    pack_panel(x->K, round_lanes(n), c->Dp, c->Dp, x->KT_); /* rows from n on are of no account */
+    if (x->VT) pack_panel(x->V, round_lanes(n), c->Vp, c->Vp, x->VT);
     return n;
 }
 
@@ -372,14 +404,29 @@ static real dot(const real *a, const real *b, int64_t n) {
     return sum;
 }
 
-/* Few rows read the keys where they are. */
+/* Scores of few rows, which read the keys where they are. */
+static void few_scores(const Call *c, const Keys *k, const Gathered *x, const Rows *r, int64_t rows, real *s) {
+    const int64_t n = k->n, D = c->D;
+    for (int64_t i = 0; i < rows; i++) {
+        const real *q = r->Q + i * c->Dp;
+        int64_t j = 0;
+        for (; j + 4 <= n; j += 4) {
+            const real *k0 = c->k + x->slot[j] * D, *k1 = c->k + x->slot[j + 1] * D;
+            const real *k2 = c->k + x->slot[j + 2] * D, *k3 = c->k + x->slot[j + 3] * D;
+            real s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+            for (int64_t d = 0; d < D; d++) s0 += q[d] * k0[d], s1 += q[d] * k1[d], s2 += q[d] * k2[d], s3 += q[d] * k3[d];
+            s[i * KT + j] = s0, s[i * KT + j + 1] = s1, s[i * KT + j + 2] = s2, s[i * KT + j + 3] = s3;
+        }
+        for (; j < n; j++) s[i * KT + j] = dot(q, c->k + x->slot[j] * D, D);
+    }
+    finish_scores(c, k, r, rows, s, 1);
+}
+
 static void forward_few(const Call *c, const Keys *k, const Gathered *x, const Rows *r, int64_t rows, real *s) {
     const int seen = look(c, k, r, rows);
     if (!seen) return;
     const int64_t n = k->n, Dv = c->Dv;
-    for (int64_t j = 0; j < n; j++)
-        for (int64_t i = 0; i < rows; i++) s[i * KT + j] = dot(r->Q + i * c->Dp, c->k + x->slot[j] * c->D, c->D);
-    finish_scores(c, k, r, rows, s, 1);
+    few_scores(c, k, x, r, rows, s);
     soften(rows, round_lanes(n), c->Vp, s, r);
     for (int64_t i = 0; i < rows; i++) {
         real *restrict o = r->O + i * c->Vp;
@@ -401,9 +448,7 @@ static void backward_few(const Call *c, const Keys *k, const Gathered *x, const 
     const int seen = look(c, k, r, rows);
     if (!seen) return;
     const int64_t n = k->n, D = c->D, Dv = c->Dv;
-    for (int64_t j = 0; j < n; j++)
-        for (int64_t i = 0; i < rows; i++) s[i * KT + j] = dot(r->Q + i * c->Dp, c->k + x->slot[j] * D, D);
-    finish_scores(c, k, r, rows, s, 1);
+    few_scores(c, k, x, r, rows, s);
     for (int64_t j = 0; j < n; j++) {
         const real *key = c->k + x->slot[j] * D, *value = c->v + x->slot[j] * Dv;
         real *restrict dkey = dk + x->slot[j] * D, *restrict dvalue = dv + x->slot[j] * Dv;
@@ -456,9 +501,9 @@ static void by_queries(const Call *c, int64_t b, int64_t l, int64_t n, const Row
 }
 
 static Gathered *make_gathered(const Call *c) {
-    Gathered *x = get(sizeof(Gathered) + 64 + sizeof(real) * KT * (c->D + c->Vp + c->Dp + c->Dv + 2));
+    Gathered *x = get(sizeof(Gathered) + 64 + sizeof(real) * 2 * KT * (c->Dp + c->Vp));
     x->KT_ = (real *)((char *)x + (sizeof(Gathered) + 63) / 64 * 64);
-    x->V = x->KT_ + KT * c->D, x->K = x->V + KT * c->Vp, x->VT = x->K + KT * c->Dp;
+    x->V = x->KT_ + KT * c->Dp, x->K = x->V + KT * c->Vp, x->VT = x->K + KT * c->Dp;
     return x;
 }
 
