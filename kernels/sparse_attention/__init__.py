@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.kernels import gpu
 from zoo.kernels import native as native_core
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import call, register_row
@@ -17,6 +18,12 @@ from zoo.kernels.sparse_attention.cost import flops
 register_row(
     "sparse_attention", "native", native.attend, priority=20, devices=("cpu",),
     missing=functools.partial(native_core.missing, "sparse_attention"), refuse=native.refuse,
+)  # fmt: skip
+gpu.register_triton_row(
+    "sparse_attention", "zoo.kernels.sparse_attention.triton:attend",
+    refuse=lambda q, k, v, *masks: (
+        native_core.untraceable() or ("head dimensions above 256" if max(q.shape[3], v.shape[3]) > 256 else None)
+    ),
 )  # fmt: skip
 register_row("sparse_attention", "chunked", chunked.sparse_attention, priority=10)
 register_row("sparse_attention", "reference", reference.sparse_attention, priority=0)
