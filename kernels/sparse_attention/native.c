@@ -12,7 +12,7 @@
 
 #define QT 48 /* rows of a chunk; a multiple of the 6 rows of a register block */
 #define KT 64 /* keys of a panel */
-#define FEW 8 /* so many rows are worth transposing gathered keys for */
+#define FEW 4 /* so many rows are worth transposing gathered keys for */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define HIDDEN ((real)-INFINITY)

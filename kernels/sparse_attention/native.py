@@ -20,10 +20,12 @@ def refuse(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, *masks: object) -
     return native.untraceable()
 
 
-def keys_first(rows: int, keys: int, slots: int, kv_block: int) -> bool:
-    """Is it worth sorting the queries of a list head by block? `rows` of them list `slots` blocks each. Packing a key
-    costs as much as some 16 rows save by meeting it together; blocks narrower than a vector waste the products."""
-    return kv_block >= 16 and rows * slots * kv_block >= 16 * keys
+def keys_first(tiles: int, rows: int, keys: int, slots: int, kv_block: int) -> bool:
+    """Is it worth packing all keys of a head and sorting the tiles of `rows` rows by block, where each could gather
+    its listed keys? (Fitted.) Blocks narrower than a vector waste the products, and few rows gather dearly."""
+    if kv_block < (8 if rows < 4 else 16):
+        return False
+    return tiles * slots * kv_block * min(kv_block, 16) >= 64 * keys
 
 
 def _prepared(q: Tensor, k: Tensor, v: Tensor, idx: Tensor, masks: tuple[Tensor | None, ...], options: tuple):
@@ -34,9 +36,9 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, idx: Tensor, masks: tuple[Tensor 
     tensors += [None if x is None else x.long().contiguous() for x in masks[:4]]
     tensors.append(None if masks[4] is None else masks[4].to(real).contiguous())
     (B, Tq, H, D), (_, Tk, G, Dv), (_, Hs, N, n) = q.shape, v.shape, idx.shape
-    rows = N * q_tile * (H // G if Hs <= G else 1)
+    rows = q_tile * (H // G if Hs <= G else 1)
     sizes = (B, Tq, Tk, H, G, D, Dv, Hs, N, n, q_tile, kv_block, stride, 0 if masks[4] is None else masks[4].shape[2])
-    rules = (int(causal), -1 if window is None else max(window, 0), int(keys_first(rows, Tk, n, kv_block)))
+    rules = (int(causal), -1 if window is None else max(window, 0), int(keys_first(N, rows, Tk, n, kv_block)))
     return real, tensors, (*sizes, *rules, float(scale))
 
 
