@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.kernels import dispatch
 from zoo.kernels.block_list import BlockList, sort_ids
 from zoo.kernels.sparse_attention import chunked, flops, key_major, sparse_attention
 from zoo.kernels.sparse_attention.cost import choose_way
@@ -27,7 +28,8 @@ def way(request, monkeypatch):
     monkeypatch.setattr(chunked, "choose_way", lambda *sizes: request.param)
     for module in (chunked, key_major):
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", 3000)  # several chunks
-    return request.param
+    with dispatch.use(sparse_attention="chunked"):
+        yield request.param
 
 
 @pytest.mark.parametrize("list_heads", [1, 2, 6])
@@ -46,7 +48,8 @@ def test_against_the_token_loop(way, list_heads, q_tile, kv_block, stride):
         for backend in ("chunked", "reference"):
             q, k, v, bias = leaves
             args = {"q_index": q_index, "k_index": k_index, "k_bias": bias, "scale": 0.7, **masks}
-            o, lse = sparse_attention(q, k, v, blocks, **args, backend=backend)
+            with dispatch.use(sparse_attention=backend):
+                o, lse = sparse_attention(q, k, v, blocks, **args)
             seen = torch.where(torch.isinf(lse), 0, lse)  # both agree on -inf below
             loss = (o * weights[0]).sum() + (seen * weights[1]).sum()
             results.append([o, lse, *torch.autograd.grad(loss, leaves)])
@@ -96,11 +99,12 @@ def test_low_precision_accumulates_in_fp32(way):
         (600, 32, 3, 1, 4, "key_major"),
     ],
 )
-def test_cost_is_what_is_counted(T, kv_block, n, q_tile, list_heads, expected):
+@pytest.mark.parametrize("backend", ["chunked", "auto"])  # whichever row runs, the count is that of the chunked form
+def test_cost_is_what_is_counted(T, kv_block, n, q_tile, list_heads, expected, backend):
     q, k, v = draw(2, T, 4, 6), draw(2, T, 2, 6), draw(2, T, 2, 5)
     blocks = lists(2, list_heads, -(-T // q_tile), n, -(-T // kv_block), kv_block, q_tile)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        sparse_attention(q, k, v, blocks)
+        sparse_attention(q, k, v, blocks, backend=backend)
     assert counter.get_total_flops() == flops(2, T, T, 4, 2, 6, 5, n, kv_block, list_heads, q_tile)
     rows = q_tile * (1 if list_heads == 4 else 2)
     assert choose_way(-(-T // q_tile), rows, T, n, kv_block, -(-T // kv_block)) == expected
@@ -128,7 +132,7 @@ def test_key_major_compiles_whole(monkeypatch):
     idx = lists(1, 2, 12, 2, 3, 4, 1).idx
 
     def run(q, k, v, idx):
-        return sparse_attention(q, k, v, BlockList(idx, kv_block=4))[0]
+        return sparse_attention(q, k, v, BlockList(idx, kv_block=4), backend="chunked")[0]
 
     whole = torch.compile(run, fullgraph=True, backend="aot_eager")
     a, b = run(q, k, v, idx), whole(q, k, v, idx)
