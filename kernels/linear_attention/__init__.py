@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor
 
-from zoo.kernels import fla, mamba_ssm
+from zoo.kernels import fla, gpu, mamba_ssm
 from zoo.kernels import native as native_core
 from zoo.kernels.chunking import check_heads
 from zoo.kernels.dispatch import call, register_row
@@ -23,6 +23,9 @@ register_row(
     "linear_attention", "mamba_ssm", mamba_ssm.ssd,
     refuse=mamba_ssm.ssd_refuses, **mamba_ssm.constraints("linear_attention"),
 )  # fmt: skip
+gpu.register_triton_row(
+    "linear_attention", "zoo.kernels.linear_attention.triton:linear_attention", refuse=native.refuse
+)
 register_row(
     "linear_attention", "native", native.linear_attention, priority=20, devices=("cpu",),
     missing=functools.partial(native_core.missing, "linear_attention"), refuse=native.refuse,
