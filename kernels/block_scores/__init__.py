@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zoo.kernels import gpu, native
 from zoo.kernels.block_scores import chunked, reference
 from zoo.kernels.block_scores.cost import flops
 from zoo.kernels.dispatch import call, register_row
 
+gpu.register_triton_row(
+    "block_scores",
+    "zoo.kernels.block_scores.triton:block_scores",
+    refuse=lambda q, *rest: native.untraceable() or ("head dimensions above 256" if q.shape[3] > 256 else None),
+)
 register_row("block_scores", "chunked", chunked.block_scores, priority=10)
 register_row("block_scores", "reference", reference.block_scores, priority=0)
 

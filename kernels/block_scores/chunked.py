@@ -8,6 +8,13 @@ from torch import Tensor
 from zoo.kernels.precision import no_autocast
 
 
+def visible_blocks(q_index: Tensor, k_index: Tensor, q_doc_ids: Tensor | None, k_doc_ids: Tensor | None) -> Tensor:
+    """Which blocks end before which query, in its document: bool [B, T, N]."""
+    last = k_index[:, None]
+    visible = (last >= 0) & (last < q_index[..., None])
+    return visible if q_doc_ids is None else visible & (k_doc_ids[:, None] == q_doc_ids[..., None])
+
+
 def block_scores(
     q: Tensor,
     keys: Tensor,
@@ -24,8 +31,5 @@ def block_scores(
     grouped = q.to(dtype).transpose(1, 2).reshape(B, Hkv, Hq // Hkv * T, D)
     with no_autocast(q.device):
         scores = (grouped @ keys.to(dtype).permute(0, 2, 3, 1)).reshape(B, Hq, T, N) * scale
-    last = k_index[:, None]
-    visible = (last >= 0) & (last < q_index[..., None])
-    if q_doc_ids is not None:
-        visible = visible & (k_doc_ids[:, None] == q_doc_ids[..., None])
+    visible = visible_blocks(q_index, k_index, q_doc_ids, k_doc_ids)
     return torch.where(visible[:, None], scores, float("-inf"))
