@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from zoo.kernels import fla
+from zoo.kernels import native as native_core
 from zoo.kernels.chunking import check_heads
-from zoo.kernels.delta_rule import chunked, reference
+from zoo.kernels.delta_rule import chunked, native, reference
 from zoo.kernels.delta_rule.cost import flops
 from zoo.kernels.dispatch import call, register_row
 
 __all__ = ["delta_rule", "flops"]
 
 register_row("delta_rule", "fla", fla.delta_rule, refuse=fla.delta_rule_refuses, **fla.constraints("delta_rule"))
+register_row(
+    "delta_rule", "native", native.delta_rule, priority=20, devices=("cpu",),
+    missing=functools.partial(native_core.missing, "delta_rule"), refuse=native.refuse,
+)  # fmt: skip
 register_row("delta_rule", "chunked", chunked.delta_rule, priority=10)
 register_row("delta_rule", "reference", reference.delta_rule, priority=0)
 
