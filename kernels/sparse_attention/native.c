@@ -12,6 +12,7 @@
 
 #define QT 48 /* rows of a chunk; a multiple of the 6 rows of a register block */
 #define KT 64 /* keys of a panel */
+#define PART 4096 /* rows whose running state is in work at once: of the size of the second cache */
 #define FEW 4 /* so many rows are worth transposing gathered keys for */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -525,8 +526,8 @@ static Gathered *make_gathered(const Call *c) {
 void forward(INPUTS, real *o, real *lse, SIZES) {
     CALL;
     if (keys_first) {
-        /* parts of the rows: their running state stays in the second cache, and they are shared out to threads */
-        const int64_t rows = MAX(512, MIN(2048, B * c.L * N * tile * c.R / (4 * threads)));
+        /* parts of the rows are also what is shared out to threads */
+        const int64_t rows = MAX(512, MIN(PART, B * c.L * N * tile * c.R / (4 * threads)));
         const int64_t part = MAX(1, rows / (tile * c.R)), parts = (N + part - 1) / part, most = part * tile * c.R;
         const int64_t each = space_of_keys(&c, 0);
         real *packed = get(sizeof(real) * B * G * each);
@@ -577,7 +578,7 @@ void forward(INPUTS, real *o, real *lse, SIZES) {
 void backward(INPUTS, const real *o, const real *lse, const real *grad_o, const real *grad_lse, real *dq, real *dk,
               real *dv, real *dbias, SIZES) {
     CALL;
-    const int64_t most = keys_first ? N * tile * c.R : tile * c.R;
+    const int64_t part = keys_first ? MIN(N, MAX(1, PART / (tile * c.R))) : 1, most = part * tile * c.R;
 #pragma omp parallel num_threads(threads)
     {
         const int64_t spare = space_of_rows(&c, most), grads = keys_first ? c.Sp : KT;
@@ -596,8 +597,8 @@ void backward(INPUTS, const real *o, const real *lse, const real *grad_o, const 
                 memset(dK, 0, sizeof(real) * grads * (c.Dp + c.Vp));
             }
             for (int64_t l = g * c.L / G; l < (g + 1) * c.L / G; l++)
-                for (int64_t n0 = 0; n0 < N; n0 += keys_first ? N : 1) {
-                    const int64_t n1 = keys_first ? N : n0 + 1, t0 = n0 * tile, t1 = MIN(Tq, n1 * tile);
+                for (int64_t n0 = 0; n0 < N; n0 += part) {
+                    const int64_t n1 = MIN(N, n0 + part), t0 = n0 * tile, t1 = MIN(Tq, n1 * tile);
                     load_rows(&c, b, l, t0, t1, &r);
                     start_backward(&c, b, l, t0, t1, &r, o, lse, grad_o, grad_lse);
                     if (keys_first)
