@@ -188,12 +188,10 @@ class GatedDeltaNet(Block):
         )
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; q, k, v projected, convolved (one product a tap), normalised, chunked; right side and solution of the
-        # solve, pair matrices and decays; written values, o, norm, gate; a state before and after each chunk
-        chunk = min(self.chunk_size, seq_len)
-        heads = self.num_v_heads * (8 * self.head_dim + 9 * self.value_dim + 5 * chunk)
-        states = 2 * -(-seq_len // self.chunk_size) * self.head_dim * self.value_width
-        return batch_size * (seq_len * (self.dim + (self.conv_size + 3) * self.conv_channels + heads) + states)
+        # x; q, k, v projected, convolved, normalised; v, o, norm and gate of each head; a state every 32 tokens
+        token = self.dim + 5 * self.conv_channels + self.num_v_heads * (5 * self.value_dim + 6)
+        states = -(-seq_len // 32) * self.head_dim * self.value_width
+        return batch_size * (seq_len * token + states)
 
     def parallel_plan(self) -> ParallelPlan:
         column = ["q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj", "A_log", "dt_bias"]

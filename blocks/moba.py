@@ -28,20 +28,17 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
-from zoo.kernels import block_scores as scoring
+from zoo.kernels import select_blocks as selecting
 from zoo.kernels import sparse_attention as attending
 from zoo.kernels.block_list import BlockList, sort_ids
-from zoo.kernels.block_scores import block_scores
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.pool_blocks import pool_blocks
 from zoo.kernels.rope import rope
-from zoo.kernels.select import select
+from zoo.kernels.select_blocks import select_blocks
 from zoo.kernels.short_conv import short_conv
 from zoo.kernels.sparse_attention import sparse_attention
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
-
-ROUTED_AT_ONCE = 2048  # queries whose block scores are in memory together
 
 
 @dataclass
@@ -58,7 +55,7 @@ class MobaState(State):
     "moba",
     kind="mixer",
     paper="arXiv:2502.13189",
-    ops=("sparse_attention", "block_scores", "select", "pool_blocks", "rope", "short_conv"),
+    ops=("sparse_attention", "select_blocks", "pool_blocks", "rope", "short_conv"),
     state_growth="linear",
     relations=(
         "moba(block_size=4096) == attention()",
@@ -211,15 +208,10 @@ class MoBA(Block):
         """Own block [B, T] and the best past ones; with documents, blocks are named by their first token."""
         idx = own[:, None, :, None].expand(-1, q.shape[2], -1, 1)
         if self.top_k > 1:
-            chosen = []
-            for a in range(0, q.shape[1], ROUTED_AT_ONCE):
-                part = slice(a, a + ROUTED_AT_ONCE)
-                docs = {}
-                if doc_ids is not None:
-                    docs = {"q_doc_ids": doc_ids[:, part], "k_doc_ids": doc_ids.gather(1, start.clamp(min=0))}
-                scores = block_scores(q[:, part], pooled.to(q.dtype), q_index=index[:, part], k_index=end, **docs)
-                chosen.append(select(scores, self.top_k - 1).idx)
-            past = torch.cat(chosen, 2)
+            docs = {}
+            if doc_ids is not None:
+                docs = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids.gather(1, start.clamp(min=0))}
+            past = select_blocks(q, pooled.to(q.dtype), self.top_k - 1, q_index=index, k_index=end, **docs).idx
             if start is not None:
                 table = start[:, None, None].expand(-1, *past.shape[1:3], -1)
                 past = torch.where(past >= 0, table.gather(-1, past.clamp(min=0).long()), -1)
@@ -247,7 +239,7 @@ class MoBA(Block):
         heads, size = (self.num_heads, self.num_kv_heads), self.head_dim
         flops = linear_flops(batch_size * seq_len, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         if self.top_k > 1:
-            flops += scoring.flops(batch_size, seq_len, blocks, self.num_heads, size)
+            flops += selecting.flops(batch_size, seq_len, blocks, self.num_heads, size)
         lists = (min(self.top_k - 1, blocks) + 1, self.block_size, self.num_heads)
         return flops + attending.flops(batch_size, seq_len, keys, *heads, size, size, *lists)
 
