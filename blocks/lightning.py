@@ -13,8 +13,8 @@ from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import LinearState, alibi_slopes, default_heads, previous
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
-from zoo.kernels.linear_attention import linear_attention
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveInt
 
@@ -123,10 +123,10 @@ class LightningAttention(Block):
         return linear_flops(batch_size * seq_len, self.qkv_proj, self.output_gate, self.out_proj) + core
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; per head qkv before and after silu, chunked copies, scores twice, o before and after norm, gate
+        # x; per head qkv before silu and as the op sees them, o before and after norm, gate; a state for each interval
         inner = self.num_heads * self.head_dim
-        rows = self.dim + 14 * inner + 2 * self.num_heads * min(self.chunk_size, seq_len)
-        return batch_size * (seq_len * rows + 2 * -(-seq_len // self.chunk_size) * inner * self.head_dim)
+        rows = self.dim + 11 * inner
+        return batch_size * (seq_len * rows + -(-seq_len // INTERVAL) * inner * self.head_dim)
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from zoo.blocks.recurrent import GatedHeadNorm, LinearState, previous
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
-from zoo.kernels.linear_attention import linear_attention
 
 
 class LinearMixer(Block):
@@ -136,12 +136,14 @@ class LinearMixer(Block):
         )
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # per token and head: q, k, v twice (projected, chunked), a row of scores and of decays, o, norm and gate;
-        # per chunk and head: the state before it and what it adds
-        wide_row = 4 * self.key_dim + 6 * self.value_dim + 2 * min(self.chunk_size, seq_len)
+        # per token and head: q and k (projected, and what the op sees), v, o, norm and gate, a decay; and a state for
+        # each interval. The portable forms keep pairs and chunk states beside that
+        wide_row = (
+            4 * self.key_dim + (3 + 3 * (self.g_proj is not None) + 2 * (self.o_norm is not None)) * self.value_dim
+        )
         if self.decay_kind == "channel":
-            wide_row += 24 * self.key_dim
-        states = 2 * -(-seq_len // self.chunk_size) * self.key_dim * self.value_dim
+            wide_row += 3 * self.key_dim
+        states = -(-seq_len // INTERVAL) * self.key_dim * self.value_dim
         return batch_size * (seq_len * (self.dim + self.num_heads * wide_row) + self.num_heads * states)
 
     def parallel_plan(self) -> ParallelPlan:

@@ -20,8 +20,8 @@ from zoo.blocks.mamba import MambaState
 from zoo.blocks.recurrent import ShortConv, previous, reset_softplus_decay_, wide
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
-from zoo.kernels.linear_attention import linear_attention
 from zoo.registry import register
 from zoo.schema import PositiveFloat, PositiveInt
 
@@ -170,12 +170,9 @@ class Mamba2(Block):
         )
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; in_proj; padded [x, B, C], its taps' products and sums; step; delta x, chunked copies, o, y, y silu(z),
-        # norm; scores and decays; a state before and after each chunk
-        chunk = min(self.chunk_size, seq_len)
-        row = self.dim + 13 * self.inner + (self.conv_size + 5) * self.conv_channels + 4 * self.num_heads
-        row += 2 * chunk * (self.num_heads + self.num_groups)
-        return batch_size * (seq_len * row + 2 * -(-seq_len // self.chunk_size) * self.inner * self.state_dim)
+        # x; in_proj; convolution; step; delta x, o, y, y silu(z), norm; a state for each interval
+        row = self.dim + 9 * self.inner + 3 * self.conv_channels + 4 * self.num_heads
+        return batch_size * (seq_len * row + -(-seq_len // INTERVAL) * self.inner * self.state_dim)
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(

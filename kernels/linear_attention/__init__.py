@@ -11,9 +11,9 @@ from zoo.kernels import native as native_core
 from zoo.kernels.chunking import check_heads
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.linear_attention import chunked, native, reference
-from zoo.kernels.linear_attention.cost import flops
+from zoo.kernels.linear_attention.cost import INTERVAL, flops
 
-__all__ = ["flops", "linear_attention"]
+__all__ = ["INTERVAL", "flops", "linear_attention"]
 
 register_row(
     "linear_attention", "fla", fla.linear_attention,

@@ -7,6 +7,7 @@ from typing import Literal
 from zoo.kernels.chunking import spans, vector_score_flops
 
 DecayKind = Literal["none", "head", "channel"]
+INTERVAL = 64  # tokens between the states that the compiled rows keep for backward
 
 
 def flops(

@@ -10,8 +10,7 @@ from torch import Tensor
 from zoo.kernels import native
 from zoo.kernels.chunking import wide
 from zoo.kernels.linear_attention import fused
-
-_INTERVAL = 64  # tokens between the states that forward keeps for backward, a multiple of the core's blocks
+from zoo.kernels.linear_attention.cost import INTERVAL
 
 
 def refuse(
@@ -78,7 +77,7 @@ def linear_attention(
     """See `zoo.kernels.linear_attention.linear_attention`."""
     dtype = wide(v.dtype)
     o, final = fused.linear_attention(
-        q.to(dtype), k.to(dtype), v.to(dtype), log_decay, scale, initial_state, doc_ids, chunk_size, _INTERVAL,
+        q.to(dtype), k.to(dtype), v.to(dtype), log_decay, scale, initial_state, doc_ids, chunk_size, INTERVAL,
         sys.modules[__name__],
     )  # fmt: skip
     return o.to(v.dtype), final

@@ -19,13 +19,13 @@ from zoo.kernels.linear_attention.triton import CHUNK, LEVELS, chunk_ends, fit, 
 
 STATES = [
     {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 2},
-    {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+    {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
 ]
 VALUES = [
     {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},
     {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
 ]
-KEYS = [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}, {"BK": 64, "BV": 32, "num_warps": 8, "num_stages": 1}]
+KEYS = [{"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}, {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
 
 
 @triton.jit
