@@ -1,0 +1,265 @@
+"""One question, its candidates, and the contest between them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from zoo.bench.machine import Peaks
+from zoo.bench.timing import Runner, Timing, race
+from zoo.errors import KernelUnavailable
+
+What = Literal["forward", "forward+backward", "step"]
+# |a - b| / |a| between two ways to compute the same; low precision moves whole tokens to other experts
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
+SHORTER = (16, 8)  # what may grow faster than its input is first run on so much shorter ones
+TELLING_SECONDS = 0.05  # a shorter run below this says nothing about growth
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    rounds: int = 7
+    compiled: bool = False  # peers through torch.compile too
+    peer: str | None = None  # whose time the ratios compare with; the quickest peer where it is None
+    patience: float = 60.0  # seconds a single call may take
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to do the work. `runner.run` returns the tensors that must agree with the other candidates'."""
+
+    name: str
+    by: Literal["zoo", "peer"]
+    runner: Runner | None
+    problem: str | None = None  # why it does not take part
+    row: bool = False  # a row of the dispatcher, or what it chooses; they come in its order
+    alike: bool = True  # computes the same function as the others
+    growing: bool = False  # its time may grow faster than the length
+
+    @classmethod
+    def refused(cls, name: str, by: Literal["zoo", "peer"], problem: str) -> Candidate:
+        """One that cannot take part."""
+        return cls(name, by, None, problem)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The candidates of a group at one length, with what they have to do."""
+
+    candidates: Sequence[Candidate]
+    flops: int = 0
+    moved: int = 0  # bytes of inputs, weights and outputs
+
+
+@dataclass(frozen=True)
+class Group:
+    """A question: which case, what of it, at which length. `wanted`: what the ratio is meant to reach."""
+
+    case: str
+    what: What
+    seq: int
+    build: Callable[[int], Contest]
+    context: int = 0
+    wanted: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        length = f"after {self.context}" if self.what == "step" else f"T={self.seq}"
+        return f"{self.case} {self.what} {length}"
+
+
+@dataclass
+class Entry:
+    """A candidate's result: a timing or the reason why there is none."""
+
+    name: str
+    by: str
+    row: bool = False
+    timing: Timing | None = None
+    problem: str | None = None
+    error: float | None = None
+    wrong: bool = False  # it computes another function
+
+
+def hold(group: Group, settings: Settings, peaks: Peaks, advance: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+    """Compare the candidates of a group, time those that agree, and return plain values."""
+    gc.collect()
+    contest = group.build(group.seq)
+    entries = {c.name: Entry(c.name, c.by, c.row, problem=c.problem) for c in contest.candidates}
+    slow = _too_slow(group, contest, settings)
+    first: list[Tensor] | None = None
+    runners: dict[str, Runner] = {}
+    for candidate in contest.candidates:
+        entry = entries[candidate.name]
+        entry.problem = entry.problem or slow.get(candidate.name)
+        if entry.problem or candidate.runner is None:
+            continue
+        try:
+            outputs = _warmed(candidate.runner, settings.device)
+        except Exception as error:  # other people's code can fail in any way; the others go on
+            entry.problem = complaint(error)
+            continue
+        if not candidate.alike:
+            runners[candidate.name] = candidate.runner
+            continue
+        if first is None:
+            first = outputs
+        entry.error = difference(outputs, first)
+        if entry.error <= TOLERANCE[settings.dtype]:
+            runners[candidate.name] = candidate.runner
+        else:
+            entry.wrong = True
+            entry.problem = f"not timed: its result is off by {entry.error:.1e} of the values"
+    first = None
+    for name, timing in race(runners, settings.device, settings.rounds, advance).items():
+        entries[name].timing = timing
+    bound = peaks.bound_ms(contest.flops, contest.moved, group.what == "step")
+    return _document(group, contest, list(entries.values()), bound, settings)
+
+
+def complaint(error: BaseException) -> str:
+    """An exception in one line; of a row that was asked for by name only its reason."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, KernelUnavailable):
+        return said.partition("': ")[2].partition(": ")[2] or said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def difference(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest |a - b| / |b| over the tensors; infinite where shapes differ."""
+    if len(outputs) != len(wanted):
+        return math.inf
+    worst = 0.0
+    for a, b in zip(outputs, wanted):
+        if a.shape != b.shape:
+            return math.inf
+        a, b = a.double(), b.double()
+        same = a == b  # also where both are infinite
+        off = torch.where(same, 0.0, a - b).norm() / torch.where(b.isfinite(), b, 0.0).norm().clamp(min=1e-30)
+        worst = max(worst, off.item() if off.isfinite() else math.inf)
+    return worst
+
+
+def _warmed(runner: Runner, device: str) -> list[Tensor]:
+    outputs = _once(runner)
+    if device == "cuda":
+        for _ in range(2):  # autotuners and allocators settle
+            _once(runner)
+        torch.cuda.synchronize()
+    return outputs
+
+
+def _once(runner: Runner) -> list[Tensor]:
+    if runner.prepare:
+        runner.prepare()
+    found = runner.run()
+    return [x.detach().clone() for x in (found if isinstance(found, (tuple, list)) else [found])]
+
+
+def _too_slow(group: Group, contest: Contest, settings: Settings) -> dict[str, str]:
+    """Candidates whose growth over shorter inputs foretells that one call exceeds the patience."""
+    names = [c.name for c in contest.candidates if c.growing and c.runner]
+    if not names or group.seq < 64 * SHORTER[0] or settings.device == "cuda":
+        return {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for part in SHORTER:
+        for candidate in group.build(group.seq // part).candidates:
+            if candidate.name in names and candidate.runner:
+                seconds[candidate.name].append(_seconds(candidate.runner))
+    return {name: reason for name, (a, b) in seconds.items() if (reason := foretold(a, b, settings.patience))}
+
+
+def _seconds(runner: Runner) -> float:
+    best = math.inf
+    for _ in range(2):
+        start = time.perf_counter()
+        try:
+            _once(runner)
+        except Exception:
+            return 0.0  # told when it is warmed up
+        best = min(best, time.perf_counter() - start)
+        if best > 1:
+            break
+    return best
+
+
+def foretold(shorter: float, longer: float, patience: float) -> str | None:
+    """Why a candidate that took so many seconds at T/16 and T/8 is left out at T, or None."""
+    if longer < TELLING_SECONDS:
+        return None
+    growth = min(max(math.log2(longer / shorter), 1.0), 4.0)
+    seconds = longer * SHORTER[-1] ** growth
+    if seconds <= patience:
+        return None
+    return f"left out: grows as T^{growth:.1f}, about {seconds:.0f} s a call (more than --patience {patience:g})"
+
+
+def _against(entries: Sequence[Entry], peer: str | None) -> Entry | None:
+    """Whom the ratios compare with: the named one, else the quickest peer, else the plain torch form."""
+    timed = [e for e in entries if e.timing]
+    if peer:
+        return next((e for e in timed if e.name == peer), None)
+    peers = [e for e in timed if e.by == "peer"]
+    if peers:
+        return min(peers, key=lambda e: e.timing.median if e.timing else math.inf)
+    return next((e for name in ("chunked", "reference") for e in timed if e.name == name), None)
+
+
+def _document(
+    group: Group, contest: Contest, entries: Sequence[Entry], bound: float, settings: Settings
+) -> dict[str, Any]:
+    against = _against(entries, settings.peer)
+    rows: list[dict[str, Any]] = []
+    chosen = next((e for e in entries if e.row and e.timing), None)  # what `kernel: auto` runs
+    reached = None
+    if chosen and chosen.timing and against and against.timing:
+        reached = against.timing.median / chosen.timing.median
+    for entry in entries:
+        row: dict[str, Any] = {"name": entry.name, "by": entry.by, "chosen": entry is chosen, "error": entry.error}
+        if entry.timing:
+            median = entry.timing.median
+            row |= {
+                "median_ms": median,
+                "min_ms": entry.timing.least,
+                "spread": entry.timing.spread,
+                "rounds": len(entry.timing.samples),
+                "gflops": contest.flops / median / 1e6 if contest.flops else None,
+                "gb_s": contest.moved / median / 1e6 if contest.moved else None,
+                "roofline": bound / median if bound else None,
+                "ratio": against.timing.median / median if against and against.timing else None,
+            }
+        rows.append(row | {"problem": entry.problem, "wrong": entry.wrong})
+    return {
+        "case": group.case,
+        "what": group.what,
+        "seq": group.seq,
+        "context": group.context,
+        **group.facts,
+        "flops": contest.flops,
+        "bytes": contest.moved,
+        "bound_ms": bound or None,
+        "peer": against.name if against else None,
+        "wanted": group.wanted,
+        "reached": reached,
+        "rows": rows,
+    }
+
+
+def wrong(groups: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What computed another function, in words."""
+    for group in groups:
+        for row in group["rows"]:
+            if row["wrong"]:
+                yield f"{group['case']} {group['what']}: {row['name']} {row['problem']}"
