@@ -66,7 +66,8 @@ def _build(op: str, real: str) -> Path | str:
         return "no C compiler was found (cc, gcc or clang)"
     source = _HERE / op / "native.c"
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    text = source.read_text() + "".join(header.read_text() for header in sorted(_HERE.glob("*.h")))
+    headers = (*sorted(_HERE.glob("*.h")), *sorted((_HERE / op).glob("*.h")))
+    text = source.read_text() + "".join(header.read_text() for header in headers)
     key = hashlib.sha256("\0".join((text, real, version, _processor(), *_FLAGS)).encode()).hexdigest()[:24]
     for folder in (cache_dir() / "native", Path(tempfile.gettempdir()) / f"block-zoo-{os.getuid()}"):
         target = folder / f"{op}-{real}-{key}.so"

@@ -7,263 +7,14 @@
 
    q [B, Tq, H, D], k [B, Tk, G, D], v [B, Tk, G, Dv], lse [B, Tq, H], idx [B, Hs, N, n]. A row is one query of one
    head; the H / L heads of one of the L list heads are the rows of a token. A row sees keys whose order index lies
-   in lo .. hi, which says causality, window and empty slots (-1) at once, and whose document is its own. */
-#include "gemm.h"
+   in lo .. hi, which says causality, window and empty slots (-1) at once, and whose document is its own.
 
-#define QT 48 /* rows of a chunk; a multiple of the 6 rows of a register block */
-#define KT 64 /* keys of a panel */
+   q, k and v may come in bfloat16 (`half`); all sums are in `real`. Where the processor multiplies pairs of bfloat16,
+   forward by keys does so (`pairs`). */
+#include "sparse_attention/rows.h"
+
 #define PART 4096 /* rows whose running state is in work at once: of the size of the second cache */
 #define FEW 4 /* so many rows are worth transposing gathered keys for */
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define HIDDEN ((real)-INFINITY)
-
-typedef struct {
-    const int64_t *q_index, *k_index, *q_doc, *k_doc;
-    const real *q, *k, *v, *bias; /* bias [B, Tk, Gb] or NULL */
-    const int32_t *idx;
-    int64_t B, Tq, Tk, H, G, D, Dv, Hs, N, n, tile, block, stride, Gb, causal, window; /* window -1: none */
-    real scale;
-    int64_t L, R, Dp, Vp, Sp, blocks; /* list heads, rows of a token, padded widths, padded keys, key blocks */
-} Call;
-
-typedef struct { /* up to KT keys */
-    const real *KT_, *V, *K, *VT; /* [D][KT], [n][Vp], [n][Dp], [Dv][KT] */
-    const int64_t *index, *doc;
-    const real *bias;
-    int64_t n;
-} Keys;
-
-typedef struct { /* rows, all arrays by row */
-    real *Q, *O, *top, *total;          /* scaled queries [Dp]; running state */
-    real *dO, *dQ, *shift, *lse;        /* backward */
-    int64_t *lo, *hi, *doc;
-} Rows;
-
-static void *get(int64_t bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
-
-/* 0: no key is visible to any row, 1: some are, 2: all are. */
-static int look(const Call *c, const Keys *k, const Rows *r, int64_t rows) {
-    int64_t first = INT64_MAX, last = -1, least = 0, lo = INT64_MAX, top_lo = 0, hi = -1, low_hi = INT64_MAX;
-    for (int64_t j = 0; j < k->n; j++) {
-        const int64_t x = k->index[j];
-        first = MIN(first, x < 0 ? INT64_MAX : x);
-        last = MAX(last, x);
-        least = MIN(least, x);
-    }
-    for (int64_t i = 0; i < rows; i++) {
-        lo = MIN(lo, r->lo[i]), top_lo = MAX(top_lo, r->lo[i]);
-        hi = MAX(hi, r->hi[i]), low_hi = MIN(low_hi, r->hi[i]);
-    }
-    if (last < lo || first > hi) return 0;
-    int all = first >= top_lo && last <= low_hi && least >= 0 && k->n % LANES == 0;
-    if (c->q_doc) {
-        int64_t other = 0, mixed = 0;
-        const int64_t doc = r->doc[0];
-        for (int64_t i = 0; i < rows; i++) mixed |= r->doc[i] ^ doc;
-        for (int64_t j = 0; j < k->n; j++) other |= k->doc[j] ^ doc;
-        all &= !mixed && !other;
-    }
-    return 1 + all;
-}
-
-static void hide(const Call *c, const Keys *k, const Rows *r, int64_t rows, real *s) {
-    const int64_t n = k->n, width = round_lanes(n), *x = k->index;
-    for (int64_t i = 0; i < rows; i++, s += KT) {
-        const int64_t lo = r->lo[i], hi = r->hi[i];
-        for (int64_t j = 0; j < n; j++) s[j] = (x[j] >= lo) & (x[j] <= hi) ? s[j] : HIDDEN;
-        if (c->q_doc) {
-            const int64_t doc = r->doc[i];
-            for (int64_t j = 0; j < n; j++) s[j] = k->doc[j] == doc ? s[j] : HIDDEN;
-        }
-        for (int64_t j = n; j < width; j++) s[j] = HIDDEN;
-    }
-}
-
-/* Bias and masks onto the products s [rows][KT]. */
-static void finish_scores(const Call *c, const Keys *k, const Rows *r, int64_t rows, real *s, int seen) {
-    if (k->bias)
-        for (int64_t i = 0; i < rows; i++)
-            for (int64_t j = 0; j < k->n; j++) s[i * KT + j] += k->bias[j];
-    if (seen == 1) hide(c, k, r, rows, s);
-}
-
-/* s becomes exp(s - running maximum); running state moves on to it. */
-static void soften(int64_t rows, int64_t width, int64_t Vp, real *s, const Rows *r) {
-    for (int64_t i = 0; i < rows; i++) {
-        real *p = s + i * KT, best = r->top[i], sum = 0;
-        for (int64_t j = 0; j < width; j++) best = p[j] > best ? p[j] : best;
-        if (best == HIDDEN) { /* this row has seen nothing so far */
-            for (int64_t j = 0; j < width; j++) p[j] = 0;
-            continue;
-        }
-        for (int64_t j = 0; j < width; j++) {
-            p[j] = decay_exp(p[j] - best);
-            sum += p[j];
-        }
-        if (best > r->top[i]) {
-            const real shrink = decay_exp(r->top[i] - best);
-            r->total[i] *= shrink;
-            for (int64_t d = 0; d < Vp; d++) r->O[i * Vp + d] *= shrink;
-            r->top[i] = best;
-        }
-        r->total[i] += sum;
-    }
-}
-
-static void forward_chunk(const Call *c, const Keys *k, const Rows *r, int64_t rows, real *s) {
-    const int seen = look(c, k, r, rows);
-    if (!seen) return;
-    const int64_t width = round_lanes(k->n);
-    gemm(rows, width, c->D, r->Q, c->Dp, 1, k->KT_, KT, s, KT, 0);
-    finish_scores(c, k, r, rows, s, seen);
-    soften(rows, width, c->Vp, s, r);
-    gemm(rows, c->Vp, k->n, s, KT, 1, k->V, c->Vp, r->O, c->Vp, 1);
-}
-
-/* dK [n][Dp] and dV [n][Vp] of the keys and r->dQ are added to; db [n] or NULL. s, dp: [QT][KT]. */
-static void backward_chunk(const Call *c, const Keys *k, const Rows *r, int64_t rows, real *dK, real *dV, real *db,
-                           real *s, real *dp) {
-    const int seen = look(c, k, r, rows);
-    if (!seen) return;
-    const int64_t width = round_lanes(k->n), Dp = c->Dp, Vp = c->Vp;
-    gemm(rows, width, c->D, r->Q, Dp, 1, k->KT_, KT, s, KT, 0);
-    finish_scores(c, k, r, rows, s, seen);
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < width; j++) {
-            const real x = s[i * KT + j] - r->lse[i];
-            s[i * KT + j] = decay_exp(x < 0 ? x : 0);
-        }
-    gemm(k->n, Vp, rows, s, 1, KT, r->dO, Vp, dV, Vp, 1);
-    gemm(rows, width, c->Dv, r->dO, Vp, 1, k->VT, KT, dp, KT, 0);
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < width; j++) s[i * KT + j] *= dp[i * KT + j] - r->shift[i];
-    gemm(rows, Dp, k->n, s, KT, 1, k->K, Dp, r->dQ, Dp, 1);
-    gemm(k->n, Dp, rows, s, 1, KT, r->Q, Dp, dK, Dp, 1);
-    if (db)
-        for (int64_t i = 0; i < rows; i++)
-            for (int64_t j = 0; j < k->n; j++) db[j] += s[i * KT + j];
-}
-
-/* ------------------------------------------------------------------------------------------------ rows and keys */
-
-static void pack_row(const real *x, int64_t width, real scale, real *out, int64_t padded) {
-    for (int64_t d = 0; d < width; d++) out[d] = x[d] * scale;
-    for (int64_t d = width; d < padded; d++) out[d] = 0;
-}
-
-#if defined(__clang__) || __GNUC__ >= 12
-#ifdef REAL_IS_FLOAT
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#else
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-#endif
-/* A square of LANES rows into out, rows KT apart: rows i and i + LANES / 2 interleaved, log2(LANES) times. */
-static void transpose(const real *x, int64_t stride, real *out) {
-    vec a[LANES], t[LANES];
-    for (int i = 0; i < LANES; i++) a[i] = *(const vec *)(x + i * stride);
-    for (int left = LANES; left > 1; left /= 2) {
-        for (int i = 0; i < LANES / 2; i++) t[2 * i] = LOW(a[i], a[i + LANES / 2]), t[2 * i + 1] = HIGH(a[i], a[i + LANES / 2]);
-        memcpy(a, t, sizeof a);
-    }
-    for (int i = 0; i < LANES; i++) *(vec *)(out + i * KT) = a[i];
-}
-#else
-static void transpose(const real *x, int64_t stride, real *out) {
-    for (int d = 0; d < LANES; d++)
-        for (int j = 0; j < LANES; j++) out[d * KT + j] = x[j * stride + d];
-}
-#endif
-
-/* [n][width], rows `stride` apart -> [width][KT]; columns from n on are left as they are. */
-static void pack_panel(const real *x, int64_t n, int64_t stride, int64_t width, real *out) {
-    for (int64_t j0 = 0; j0 < n; j0 += LANES)
-        for (int64_t d0 = 0; d0 < width; d0 += LANES) {
-            if (j0 + LANES <= n && d0 + LANES <= width) {
-                transpose(x + j0 * stride + d0, stride, out + d0 * KT + j0);
-                continue;
-            }
-            for (int64_t d = d0; d < MIN(width, d0 + LANES); d++)
-                for (int64_t j = j0; j < MIN(n, j0 + LANES); j++) out[d * KT + j] = x[j * stride + d];
-        }
-}
-
-static Rows make_rows(const Call *c, int64_t rows, int backward, real *space, int64_t *ints) {
-    Rows r = {0};
-    r.Q = space, r.O = r.Q + rows * c->Dp;
-    r.top = r.O + rows * c->Vp, r.total = r.top + rows;
-    r.lo = ints, r.hi = r.lo + rows, r.doc = r.hi + rows;
-    if (backward) r.dO = r.O, r.dQ = r.total + rows, r.shift = r.top, r.lse = r.total;
-    return r;
-}
-
-static int64_t space_of_rows(const Call *c, int64_t rows) { return rows * (2 * c->Dp + c->Vp + 2); }
-
-static Rows at_row(const Call *c, const Rows *r, int64_t i) {
-    Rows x = *r;
-    x.Q += i * c->Dp, x.O += i * c->Vp, x.top += i, x.total += i, x.lo += i, x.hi += i, x.doc += i;
-    if (r->dO) x.dO = x.O, x.shift = x.top, x.lse = x.total, x.dQ += i * c->Dp;
-    return x;
-}
-
-static void copy_row(const Call *c, const Rows *to, int64_t i, const Rows *from, int64_t j) {
-    memcpy(to->Q + i * c->Dp, from->Q + j * c->Dp, sizeof(real) * c->Dp);
-    memcpy(to->O + i * c->Vp, from->O + j * c->Vp, sizeof(real) * c->Vp);
-    to->top[i] = from->top[j], to->total[i] = from->total[j];
-    to->lo[i] = from->lo[j], to->hi[i] = from->hi[j], to->doc[i] = from->doc[j];
-    if (to->dQ) memcpy(to->dQ + i * c->Dp, from->dQ + j * c->Dp, sizeof(real) * c->Dp);
-}
-
-/* Bounds of what the rows of tokens t0 .. t1 - 1 see, and their queries. */
-static void load_rows(const Call *c, int64_t b, int64_t l, int64_t t0, int64_t t1, const Rows *r) {
-    for (int64_t t = t0, i = 0; t < t1; t++)
-        for (int64_t h = l * c->R; h < (l + 1) * c->R; h++, i++) {
-            const int64_t at = b * c->Tq + t, x = c->q_index[at];
-            pack_row(c->q + (at * c->H + h) * c->D, c->D, c->scale, r->Q + i * c->Dp, c->Dp);
-            r->hi[i] = c->causal ? x : INT64_MAX - 1;
-            r->lo[i] = c->window >= 0 ? MAX(0, x - c->window + 1) : 0;
-            r->doc[i] = c->q_doc ? c->q_doc[at] : 0;
-        }
-}
-
-static void start_forward(const Call *c, const Rows *r, int64_t rows) {
-    for (int64_t i = 0; i < rows; i++) r->top[i] = HIDDEN, r->total[i] = 0;
-    memset(r->O, 0, sizeof(real) * rows * c->Vp);
-}
-
-static void end_forward(const Call *c, int64_t b, int64_t l, int64_t t0, int64_t t1, const Rows *r, real *o, real *lse) {
-    for (int64_t t = t0, i = 0; t < t1; t++)
-        for (int64_t h = l * c->R; h < (l + 1) * c->R; h++, i++) {
-            const int64_t at = (b * c->Tq + t) * c->H + h;
-            const real total = r->total[i], inverse = total > 0 ? 1 / total : 0;
-            for (int64_t d = 0; d < c->Dv; d++) o[at * c->Dv + d] = r->O[i * c->Vp + d] * inverse;
-            lse[at] = total > 0 ? r->top[i] + (real)log((double)total) : HIDDEN;
-        }
-}
-
-/* d score = p (dp - sum(do * o) + d lse) */
-static void start_backward(const Call *c, int64_t b, int64_t l, int64_t t0, int64_t t1, const Rows *r, const real *o,
-                           const real *lse, const real *grad_o, const real *grad_lse) {
-    for (int64_t t = t0, i = 0; t < t1; t++)
-        for (int64_t h = l * c->R; h < (l + 1) * c->R; h++, i++) {
-            const int64_t at = (b * c->Tq + t) * c->H + h;
-            const int none = lse[at] == HIDDEN;
-            real sum = 0;
-            for (int64_t d = 0; d < c->Dv; d++) sum += grad_o[at * c->Dv + d] * o[at * c->Dv + d];
-            pack_row(grad_o + at * c->Dv, c->Dv, 1, r->dO + i * c->Vp, c->Vp);
-            r->shift[i] = none ? 0 : sum - (grad_lse ? grad_lse[at] : 0);
-            r->lse[i] = none ? 0 : lse[at];
-        }
-    memset(r->dQ, 0, sizeof(real) * (t1 - t0) * c->R * c->Dp);
-}
-
-static void end_backward(const Call *c, int64_t b, int64_t l, int64_t t0, int64_t t1, const Rows *r, real *dq) {
-    for (int64_t t = t0, i = 0; t < t1; t++)
-        for (int64_t h = l * c->R; h < (l + 1) * c->R; h++, i++)
-            pack_row(r->dQ + i * c->Dp, c->D, c->scale, dq + ((b * c->Tq + t) * c->H + h) * c->D, c->D);
-}
 
 /* ------------------------------------------------------------------------------------------------------ by keys */
 
@@ -275,22 +26,40 @@ static int64_t space_of_keys(const Call *c, int backward) {
     return c->Sp * (c->D + c->Vp + (c->bias != NULL) + (backward ? c->Dp + c->Dv : 0)) + 2 * KT;
 }
 
+/* n keys of a panel: K by columns, [pair of d][KT], and V by pairs of keys, [pair of keys][Vp]. */
+static void pack_pairs(const Call *c, int64_t at, int64_t n, pair *K, pair *V) {
+    const uint16_t *v = (const uint16_t *)c->v;
+    for (int64_t j = 0; j < n; j++) load_pairs(c->k, (at + j * c->G) * c->D, c->D, K + j, KT);
+    for (int64_t j = 0; j < n; j += 2) {
+        const uint16_t *a = v + (at + j * c->G) * c->Dv, *b = a + c->G * c->Dv;
+        pair *row = V + j / 2 * c->Vp;
+        for (int64_t d = 0; d < c->Dv; d++) row[d] = a[d] | (j + 1 < n ? (uint32_t)b[d] << 16 : 0);
+        for (int64_t d = c->Dv; d < c->Vp; d++) row[d] = 0;
+    }
+}
+
 static Packed pack_keys(const Call *c, int64_t b, int64_t g, int backward, real *space, int fill) {
     Packed p = {.KT_ = space, .V = space + c->Sp * c->D + KT};
     real *rest = p.V + c->Sp * c->Vp;
     if (c->bias) p.bias = rest, rest += c->Sp;
     if (backward) p.K = rest, p.VT = p.K + c->Sp * c->Dp;
     if (!fill) return p;
+    real rows[KT * c->Dp];
     for (int64_t u = 0; u < c->Tk; u += KT) {
         const int64_t n = MIN(KT, c->Tk - u), at = (b * c->Tk + u) * c->G + g;
-        pack_panel(c->k + at * c->D, n, c->G * c->D, c->D, p.KT_ + u * c->D);
-        if (backward) pack_panel(c->v + at * c->Dv, n, c->G * c->Dv, c->Dv, p.VT + u * c->Dv);
-        for (int64_t j = 0; j < n; j++) {
-            const int64_t from = at + j * c->G;
-            pack_row(c->v + from * c->Dv, c->Dv, 1, p.V + (u + j) * c->Vp, c->Vp);
-            if (backward) pack_row(c->k + from * c->D, c->D, 1, p.K + (u + j) * c->Dp, c->Dp);
-            if (c->bias) p.bias[u + j] = c->bias[(b * c->Tk + u + j) * c->Gb + (c->Gb > 1 ? g : 0)];
+        if (c->bias)
+            for (int64_t j = 0; j < n; j++) p.bias[u + j] = c->bias[(b * c->Tk + u + j) * c->Gb + (c->Gb > 1 ? g : 0)];
+        if (c->pairs) {
+            pack_pairs(c, at, n, (pair *)p.KT_ + u * c->D, (pair *)p.V + u / 2 * c->Vp);
+            continue;
         }
+        real *V = p.V + u * c->Vp, *K = backward ? p.K + u * c->Dp : (real *)rows;
+        for (int64_t j = 0; j < n; j++) {
+            load_row(c, c->k, (at + j * c->G) * c->D, c->D, 1, K + j * c->Dp, c->Dp);
+            load_row(c, c->v, (at + j * c->G) * c->Dv, c->Dv, 1, V + j * c->Vp, c->Vp);
+        }
+        pack_panel(K, n, c->Dp, c->D, p.KT_ + u * c->D);
+        if (backward) pack_panel(V, n, c->Vp, c->Dv, p.VT + u * c->Dv);
     }
     return p;
 }
@@ -309,7 +78,7 @@ static void sort_pairs(const Call *c, int64_t b, int64_t l, int64_t n0, int64_t 
 
 static Keys keys_at(const Call *c, int64_t b, const Packed *p, int64_t u, int64_t end) {
     const int64_t panel = u / KT * KT, inside = u - panel;
-    Keys k = {.KT_ = p->KT_ + panel * c->D + inside, .V = p->V + u * c->Vp};
+    Keys k = {.KT_ = p->KT_ + panel * c->D + inside, .V = p->V + (c->pairs ? u / 2 : u) * c->Vp};
     if (p->K) k.K = p->K + u * c->Dp, k.VT = p->VT + panel * c->Dv + inside;
     k.index = c->k_index + b * c->Tk + u;
     k.doc = c->k_doc ? c->k_doc + b * c->Tk + u : NULL;
@@ -369,6 +138,7 @@ static void by_keys(const Call *c, int64_t b, int64_t l, int64_t n0, int64_t n1,
 
 typedef struct { /* up to KT gathered keys */
     int64_t slot[KT], index[KT], doc[KT];
+    const real *key[KT], *value[KT];
     real bias[KT], *KT_, *V, *K, *VT;
 } Gathered;
 
@@ -389,11 +159,15 @@ static int64_t gather(const Call *c, int64_t b, int64_t g, const int32_t *list, 
         if (inside >= end) entry++, inside = 0;
     }
     *at = entry * c->block + inside;
-    if (!pack) return n;
     for (int64_t j = 0; j < n; j++) {
-        pack_row(c->k + x->slot[j] * c->D, c->D, 1, x->K + j * c->Dp, c->Dp);
-        pack_row(c->v + x->slot[j] * c->Dv, c->Dv, 1, x->V + j * c->Vp, c->Vp);
+        if (pack || c->half) {
+            load_row(c, c->k, x->slot[j] * c->D, c->D, 1, x->K + j * c->Dp, c->Dp);
+            load_row(c, c->v, x->slot[j] * c->Dv, c->Dv, 1, x->V + j * c->Vp, c->Vp);
+        }
+        x->key[j] = c->half ? x->K + j * c->Dp : (const real *)c->k + x->slot[j] * c->D;
+        x->value[j] = c->half ? x->V + j * c->Vp : (const real *)c->v + x->slot[j] * c->Dv;
     }
+    if (!pack) return n;
     pack_panel(x->K, round_lanes(n), c->Dp, c->Dp, x->KT_); /* rows from n on are of no account */
     if (x->VT) pack_panel(x->V, round_lanes(n), c->Vp, c->Vp, x->VT);
     return n;
@@ -405,20 +179,23 @@ static real dot(const real *a, const real *b, int64_t n) {
     return sum;
 }
 
-/* Scores of few rows, which read the keys where they are. */
+/* Scores of few rows, which read the keys where they are (or widened). */
 static void few_scores(const Call *c, const Keys *k, const Gathered *x, const Rows *r, int64_t rows, real *s) {
     const int64_t n = k->n, D = c->D;
     for (int64_t i = 0; i < rows; i++) {
         const real *q = r->Q + i * c->Dp;
         int64_t j = 0;
         for (; j + 4 <= n; j += 4) {
-            const real *k0 = c->k + x->slot[j] * D, *k1 = c->k + x->slot[j + 1] * D;
-            const real *k2 = c->k + x->slot[j + 2] * D, *k3 = c->k + x->slot[j + 3] * D;
+            const real *k0 = x->key[j], *k1 = x->key[j + 1];
+            const real *k2 = x->key[j + 2], *k3 = x->key[j + 3];
             real s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-            for (int64_t d = 0; d < D; d++) s0 += q[d] * k0[d], s1 += q[d] * k1[d], s2 += q[d] * k2[d], s3 += q[d] * k3[d];
+            for (int64_t d = 0; d < D; d++) {
+                s0 += q[d] * k0[d], s1 += q[d] * k1[d];
+                s2 += q[d] * k2[d], s3 += q[d] * k3[d];
+            }
             s[i * KT + j] = s0, s[i * KT + j + 1] = s1, s[i * KT + j + 2] = s2, s[i * KT + j + 3] = s3;
         }
-        for (; j < n; j++) s[i * KT + j] = dot(q, c->k + x->slot[j] * D, D);
+        for (; j < n; j++) s[i * KT + j] = dot(q, x->key[j], D);
     }
     finish_scores(c, k, r, rows, s, 1);
 }
@@ -434,13 +211,13 @@ static void forward_few(const Call *c, const Keys *k, const Gathered *x, const R
         const real *p = s + i * KT;
         int64_t j = 0;
         for (; j + 4 <= n; j += 4) {
-            const real *v0 = c->v + x->slot[j] * Dv, *v1 = c->v + x->slot[j + 1] * Dv;
-            const real *v2 = c->v + x->slot[j + 2] * Dv, *v3 = c->v + x->slot[j + 3] * Dv;
+            const real *v0 = x->value[j], *v1 = x->value[j + 1];
+            const real *v2 = x->value[j + 2], *v3 = x->value[j + 3];
             for (int64_t d = 0; d < Dv; d++)
                 o[d] += (p[j] * v0[d] + p[j + 1] * v1[d]) + (p[j + 2] * v2[d] + p[j + 3] * v3[d]);
         }
         for (; j < n; j++)
-            for (int64_t d = 0; d < Dv; d++) o[d] += p[j] * c->v[x->slot[j] * Dv + d];
+            for (int64_t d = 0; d < Dv; d++) o[d] += p[j] * x->value[j][d];
     }
 }
 
@@ -451,7 +228,7 @@ static void backward_few(const Call *c, const Keys *k, const Gathered *x, const 
     const int64_t n = k->n, D = c->D, Dv = c->Dv;
     few_scores(c, k, x, r, rows, s);
     for (int64_t j = 0; j < n; j++) {
-        const real *key = c->k + x->slot[j] * D, *value = c->v + x->slot[j] * Dv;
+        const real *key = x->key[j], *value = x->value[j];
         real *restrict dkey = dk + x->slot[j] * D, *restrict dvalue = dv + x->slot[j] * Dv;
         for (int64_t i = 0; i < rows; i++) {
             if (s[i * KT + j] == HIDDEN) continue;
@@ -511,20 +288,21 @@ static Gathered *make_gathered(const Call *c) {
 /* ---------------------------------------------------------------------------------------------------- the whole */
 
 #define INPUTS                                                                                                       \
-    int64_t threads, const real *q, const real *k, const real *v, const int32_t *idx, const int64_t *q_index,        \
+    int64_t threads, const void *q, const void *k, const void *v, const int32_t *idx, const int64_t *q_index,        \
         const int64_t *k_index, const int64_t *q_doc, const int64_t *k_doc, const real *bias
 #define SIZES                                                                                                        \
     int64_t B, int64_t Tq, int64_t Tk, int64_t H, int64_t G, int64_t D, int64_t Dv, int64_t Hs, int64_t N, int64_t n, \
         int64_t tile, int64_t block, int64_t stride, int64_t Gb, int64_t causal, int64_t window, int64_t keys_first, \
-        double scale
-#define CALL                                                                                                         \
-    Call c = {q_index, k_index, q_doc, k_doc, q, k, v, bias, idx, B, Tq, Tk, H, G, D, Dv, Hs, N, n, tile, block,      \
-              stride, Gb, causal, window, (real)scale, 0, 0, 0, 0, 0, 0};                                                              \
+        int64_t half, double scale
+#define CALL(BACKWARD)                                                                                               \
+    Call c = {q_index, k_index, q_doc, k_doc, q, k, v, bias, idx, B, Tq, Tk, H, G, D, Dv, Hs, N, n, tile, block,     \
+              stride, Gb, causal, window, half, (real)scale, 0, 0, 0, 0, 0, 0, 0};                                   \
     c.L = Hs > G ? H : G, c.R = H / c.L, c.Dp = round_lanes(D), c.Vp = round_lanes(Dv);                              \
-    c.Sp = (Tk + KT - 1) / KT * KT, c.blocks = (Tk + stride - 1) / stride
+    c.Sp = (Tk + KT - 1) / KT * KT, c.blocks = (Tk + stride - 1) / stride;                                           \
+    c.pairs = HAS_PAIRS && half && keys_first && !BACKWARD && stride % 2 == 0
 
 void forward(INPUTS, real *o, real *lse, SIZES) {
-    CALL;
+    CALL(0);
     if (keys_first) {
         /* parts of the rows are also what is shared out to threads */
         const int64_t rows = MAX(512, MIN(PART, B * c.L * N * tile * c.R / (4 * threads)));
@@ -577,7 +355,7 @@ void forward(INPUTS, real *o, real *lse, SIZES) {
    so that its sums have one order whatever the number of threads. */
 void backward(INPUTS, const real *o, const real *lse, const real *grad_o, const real *grad_lse, real *dq, real *dk,
               real *dv, real *dbias, SIZES) {
-    CALL;
+    CALL(1);
     const int64_t part = keys_first ? MIN(N, MAX(1, PART / (tile * c.R))) : 1, most = part * tile * c.R;
 #pragma omp parallel num_threads(threads)
     {

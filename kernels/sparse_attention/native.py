@@ -32,14 +32,15 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, idx: Tensor, masks: tuple[Tensor 
     """Tensors and integers as the core takes them."""
     q_tile, kv_block, stride, causal, window, scale = options
     real = torch.float64 if q.dtype == torch.float64 else torch.float32
-    tensors = [x.to(real).contiguous() for x in (q, k, v)] + [idx.int().contiguous()]
+    half = q.dtype == k.dtype == v.dtype == torch.bfloat16  # widened row by row: of a long cache little is read
+    tensors = [(x if half else x.to(real)).contiguous() for x in (q, k, v)] + [idx.int().contiguous()]
     tensors += [None if x is None else x.long().contiguous() for x in masks[:4]]
     tensors.append(None if masks[4] is None else masks[4].to(real).contiguous())
     (B, Tq, H, D), (_, Tk, G, Dv), (_, Hs, N, n) = q.shape, v.shape, idx.shape
     rows = q_tile * (H // G if Hs <= G else 1)
     sizes = (B, Tq, Tk, H, G, D, Dv, Hs, N, n, q_tile, kv_block, stride, 0 if masks[4] is None else masks[4].shape[2])
     rules = (int(causal), -1 if window is None else max(window, 0), int(keys_first(N, rows, Tk, n, kv_block)))
-    return real, tensors, (*sizes, *rules, float(scale))
+    return real, tensors, (*sizes, *rules, int(half), float(scale))
 
 
 def forward(
