@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels import native
+from zoo.kernels import higher, native
+from zoo.kernels.attention import chunked
 from zoo.kernels.attention.cost import attention_flops
 from zoo.kernels.attention.mask import Mask
 
@@ -88,6 +89,15 @@ def _keep(ctx, inputs, output) -> None:
 
 def _gradient(ctx, grad_o, grad_lse):
     o, lse, q, k, v, *rest = ctx.saved_tensors
+    if higher.wanted():
+        causal, window, sinks, scale, softcap, _ = ctx.options
+        mask = Mask(causal, window or None, sinks, *rest[:4])
+
+        def again(q, k, v, sink):
+            return chunked.attention(q, k, v, mask, scale, softcap or None, sink, True)
+
+        *grads, sink = higher.gradients(again, (q, k, v, rest[-1]), (grad_o, grad_lse))
+        return *grads, None, None, None, None, sink, *[None] * len(ctx.options)
     grad_o = torch.zeros_like(o) if grad_o is None else grad_o
     dq, dk, dv, dsink = _backward(grad_o, grad_lse, o, lse, q, k, v, *rest, *ctx.options)
     sink = None if rest[-1] is None else dsink

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.kernels import higher
 from zoo.kernels.chunking import wide
+from zoo.kernels.linear_attention import chunked
 from zoo.kernels.linear_attention.cost import flops
 
 
@@ -68,12 +70,20 @@ def _(grad_o, grad_final, q, k, v, log_decay, doc_ids, states, scale, chunk_size
 def _keep(ctx, inputs, output) -> None:
     q, k, v, log_decay, initial_state, doc_ids, *ctx.options, _, ctx.engine = inputs
     ctx.starts_somewhere = initial_state is not None
-    ctx.save_for_backward(q, k, v, log_decay, doc_ids, output[2])
+    ctx.save_for_backward(q, k, v, log_decay, doc_ids, output[2], initial_state)
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, grad_o, grad_final, _):
-    q, k, v, log_decay, doc_ids, states = ctx.saved_tensors
+    q, k, v, log_decay, doc_ids, states, initial = ctx.saved_tensors
+    if higher.wanted():
+        scale, chunk_size, _ = ctx.options
+
+        def again(q, k, v, g, s):
+            return chunked.linear_attention(q, k, v, g, scale, s, doc_ids, chunk_size)
+
+        grads = higher.gradients(again, (q, k, v, log_decay, initial), (grad_o, grad_final))
+        return *grads, None, None, None, None, None, None
     if grad_o is None:
         grad_o = torch.zeros_like(v)
     *grads, dg, ds = _backward(grad_o, grad_final, q, k, v, log_decay, doc_ids, states, *ctx.options, ctx.engine)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from zoo.kernels import mamba_ssm
+from zoo.kernels import native as native_core
 from zoo.kernels.dispatch import call, register_row
-from zoo.kernels.selective_scan import chunked, reference
+from zoo.kernels.selective_scan import chunked, native, reference
 from zoo.kernels.selective_scan.cost import flops
 
 __all__ = ["flops", "selective_scan"]
@@ -14,6 +17,10 @@ __all__ = ["flops", "selective_scan"]
 register_row(
     "selective_scan", "mamba_ssm", mamba_ssm.selective_scan,
     refuse=mamba_ssm.selective_scan_refuses, **mamba_ssm.constraints("selective_scan"),
+)  # fmt: skip
+register_row(
+    "selective_scan", "native", native.selective_scan, priority=20, devices=("cpu",),
+    missing=functools.partial(native_core.missing, "selective_scan"), refuse=native.refuse,
 )  # fmt: skip
 register_row("selective_scan", "chunked", chunked.selective_scan, priority=10)
 register_row("selective_scan", "reference", reference.selective_scan, priority=0)

@@ -85,3 +85,24 @@ def test_autocast_changes_no_state_or_gate(op):
                 cast = floats(run(*args))
         for got, want in zip(cast, plain, strict=True):
             torch.testing.assert_close(got.float(), want.float(), atol=0.05, rtol=0.05)
+
+
+TWICE = {"attention", "delta_rule", "linear_attention", "selective_scan", "rope", "diagonal_scan", "short_conv"}
+
+
+@pytest.mark.parametrize("op", sorted(TWICE & set(OPS)))
+def test_gradients_of_gradients(op):
+    """create_graph=True through the row that `auto` runs equals the same through the definition."""
+    examples, run = calls(op, torch.float64, limit=2)
+    for args in examples:
+        results = []
+        for call in (run, reference(op)):
+            given = differentiable(args)
+            leaves = floats(given)
+            first = sum(torch.where(y.isfinite(), y, 0).square().sum() for y in floats(call(*given)))
+            grads = torch.autograd.grad(first, leaves, create_graph=True, allow_unused=True)
+            second = sum(g.square().sum() for g in grads if g is not None)
+            twice = torch.autograd.grad(second, leaves, allow_unused=True)
+            results.append([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, twice)])
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7)
