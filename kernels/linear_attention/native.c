@@ -300,22 +300,24 @@ static void decay_gradient(const Call *c, const Block *x, int64_t b, int64_t h, 
     const int64_t Kp = x->Kp, at = b * c->T + x->t0;
     real rows[L], cols[L], total = 0; /* sums over the channels */
     if (c->kind == 3) {
-        real *before = later + Kp;
-        memset(later, 0, sizeof(real) * 2 * Kp);
-        for (int64_t t = L - 1; t >= 0; t--) {
+        real *before = later + Kp, *pairs = later + 2 * Kp;
+        memset(later, 0, sizeof(real) * 3 * Kp);
+        for (int64_t t = x->n - 1; t >= 0; t--) {
+            /* nothing crosses the beginning of a block or document: no rounding is left there either */
+            const int begins = t == 0 || (c->doc && c->doc[at + t] != c->doc[at + t - 1]);
+            const int64_t n = t * Kp;
             for (int64_t d = 0; d < Kp; d++) {
-                const int64_t n = t * Kp + d;
-                later[d] += x->Q[n] * dQ[n] - x->K[n] * dK[n] + QX[n];
+                const real more = x->Q[n + d] * dQ[n + d] - x->K[n + d] * dK[n + d];
+                pairs[d] = begins ? 0 : pairs[d] + more;
+                later[d] += QX[n + d];
             }
-            if (t < x->n) memcpy(dg + ((at + t) * c->H + h) * c->Dk, later, sizeof(real) * c->Dk);
+            real *row = dg + ((at + t) * c->H + h) * c->Dk;
+            for (int64_t d = 0; d < c->Dk; d++) row[d] = pairs[d] + later[d];
         }
         for (int64_t t = 0; t < x->n; t++) {
-            const int begins = c->doc && x->t0 + t > 0 && c->doc[at + t] != c->doc[at + t - 1];
             real *row = dg + ((at + t) * c->H + h) * c->Dk;
-            for (int64_t d = 0; d < c->Dk; d++) {
-                row[d] = begins ? 0 : row[d] + before[d] + across[d];
-                before[d] += KY[t * Kp + d];
-            }
+            for (int64_t d = 0; d < c->Dk; d++) row[d] += before[d] + across[d];
+            for (int64_t d = 0; d < Kp; d++) before[d] += KY[t * Kp + d];
         }
         return;
     }
@@ -365,10 +367,10 @@ static void backward_task(const Call *c, int64_t b, int64_t g, int64_t first, in
     Block x, own[inside]; /* the blocks of an interval */
     for (int64_t m = 0; m < inside; m++) own[m] = block(Kp, Vp, &pool);
     real *dO = take(&pool, L * Vp), *dV = take(&pool, L * Vp), *wide = take(&pool, L * (Kp > Vp ? Kp : Vp));
-    real *dA = take(&pool, PAIRS), *M = take(&pool, PAIRS), *keys = take(&pool, L * Kp), *later = take(&pool, 3 * Kp);
+    real *dA = take(&pool, PAIRS), *M = take(&pool, PAIRS), *keys = take(&pool, L * Kp), *later = take(&pool, 4 * Kp);
     real *X = take(&pool, L * Kp), *Y = take(&pool, L * Kp), *dQ = take(&pool, L * Kp), *dK = take(&pool, L * Kp);
     real *dS = take(&pool, Dv * Kp), *S = take(&pool, inside * Dv * Kp); /* transposed: [Dv, Kp] */
-    real *scores = pool, *dscores = pool + blocks * PAIRS, *across = later + 2 * Kp;
+    real *scores = pool, *dscores = pool + blocks * PAIRS, *across = later + 3 * Kp;
     const int decays = c->kind || c->doc;
     memset(dQ, 0, sizeof(real) * L * Kp);
     memset(dK, 0, sizeof(real) * L * Kp);
@@ -449,7 +451,7 @@ static void backward_task(const Call *c, int64_t b, int64_t g, int64_t first, in
 static real *scratch(const Call *c, int64_t blocks, int64_t pair_sets, int64_t states) {
     const int64_t Kp = round_lanes(c->Dk), Vp = round_lanes(c->Dv), wide = Kp > Vp ? Kp : Vp;
     const int64_t pairs = (c->T + L - 1) / L * PAIRS * pair_sets;
-    const int64_t count = blocks * block_size(Kp, Vp) + L * (10 * wide) + 3 * Kp + 2 * PAIRS + states * wide * wide + pairs;
+    const int64_t count = blocks * block_size(Kp, Vp) + L * (10 * wide) + 4 * Kp + 2 * PAIRS + states * wide * wide + pairs;
     return aligned_alloc(64, (sizeof(real) * count + 64 * 64) / 64 * 64);
 }
 
