@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from zoo.kernels import native as native_core
 from zoo.kernels.dispatch import call, register_row
-from zoo.kernels.short_conv import chunked, reference
+from zoo.kernels.short_conv import chunked, native, reference
 
+register_row(
+    "short_conv", "native", native.short_conv, priority=20, devices=("cpu",), dtypes=(torch.float32, torch.float64),
+    missing=functools.partial(native_core.missing, "short_conv"), refuse=native.refuse,
+)  # fmt: skip
 register_row("short_conv", "chunked", chunked.short_conv, priority=10)
 register_row("short_conv", "reference", reference.short_conv, priority=0)
 
@@ -28,5 +35,4 @@ def short_conv(
     inputs before x (zeros where None); doc_ids: [B, T], taps do not cross documents; activation: "silu" or
     None. Returns y [B, T, D] and the new state [B, W-1, D].
     """
-    y, state = call("short_conv", backend, x, weight, bias, state, doc_ids)
-    return (F.silu(y) if activation == "silu" else y), state
+    return call("short_conv", backend, x, weight, bias, state, doc_ids, activation)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def short_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, doc_ids: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, doc_ids: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     """See `zoo.kernels.short_conv.short_conv`."""
     B, T, D = x.shape
@@ -22,4 +23,5 @@ def short_conv(
             same[:, back:] = doc_ids[:, back:] == doc_ids[:, : T - back] if back < T else same[:, back:]
             tap = tap * same[..., None]
         y = y + tap * weight[:, W - 1 - back]
-    return (y if bias is None else y + bias), padded[:, T:]
+    y = y if bias is None else y + bias
+    return (F.silu(y) if activation == "silu" else y), padded[:, T:]

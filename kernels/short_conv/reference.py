@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def short_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, doc_ids: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, doc_ids: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     """y_t = sum_j w_j * x_{t-W+1+j} (+ b), taps outside the token's document or before the start being zero."""
     B, T, D = x.shape
@@ -23,4 +24,5 @@ def short_conv(
             window = window * same[..., None]
         outputs.append((window * weight.t()).sum(1))
     y = torch.stack(outputs, 1)
-    return (y if bias is None else y + bias), padded[:, T:]
+    y = y if bias is None else y + bias
+    return (F.silu(y) if activation == "silu" else y), padded[:, T:]
