@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.kernels import higher
 from zoo.kernels.block_list import BlockList
+from zoo.kernels.sparse_attention import chunked
 from zoo.kernels.sparse_attention.cost import flops
 
 _TENSORS = 9  # q, k, v, idx, q_index, k_index, q_doc_ids, k_doc_ids, k_bias
@@ -73,6 +75,15 @@ def _keep(ctx, inputs, output) -> None:
 
 def _gradient(ctx, grad_o, grad_lse):
     o, lse, *inputs = ctx.saved_tensors
+    if higher.wanted():
+        q, k, v, idx, *masks, bias = inputs
+        *sizes, causal, window, scale, _ = ctx.options
+
+        def again(q, k, v, bias):
+            return chunked.sparse_attention(q, k, v, BlockList(idx, *sizes), causal, window, scale, *masks, bias)
+
+        *grads, bias = higher.gradients(again, (q, k, v, bias), (grad_o, grad_lse))
+        return *grads, *[None] * 5, bias, *[None] * len(ctx.options)
     grad_o = torch.zeros_like(o) if grad_o is None else grad_o
     dq, dk, dv, dk_bias = _backward(grad_o, grad_lse, o, lse, *inputs, *ctx.options)
     return dq, dk, dv, *[None] * 5, None if inputs[-1] is None else dk_bias, *[None] * len(ctx.options)

@@ -101,6 +101,7 @@ def test_finite_differences():
         return o, torch.where(lse.isinf(), 0, lse)
 
     assert torch.autograd.gradcheck(run, (q, k, v))
+    assert torch.autograd.gradgradcheck(run, (q, k, v))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

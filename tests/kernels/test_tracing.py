@@ -87,7 +87,16 @@ def test_autocast_changes_no_state_or_gate(op):
             torch.testing.assert_close(got.float(), want.float(), atol=0.05, rtol=0.05)
 
 
-TWICE = {"attention", "delta_rule", "linear_attention", "selective_scan", "rope", "diagonal_scan", "short_conv"}
+TWICE = {
+    "attention",
+    "sparse_attention",
+    "delta_rule",
+    "linear_attention",
+    "selective_scan",
+    "rope",
+    "diagonal_scan",
+    "short_conv",
+}
 
 
 @pytest.mark.parametrize("op", sorted(TWICE & set(OPS)))
