@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zoo.kernels import fla, gpu, mamba_ssm
 from zoo.kernels import native as native_core
-from zoo.kernels.chunking import check_heads
+from zoo.kernels.chunking import check_heads, wide
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.linear_attention import chunked, native, reference
 from zoo.kernels.linear_attention.cost import INTERVAL, flops
@@ -56,4 +56,7 @@ def linear_attention(
     check_heads("linear_attention", q, k, v)
     if log_decay is not None and log_decay.ndim not in (1, 3, 4):
         raise ValueError(f"log_decay must be [H], [B, T, H] or [B, T, H, Dk], got {list(log_decay.shape)}")
+    if v.shape[1] == 0:
+        shape, dtype = (v.shape[0], v.shape[2], k.shape[3], v.shape[3]), wide(v.dtype)
+        return v.new_empty(v.shape), v.new_zeros(shape, dtype=dtype) + (0 if initial_state is None else initial_state)
     return call("linear_attention", backend, q, k, v, log_decay, scale, initial_state, doc_ids, chunk_size)

@@ -77,7 +77,7 @@ def linear_attention(
     """See `zoo.kernels.linear_attention.linear_attention`."""
     dtype = wide(v.dtype)
     o, final = fused.linear_attention(
-        q.to(dtype), k.to(dtype), v.to(dtype), log_decay, scale, initial_state, doc_ids, chunk_size, INTERVAL,
+        q.to(dtype), k.to(dtype), v.to(dtype), log_decay, float(scale), initial_state, doc_ids, chunk_size, INTERVAL,
         sys.modules[__name__],
     )  # fmt: skip
     return o.to(v.dtype), final

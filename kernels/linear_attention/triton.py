@@ -152,7 +152,7 @@ def linear_attention_weights(
     tl.store(A + (token * H + h)[:, None] * BT + i[None, :], total, mask=(t < T)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale"])
 def linear_attention_output(
     q, k, v, b, A, docs, states, o, scale, T, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr,
@@ -201,7 +201,7 @@ def linear_attention_output(
     tl.store(o + here, past * scale, mask=inside_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale"])
 def linear_attention_step(
     q, k, v, g, start, o, final, scale, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, START: tl.constexpr,
@@ -332,7 +332,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `zoo.kernels.linear_attention.linear_attention`. Products are formed in the dtype of q."""
     return fused.linear_attention(
-        q, k.to(q.dtype), v, log_decay, scale, initial_state, doc_ids, chunk_size, CHUNK, sys.modules[__name__]
+        q, k.to(q.dtype), v, log_decay, float(scale), initial_state, doc_ids, chunk_size, CHUNK, sys.modules[__name__]
     )
 
 

@@ -28,7 +28,7 @@ VALUES = [
 KEYS = [{"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}, {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale"])
 def linear_attention_states_backward(
     q, grad_o, b, grad_final, docs, grads, grad_start, scale, T, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr,
@@ -76,7 +76,7 @@ def linear_attention_states_backward(
     tl.store(grad_start + (row * H + h) * (K * V) + here, dS, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale"])
 def linear_attention_values_backward(
     q, k, grad_o, b, A, docs, grads, dv, scale, T, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr,
@@ -127,7 +127,7 @@ def linear_attention_values_backward(
     tl.store(dv + here, future, mask=inside_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale"])
 def linear_attention_keys_backward(
     q, k, v, grad_o, b, docs, states, grads, dq, dk, dg, scale, B, T, H: tl.constexpr, R: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,

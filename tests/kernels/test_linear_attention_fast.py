@@ -194,3 +194,10 @@ def test_every_triton_configuration(monkeypatch):
             if config is not None:
                 monkeypatch.setitem(gpu.forced, name, config)
         assert check() is None
+
+
+def test_no_token_leaves_the_state():
+    q, k, v, g, S = draw("head", T=0, dtype=torch.bfloat16)
+    o, final = linear_attention(q, k, v, g, initial_state=S.float())
+    assert o.shape == v.shape and final.dtype == torch.float32 and torch.equal(final, S.float())
+    assert not linear_attention(q, k, v, g)[1].any()
