@@ -109,7 +109,8 @@ def compile_op(op: str, target: str) -> dict[str, dict]:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
         name = f"{op}/{label}/{self.fn.__name__}"
-        if name not in found:
+        # forcing one kernel's options launches the others of the same thunk as before: each is kept once
+        if name not in found and ("[" not in label or label.split("/")[-1].split("[")[0] == self.fn.__name__):
             found[name] = figures(kernel)
             print(f"  sm_{target} {name} {found[name]}", file=sys.stderr)
         return kernel
@@ -128,13 +129,7 @@ def compile_op(op: str, target: str) -> dict[str, dict]:
                 gpu.forced.clear()
     finally:
         JITFunction.run = launch
-    # forcing one kernel's options compiles the others of the same launch again: keep each of them once
-    return {name: row for name, row in found.items() if "[" not in name or _belongs(name)}
-
-
-def _belongs(name: str) -> bool:
-    *_, forced, kernel = name.split("/")
-    return forced.split("[")[0] == kernel
+    return found
 
 
 def problems(table: dict[str, dict[str, dict]]) -> list[str]:

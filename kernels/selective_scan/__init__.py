@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor
 
-from zoo.kernels import mamba_ssm
+from zoo.kernels import gpu, mamba_ssm
 from zoo.kernels import native as native_core
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.selective_scan import chunked, native, reference
@@ -18,6 +18,7 @@ register_row(
     "selective_scan", "mamba_ssm", mamba_ssm.selective_scan,
     refuse=mamba_ssm.selective_scan_refuses, **mamba_ssm.constraints("selective_scan"),
 )  # fmt: skip
+gpu.register_triton_row("selective_scan", "zoo.kernels.selective_scan.triton:selective_scan", refuse=native.refuse)
 register_row(
     "selective_scan", "native", native.selective_scan, priority=20, devices=("cpu",),
     missing=functools.partial(native_core.missing, "selective_scan"), refuse=native.refuse,
