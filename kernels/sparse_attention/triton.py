@@ -150,6 +150,9 @@ def sparse_attention_combine(
     tl.store(out, acc.to(Out.dtype.element_ty), mask=real[:, None] & (dims[None, :] < DV))
 
 
+# of num_stages, one is taken by the list: the address of a key waits for a block's number
+
+
 def _configs(width: int, half: bool, rows: int) -> list[dict[str, int]]:
     if not half:
         return [{"M": 32, "N": 32, "num_warps": 4, "num_stages": 1}]
@@ -157,10 +160,16 @@ def _configs(width: int, half: bool, rows: int) -> list[dict[str, int]]:
         return [{"M": 64, "N": 32, "num_warps": 8, "num_stages": 2}]
     if rows < 64:  # per-token lists, decoding: bound by memory
         return [
-            {"M": 32, "N": 64, "num_warps": 4, "num_stages": 2},
-            {"M": 32, "N": 32, "num_warps": 2, "num_stages": 3},
+            {"M": 32, "N": 64, "num_warps": 4, "num_stages": 3},
+            {"M": 32, "N": 32, "num_warps": 2, "num_stages": 4},
         ]
-    return [{"M": 128, "N": 64, "num_warps": 8, "num_stages": 2}, {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}]
+    return [{"M": 128, "N": 64, "num_warps": 8, "num_stages": 3}, {"M": 128, "N": 32, "num_warps": 8, "num_stages": 4}]
+
+
+def _pair_configs(width: int, half: bool, rows: int) -> list[dict[str, int]]:
+    if not half or width > 128:
+        return _configs(width, half, rows)
+    return [{"M": 128, "N": 32, "num_warps": 8, "num_stages": 3}, {"M": 64, "N": 64, "num_warps": 8, "num_stages": 2}]
 
 
 def _splits(call: Call, programs: int) -> int:
@@ -174,7 +183,7 @@ def forward(q, k, v, idx, q_index, k_index, q_doc_ids, k_doc_ids, k_bias, *optio
     q, wide = call.q, {"device": q.device, "dtype": torch.float32}
     o, lse = q.new_empty(*q.shape[:3], call.Dv), torch.empty(q.shape[:3], **wide)
     pairs = call.by_pairs
-    tuned = call.options("sparse_attention_forward", _configs, 128 if pairs else call.rows)
+    tuned = call.options("sparse_attention_forward", _pair_configs if pairs else _configs, 128 if pairs else call.rows)
     heads, splits, lists = call.B * call.list_heads, 1, (None, None, None, None)
     used, num_groups = None, 0
     if pairs:

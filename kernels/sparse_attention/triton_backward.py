@@ -214,8 +214,8 @@ def _query_configs(width: int, half: bool, rows: int) -> list[dict[str, int]]:
     if width > 128:
         return [{"M": 64, "N": 32, "num_warps": 8, "num_stages": 1}]
     if rows < 64:
-        return [{"M": 32, "N": 64, "num_warps": 4, "num_stages": 2}]
-    return [{"M": 128, "N": 64, "num_warps": 8, "num_stages": 2}]
+        return [{"M": 32, "N": 64, "num_warps": 4, "num_stages": 3}]
+    return [{"M": 128, "N": 32, "num_warps": 8, "num_stages": 3}, {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2}]
 
 
 def _key_configs(width: int, half: bool, rows: int) -> list[dict[str, int]]:
@@ -223,7 +223,7 @@ def _key_configs(width: int, half: bool, rows: int) -> list[dict[str, int]]:
         return [{"M": 32, "N": 32, "num_warps": 4, "num_stages": 1}]
     if width > 128:
         return [{"M": 32, "N": 64, "num_warps": 8, "num_stages": 1}]
-    return [{"M": 64, "N": 128, "num_warps": 8, "num_stages": 2}]
+    return [{"M": 32, "N": 128, "num_warps": 8, "num_stages": 2}, {"M": 64, "N": 128, "num_warps": 8, "num_stages": 2}]
 
 
 def backward(

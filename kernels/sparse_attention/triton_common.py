@@ -145,7 +145,7 @@ class Call:
     def options(self, kernel: str, configs: Callable[[int, bool, int], list[dict[str, int]]], rows: int) -> dict:
         """Tuned options for tiles of `rows` rows; M and N are cut to what there is."""
         width = max(padded(self.D), padded(self.Dv))
-        sizes = {"rows": min(128, padded(rows)), "width": width, "kv_block": self.kv_block}
+        sizes = {"rows": min(128, padded(rows)), "width": width, "kv_block": self.kv_block, "pairs": int(self.by_pairs)}
         found = dict(gpu.options(kernel, self.q, configs(width, self.half, sizes["rows"]), **sizes))
         found["M"] = min(found["M"], sizes["rows"])
         found["N"] = min(found["N"], padded(self.kv_block * self.n))
