@@ -7,10 +7,12 @@ import functools
 import torch
 from torch import Tensor
 
+from zoo.kernels import gpu
 from zoo.kernels import native as native_core
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.short_conv import chunked, native, reference
 
+gpu.register_triton_row("short_conv", "zoo.kernels.short_conv.triton:short_conv", refuse=native.refuse_fused)
 register_row(
     "short_conv", "native", native.short_conv, priority=20, devices=("cpu",), dtypes=(torch.float32, torch.float64),
     missing=functools.partial(native_core.missing, "short_conv"), refuse=native.refuse,

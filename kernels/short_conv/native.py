@@ -10,15 +10,20 @@ from zoo.kernels.short_conv import fused
 _SMALL = 1 << 11  # below so many elements the torch form is done before an operator is called
 
 
-def refuse(
+def refuse_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, doc_ids: Tensor | None, activation: str | None
 ) -> str | None:
-    """Why the core should not do this call, or None."""
+    """Why no fused operator can do this call, or None."""
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         return "needs one dtype"
     if state is not None and state.shape[1] != weight.shape[1] - 1:
         return f"needs a state of {weight.shape[1] - 1} tokens, got {state.shape[1]}"
-    return "x is small" if x.numel() < _SMALL else native.untraceable()
+    return native.untraceable()
+
+
+def refuse(x: Tensor, *rest) -> str | None:
+    """Why the core should not do this call, or None."""
+    return "x is small" if x.numel() < _SMALL else refuse_fused(x, *rest)
 
 
 def forward(x, weight, bias, past, doc_ids, silu) -> Tensor:
