@@ -15,7 +15,7 @@ DECAY is 0 for none, 1 per head [B, T, H], 2 per channel [B, T, H, K]; R heads s
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -336,7 +336,7 @@ def linear_attention(
     )
 
 
-def launches() -> Iterator[tuple[str, callable]]:
+def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     """What tools/aot.py compiles: realistic calls on meta tensors, forward, backward and one token."""
 
     def call(name, G, H, K, V, decay, docs=False):
