@@ -118,27 +118,39 @@ def launching(x: torch.Tensor) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- tuned options
 
 
+def tuned_path(card: str) -> Path:
+    """Where the options tuned for a card stand."""
+    return _HERE / "tuned" / f"{re.sub(r'[^a-z0-9]+', '_', card.lower()).strip('_')}.json"
+
+
 @functools.cache
-def _tuned(card: str) -> dict[str, dict[str, int]]:
-    path = _HERE / "tuned" / f"{re.sub(r'[^a-z0-9]+', '_', card.lower()).strip('_')}.json"
+def tuned(card: str) -> dict[str, dict[str, int]]:
+    """The options tuned for a card: by kernel and sizes."""
+    path = tuned_path(card)
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def allowed(config: dict[str, int], x: torch.Tensor) -> dict[str, int]:
+    """A configuration with no more warps than are right on x's GPU."""
+    return {**config, "num_warps": min(config.get("num_warps", 4), _pair(x.device.index)[1])}
 
 
 def options(kernel: str, x: torch.Tensor, configs: list[dict[str, int]], **sizes: int) -> dict[str, int]:
     """Launch options (block sizes, num_warps, num_stages) of a kernel: what `zoo bench --tune` kept for this card
     and these sizes, else the first of `configs`, which must be safe on every GPU."""
     seen[kernel] = configs
+    key = " ".join([kernel, *(f"{name}={size}" for name, size in sorted(sizes.items()))])
+    asked.setdefault(kernel, set()).add(key)
     if kernel in forced:
         return forced[kernel]
     if not x.is_cuda:
         return configs[0]
-    key = " ".join([kernel, *(f"{name}={size}" for name, size in sorted(sizes.items()))])
-    found = _tuned(torch.cuda.get_device_name(x.device)).get(key, configs[0])
-    return {**found, "num_warps": min(found.get("num_warps", 4), _pair(x.device.index)[1])}
+    return allowed(tuned(torch.cuda.get_device_name(x.device)).get(key, configs[0]), x)
 
 
 forced: dict[str, dict[str, int]] = {}  # kernel -> options, while tuning and while testing each configuration
 seen: dict[str, list[dict[str, int]]] = {}  # kernel -> configurations it was asked to choose from
+asked: dict[str, set[str]] = {}  # kernel -> the keys of the sizes it was asked for
 
 
 # -------------------------------------------------------------------------------------------------- first-use check

@@ -261,5 +261,5 @@ def wrong(groups: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What computed another function, in words."""
     for group in groups:
         for row in group["rows"]:
-            if row["wrong"]:
+            if row.get("wrong"):
                 yield f"{group['case']} {group['what']}: {row['name']} {row['problem']}"

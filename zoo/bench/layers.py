@@ -11,8 +11,9 @@ from torch import Tensor
 
 from zoo import registry
 from zoo.bench import ops, peers
-from zoo.bench.cases import CASES, Draw
+from zoo.bench.cases import CASES
 from zoo.bench.groups import Candidate, Contest, Group, Settings, What, complaint
+from zoo.bench.problems import Draw
 from zoo.bench.timing import Runner
 from zoo.contract import Block
 
@@ -55,16 +56,16 @@ LAYERS = (
         {"": {}, "eager experts": {"experts_implementation": "eager"}},
     ),
 )  # fmt: skip
-# ops whose blocks are not here yet, by the title of their case
+# layers whose blocks are not here yet, as the op that does their work: the title of its case, and what is wanted
 OPS = {
-    "delta_rule, decay per channel": ("kda (op)", (8.0, 4.0, None)),
-    "diagonal_scan": ("rg_lru (op)", (None, 2.0, None)),
+    "kda": ("delta_rule, decay per channel", (8.0, 4.0, None)),
+    "rg_lru": ("diagonal_scan", (None, 2.0, None)),
 }
 
 
 def names() -> list[str]:
     """What can be asked for."""
-    return [layer.block for layer in LAYERS] + [name for name, _ in OPS.values()]
+    return [*(layer.block for layer in LAYERS), *OPS]
 
 
 def groups(chosen: Sequence[str], settings: Settings, lengths: Sequence[int] = ()) -> Iterator[Group]:
@@ -76,11 +77,13 @@ def groups(chosen: Sequence[str], settings: Settings, lengths: Sequence[int] = (
             for what, wanted in zip(WHATS, layer.wanted):
                 for seq in lengths if what != "step" else (context,):
                     yield _group(layer, what, seq, settings, _goal(settings, wanted, seq))
-    for case in CASES:
-        if case.title in OPS and OPS[case.title][0] in chosen:
-            for what, wanted in zip(WHATS, OPS[case.title][1]):
+    for name, (title, goals) in OPS.items():
+        if name in chosen:
+            case = next(case for case in CASES if case.title == title)
+            for what, wanted in zip(WHATS, goals):
                 for seq in lengths if what != "step" else (context,):
-                    yield ops.group(case, what, seq, settings, ("auto",), _goal(settings, wanted, seq))
+                    goal = _goal(settings, wanted, seq)
+                    yield ops.group(case, what, seq, settings, ("auto",), goal, f"{name}, its op {case.op}")
 
 
 def _goal(settings: Settings, wanted: float | None, seq: int) -> float | None:

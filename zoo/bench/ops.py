@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from zoo.bench import peers
-from zoo.bench.cases import CASES, Case, Draw, Problem
+from zoo.bench.cases import CASES, Case
 from zoo.bench.groups import Candidate, Contest, Group, Settings, What
+from zoo.bench.problems import Draw, Problem
 from zoo.bench.timing import Runner
 from zoo.kernels import dispatch
 
 # rows that call other people's kernels
 LIBRARY_ROWS = ("sdpa", "flex", "flash_attn", "xformers", "fla", "mamba_ssm", "torch")
+LOOPS = ("zoo.bench.peers.transformers:rglru_scan",)
 CONTEXT = 2048  # tokens before a decode step
 
 
@@ -31,14 +33,20 @@ def groups(cases: Sequence[Case], settings: Settings, lengths: Sequence[int] = (
 
 
 def group(
-    case: Case, what: What, seq: int, settings: Settings, rows: Sequence[str] | None = None, wanted: float | None = None
+    case: Case,
+    what: What,
+    seq: int,
+    settings: Settings,
+    rows: Sequence[str] | None = None,
+    wanted: float | None = None,
+    title: str = "",
 ) -> Group:
     """One question about a case. rows: backends to race, all by default; `auto` is what a block runs."""
 
     def build(length: int) -> Contest:
         return contest(case, what, length, settings, rows)
 
-    return Group(case.title, what, seq, build, context=seq if what == "step" else 0, wanted=wanted)
+    return Group(title or case.title, what, seq, build, context=seq if what == "step" else 0, wanted=wanted)
 
 
 def contest(case: Case, what: What, seq: int, settings: Settings, rows: Sequence[str] | None = None) -> Contest:
@@ -95,6 +103,10 @@ def _peers(case: Case, problem: Problem, what: What, settings: Settings) -> Iter
         growing = what == "forward+backward"
         yield Candidate(name, "peer", runner(call, inputs, what), growing=growing)
         if settings.compiled:
+            if path in LOOPS:
+                why = "a Python loop over tokens, which torch.compile would unroll"
+                yield Candidate.refused(f"{name}, compiled", "peer", why)
+                continue
             torch._dynamo.reset()  # or the limit on recompilations sends it back to eager
             yield Candidate(f"{name}, compiled", "peer", runner(torch.compile(call), inputs, what))
 

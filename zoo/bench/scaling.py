@@ -6,10 +6,11 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from zoo.bench.cases import CASES, Case, Draw
+from zoo.bench.cases import CASES, Case
 from zoo.bench.groups import Settings, What, complaint
 from zoo.bench.machine import memory_peak
 from zoo.bench.ops import runner
+from zoo.bench.problems import Draw
 from zoo.bench.timing import Runner, Timing, race
 
 LENGTHS = (4096, 8192, 16384, 32768)

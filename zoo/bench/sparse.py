@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from zoo.bench.cases import Case, Draw, Problem, sparse_problem
+from zoo.bench.cases import Case
 from zoo.bench.groups import Candidate, Contest, Group, Settings, What
 from zoo.bench.ops import contest, runner
 from zoo.bench.peers import sdpa
+from zoo.bench.problems import Draw, Problem, sparse_problem
 
 # heads, key heads, and what the ratio to SDPA is to reach at a density: (forward, forward and backward)
 CPU = (8, 8, {0.25: (2.5, 1.0)})
@@ -23,8 +24,8 @@ def groups(settings: Settings, lengths: Sequence[int] = ()) -> Iterator[Group]:
         for tile in TILES:
             for density, wanted in densities.items():
                 for what, ratio in zip(("forward", "forward+backward"), wanted):
-                    # what is wanted was said of blocks of 128 by 128
-                    goal = ratio if tile > 1 else None
+                    # what is wanted was said of this length and of blocks of 128 by 128
+                    goal = ratio if tile > 1 and seq == default else None
                     yield _group(what, seq, settings, heads, kv_heads if tile > 1 else 2, tile, density, goal)
 
 

@@ -1,5 +1,7 @@
 """flash-linear-attention's chunk ops: [B, T, H, D], natural log-decays, equal heads of q and v, GPU only."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

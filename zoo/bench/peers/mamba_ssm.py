@@ -1,5 +1,7 @@
 """mamba-ssm's CUDA selective scan, which runs over the last dimension."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

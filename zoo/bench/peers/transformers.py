@@ -17,11 +17,17 @@ from zoo.bench.peers import Peer
 from zoo.kernels.libraries import problem as import_problem
 
 Call = tuple[Callable[..., Any], list[Tensor]]
+SDPA: dict[str, Any] = {"attn_implementation": "sdpa"}
 
 
 def problem(device: str) -> str | None:
     """Why transformers cannot be raced, or None."""
-    return import_problem("transformers", "transformers", "5.0")
+    why = import_problem("transformers", "transformers", "5.0")
+    if why is None:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # it advises to install kernels that the table already speaks of
+    return why
 
 
 def _own(fn: Callable) -> Callable:
@@ -252,12 +258,13 @@ def _rotary(embedding: nn.Module, ours: nn.Module, positions: int) -> Callable[.
 
 def layer_attention(ours: Any, positions: int, changes: dict[str, Any]) -> Peer:
     """LlamaAttention on SDPA."""
+    from transformers import LlamaConfig
     from transformers.models.llama import modeling_llama as m
 
-    config = m.LlamaConfig(
+    config = LlamaConfig(
         hidden_size=ours.dim, num_attention_heads=ours.num_heads, num_key_value_heads=ours.num_kv_heads,
-        head_dim=ours.head_dim, num_hidden_layers=1, max_position_embeddings=positions, attn_implementation="sdpa",
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **changes,
+        head_dim=ours.head_dim, num_hidden_layers=1, max_position_embeddings=positions,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **SDPA, **changes,
     )  # fmt: skip
     call = _rotary(m.LlamaRotaryEmbedding(config), ours, positions)
     return Peer(_loaded(m.LlamaAttention(config, 0), ours), call, _dynamic(config))
@@ -265,14 +272,15 @@ def layer_attention(ours: Any, positions: int, changes: dict[str, Any]) -> Peer:
 
 def layer_mla(ours: Any, positions: int, changes: dict[str, Any]) -> Peer:
     """DeepseekV3Attention on SDPA."""
+    from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as m
 
-    config = m.DeepseekV3Config(
+    config = DeepseekV3Config(
         hidden_size=ours.dim, num_attention_heads=ours.num_heads, num_key_value_heads=ours.num_heads,
         q_lora_rank=ours.q_lora_rank, kv_lora_rank=ours.kv_lora_rank, qk_nope_head_dim=ours.nope,
         qk_rope_head_dim=ours.rope_dim, v_head_dim=ours.v_head_dim, num_hidden_layers=1, attention_bias=False,
-        max_position_embeddings=positions, attn_implementation="sdpa",
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **changes,
+        max_position_embeddings=positions, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **SDPA,
+        **changes,
     )  # fmt: skip
     call = _rotary(m.DeepseekV3RotaryEmbedding(config), ours, positions)
     return Peer(_loaded(m.DeepseekV3Attention(config, 0), ours), call, _dynamic(config))
