@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels import gpu
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.grouped_mm import chunked, external, reference
 
 # On a CPU a loop of plain products is as fast as torch's own op and takes every dtype and shape; on a GPU it
 # would wait for the counts, so it is not offered there.
 register_row("grouped_mm", "loop", external.loop, priority=30, devices=("cpu", "meta"))
+gpu.register_triton_row(
+    "grouped_mm", "zoo.kernels.grouped_mm.external:triton", priority=25, refuse=external.triton_refuses
+)
 register_row(
     "grouped_mm",
     "torch",

@@ -1,4 +1,4 @@
-"""The short convolution in Triton: tiles of tokens x channels, bias and SiLU fused. Backward is two passes: the gradient
+"""The short convolution in Triton: tiles of tokens x channels, bias and SiLU fused. Backward is two passes: gradient
 dz before the activation with partial sums of the weights' gradient for each tile of tokens (added up afterwards in one
 order), then dx_t = sum_j w_j dz_{t+j}. The equations are in native.c; w_j is the tap j tokens back.
 """

@@ -73,8 +73,8 @@ def test_twice_differentiable():
 
 def test_custom_ops_keep_their_promises():
     x, weight, counts = problem([3, 0, 5, 2], torch.float32)
-    torch.library.opcheck(torch.ops.zoo.grouped_mm.default, (x, weight, counts, True))
-    torch.library.opcheck(torch.ops.zoo.grouped_mm_weight.default, (x, torch.randn(10, 8), counts, False))
+    torch.library.opcheck(torch.ops.zoo.grouped_mm.default, (x, weight, counts, "torch"))
+    torch.library.opcheck(torch.ops.zoo.grouped_mm_weight.default, (x, torch.randn(10, 8), counts, "loop"))
 
 
 @pytest.mark.parametrize("backend", ["loop", "torch", "chunked"])
