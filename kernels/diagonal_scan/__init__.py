@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from zoo.kernels.diagonal_scan import chunked, reference
+from zoo.kernels import gpu
+from zoo.kernels import native as native_core
+from zoo.kernels.diagonal_scan import chunked, native, reference
 from zoo.kernels.diagonal_scan.cost import flops
 from zoo.kernels.dispatch import call, register_row
 
@@ -13,6 +17,14 @@ __all__ = ["diagonal_scan", "flops"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
+gpu.register_triton_row(
+    "diagonal_scan", "zoo.kernels.diagonal_scan.triton:diagonal_scan", refuse=native.refuse_on_gpu,
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.complex64),
+)  # fmt: skip
+register_row(
+    "diagonal_scan", "native", native.diagonal_scan, priority=20, devices=("cpu",), dtypes=_DTYPES,
+    missing=functools.partial(native_core.missing, "diagonal_scan"), refuse=native.refuse,
+)  # fmt: skip
 register_row("diagonal_scan", "chunked", chunked.diagonal_scan, priority=10, dtypes=_DTYPES)
 register_row("diagonal_scan", "reference", reference.diagonal_scan, priority=0, dtypes=_DTYPES)
 

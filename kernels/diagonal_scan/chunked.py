@@ -75,15 +75,21 @@ class _Scan(torch.autograd.Function):
         return db * before.conj(), db, db[:, 0] * a[:, 0].conj()
 
 
-def diagonal_scan(
-    log_decay: Tensor, inputs: Tensor, initial_state: Tensor | None, doc_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `zoo.kernels.diagonal_scan.diagonal_scan`."""
+def multipliers(log_decay: Tensor, inputs: Tensor, doc_ids: Tensor | None) -> tuple[Tensor, torch.dtype]:
+    """exp(log_decay) in the shape of inputs, 0 where a document begins, and the dtype of the computation."""
     wide = torch.promote_types(torch.promote_types(log_decay.dtype, inputs.dtype), torch.float32)
     decay = torch.exp(log_decay.to(wide)).expand_as(inputs)
     if doc_ids is not None:
         same = same_document(doc_ids)
         decay = torch.where(same.view(*same.shape, *[1] * (inputs.ndim - 2)), decay, 0)
+    return decay, wide
+
+
+def diagonal_scan(
+    log_decay: Tensor, inputs: Tensor, initial_state: Tensor | None, doc_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `zoo.kernels.diagonal_scan.diagonal_scan`."""
+    decay, wide = multipliers(log_decay, inputs, doc_ids)
     h0 = torch.zeros_like(inputs[:, 0], dtype=wide) if initial_state is None else initial_state.to(wide)
     h = _Scan.apply(decay, inputs.to(wide), h0)
     return h if wide.is_complex else h.to(inputs.dtype), h[:, -1]
