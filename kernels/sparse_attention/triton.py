@@ -155,7 +155,7 @@ def sparse_attention_combine(
 
 def _configs(width: int, half: bool, rows: int) -> list[dict[str, int]]:
     if not half:
-        return [{"M": 32, "N": 32, "num_warps": 4, "num_stages": 1}]
+        return [{"M": 32, "N": 16 if width > 128 else 32, "num_warps": 8, "num_stages": 1}]
     if width > 128:
         return [{"M": 64, "N": 32, "num_warps": 8, "num_stages": 2}]
     if rows < 64:  # per-token lists, decoding: bound by memory

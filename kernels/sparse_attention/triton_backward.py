@@ -210,7 +210,7 @@ def sparse_attention_backward_key(
 
 def _query_configs(width: int, half: bool, rows: int) -> list[dict[str, int]]:
     if not half:
-        return [{"M": 32, "N": 32, "num_warps": 4, "num_stages": 1}]
+        return [{"M": 32, "N": 16 if width > 128 else 32, "num_warps": 8, "num_stages": 1}]
     if width > 128:
         return [{"M": 64, "N": 32, "num_warps": 8, "num_stages": 1}]
     if rows < 64:
@@ -220,7 +220,7 @@ def _query_configs(width: int, half: bool, rows: int) -> list[dict[str, int]]:
 
 def _key_configs(width: int, half: bool, rows: int) -> list[dict[str, int]]:
     if not half:
-        return [{"M": 32, "N": 32, "num_warps": 4, "num_stages": 1}]
+        return [{"M": 32, "N": 16 if width > 128 else 32, "num_warps": 8, "num_stages": 1}]
     if width > 128:
         return [{"M": 32, "N": 64, "num_warps": 8, "num_stages": 1}]
     return [{"M": 32, "N": 128, "num_warps": 8, "num_stages": 2}, {"M": 64, "N": 128, "num_warps": 8, "num_stages": 2}]
@@ -250,7 +250,7 @@ def backward(
         inverted = invert(call.idx, call.Tk, call.kv_block, call.stride)
         tuned = call.options("sparse_attention_backward_key", _key_configs, 128)
         # the largest power of two that divides a cell
-        tuned["N"] = min(tuned["N"] if inverted.bits is None else inverted.size, inverted.size & -inverted.size)
+        tuned["N"] = min(tuned["N"], inverted.size & -inverted.size)
         cells = inverted.offset.shape[1] - 1
         lists = (inverted.offset, inverted.tile, inverted.bits)
         del constants["KV_BLOCK"], constants["STRIDE"]
