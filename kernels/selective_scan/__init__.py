@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zoo.kernels import gpu, mamba_ssm
 from zoo.kernels import native as native_core
+from zoo.kernels.chunking import wide
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.selective_scan import chunked, native, reference
 from zoo.kernels.selective_scan.cost import flops
@@ -47,5 +48,8 @@ def selective_scan(
     doc_ids: [B, T]. Returns y [B, T, E] in the dtype of u and the last state [B, E, N], float32 (float64 for
     double). The chunked form never holds [B, T, E, N]: backward keeps one state per `chunk_size` tokens.
     """
+    if u.shape[1] == 0:
+        shape, dtype = (u.shape[0], *A.shape), wide(u.dtype)
+        return u.new_empty(u.shape), u.new_zeros(shape, dtype=dtype) + (0 if initial_state is None else initial_state)
     y, state = call("selective_scan", backend, u, delta, A, B, C, initial_state, doc_ids, chunk_size)
     return (y if D is None else y + D * u).to(u.dtype), state

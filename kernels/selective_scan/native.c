@@ -79,12 +79,35 @@ static void forward_block(const Call *c, int64_t b, int64_t block, const real *h
     scatter(h, N, width, last + (b * E + e0) * N);
 }
 
+/* One token: each channel's row of states is read and written where it lies. */
+static void step(const Call *c, int64_t threads, const real *h0, real *y, real *last) {
+    const int64_t N = c->N, E = c->E;
+#pragma omp parallel for num_threads(threads) schedule(static) if (c->B * E * N > 1 << 16)
+    for (int64_t row = 0; row < c->B * E; row++) {
+        const real *restrict A = c->A + row % E * N, *restrict Bt = c->Bt + row / E * N, *restrict Ct = c->Ct + row / E * N;
+        const real *restrict before = h0 ? h0 + row * N : NULL;
+        real *restrict h = last + row * N;
+        const real d = c->delta[row], x = d * c->u[row];
+        real sum = 0;
+        if (before)
+            for (int64_t n = 0; n < N; n++) h[n] = decay_exp(d * A[n]) * before[n] + x * Bt[n];
+        else
+            for (int64_t n = 0; n < N; n++) h[n] = x * Bt[n];
+        for (int64_t n = 0; n < N; n++) sum += h[n] * Ct[n];
+        y[row] = sum;
+    }
+}
+
 void forward(int64_t threads, const real *u, const real *delta, const real *A, const real *Bt, const real *Ct,
              const real *h0, const int64_t *doc, real *y, real *last, real *states, int64_t B, int64_t T, int64_t E,
              int64_t N, int64_t interval) {
     const Call c = {u, delta, A, Bt, Ct, doc, B, T, E, N, interval};
     const int64_t blocks = blocks_of(&c);
-#pragma omp parallel for num_threads(threads) schedule(static) if (T > 1)
+    if (T == 1 && !states) {
+        step(&c, threads, h0, y, last);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < B * blocks; n++) forward_block(&c, n / blocks, n % blocks, h0, y, last, (vec *)states);
 }
 
