@@ -25,6 +25,19 @@ def _ends(counts: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
+# oneDNN's product of a linear layer, by which torch.compile replaces nn.Linear on a CPU. On processors other than
+# Intel's torch.mm (MKL) leaves half of the vector units idle.
+_one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_FEW = 16  # rows for which oneDNN is not worth its call
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices on the CPU."""
+    if _one_dnn is None or a.dtype != torch.float32 or min(a.shape) < _FEW:
+        return torch.mm(a, b)
+    return _one_dnn(a, b.t(), None, "none", [], "")
+
+
 @torch.library.custom_op("zoo::grouped_mm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, counts: Tensor, engine: str) -> Tensor:
     if engine == "triton":
@@ -34,7 +47,8 @@ def _forward(x: Tensor, weight: Tensor, counts: Tensor, engine: str) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[2])
     start = 0
     for matrix, n in zip(weight, counts.tolist(), strict=True):
-        torch.mm(x[start : start + n], matrix, out=y[start : start + n])
+        if n:
+            y[start : start + n] = _product(x[start : start + n], matrix)
         start += n
     if start != x.shape[0]:
         raise ValueError(f"grouped_mm: counts sum to {start}, x has {x.shape[0]} rows")
@@ -51,7 +65,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, counts: Tensor, engine: str) -> Te
     out = x.new_empty(len(counts), x.shape[1], grad.shape[1])
     start = 0
     for matrix, n in zip(out, counts.tolist(), strict=True):
-        torch.mm(x[start : start + n].t(), grad[start : start + n], out=matrix)
+        matrix.copy_(_product(x[start : start + n].t(), grad[start : start + n]) if n else torch.zeros_like(matrix))
         start += n
     return out
 
