@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 import platform
 import re
@@ -151,7 +153,7 @@ def peaks(device: str, dtype: torch.dtype, *, width: int | None = None, rounds: 
 @contextlib.contextmanager
 def memory_peak(device: str) -> Iterator[dict[str, int | None]]:
     """`["bytes"]` afterwards: how much memory was in use at the most, beyond what was before. None where the
-    system does not tell. On a CPU time nothing afterwards."""
+    system does not tell."""
     found: dict[str, int | None] = {"bytes": None}
     if device == "cuda":
         torch.cuda.synchronize()
@@ -165,9 +167,18 @@ def memory_peak(device: str) -> Iterator[dict[str, int | None]]:
     yield found
     if before is not None:
         found["bytes"] = max(_status("VmHWM") - before, 0)
+        _allocator(32 << 20)  # what glibc arrives at by itself in a long run
 
 
-_MMAP_THRESHOLD = -3  # of mallopt: larger blocks come from the system one by one. It slows allocation from then on
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt: blocks above come from the system one by one
+
+
+def _allocator(large: int) -> None:
+    """Blocks of `large` bytes go back to the system as soon as they are freed."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, large)
+    libc.mallopt(_TRIM_THRESHOLD, 2 * large)
+    libc.malloc_trim(0)
 
 
 def _status(field: str) -> int:
@@ -179,15 +190,10 @@ def _status(field: str) -> int:
 
 def _reset_resident_peak() -> int | None:
     """Resident bytes now, after the system was told to forget its high-water mark; None where it cannot."""
-    import ctypes
-    import gc
-
     gc.collect()
     try:
-        libc = ctypes.CDLL(None)
         # what is free must not hide what is needed next, and a tensor that is freed must be gone
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
-        libc.malloc_trim(0)
+        _allocator(1 << 20)
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
     except (OSError, AttributeError):

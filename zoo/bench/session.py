@@ -115,7 +115,7 @@ def _scaling(settings: Settings, seqs: Sequence[int], only: Sequence[str], tell:
         tell(f"{case.title} {what}", 0)
         groups.append(scaling.measure(case, what, sorted(seqs), settings))
         tell(f"{case.title} {what}", 1)
-    for (case, what), group in zip(calls, groups):  # last, since it slows allocation down
+    for (case, what), group in zip(calls, groups):  # last, since it meddles with the allocator
         tell(f"{case.title} {what}: memory", 0)
         scaling.memory(case, what, group, settings)
         tell(f"{case.title} {what}: memory", 1)

@@ -19,14 +19,16 @@ def problem(device: str) -> str | None:
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    return [x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k)] + [v]
+    """fla wants as many heads of q and k as of v; whoever shares them pays for the copies."""
+    copies = v.shape[2] // q.shape[2]
+    return [q, k, v] if copies == 1 else [q.repeat_interleave(copies, 2), k.repeat_interleave(copies, 2), v]
 
 
 def chunk_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Call:
     """A decay per channel."""
     from fla.ops.gla import chunk_gla as fn
 
-    return lambda q, k, v, g: fn(q, k, v, g, scale=1.0)[0], [*_heads(q, k, v), g]
+    return lambda q, k, v, g: fn(*_heads(q, k, v), g, scale=1.0)[0], [q, k, v, g]
 
 
 def chunk_simple_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Call:
@@ -34,8 +36,8 @@ def chunk_simple_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Call:
     from fla.ops.simple_gla import chunk_simple_gla as fn
 
     if g.ndim == 1:
-        return lambda q, k, v, g: fn(q, k, v, g_gamma=g, scale=1.0)[0], [*_heads(q, k, v), g]
-    return lambda q, k, v, g: fn(q, k, v, g=g, scale=1.0)[0], [*_heads(q, k, v), g]
+        return lambda q, k, v, g: fn(*_heads(q, k, v), g_gamma=g, scale=1.0)[0], [q, k, v, g]
+    return lambda q, k, v, g: fn(*_heads(q, k, v), g=g, scale=1.0)[0], [q, k, v, g]
 
 
 def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Call:

@@ -19,8 +19,12 @@ def problem(device: str) -> str | None:
 def selective_scan_fn(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """u and delta as [B, E, T], B and C as [B, N, T]: laid out before the clock starts."""
+    """u and delta as [B, E, T], B and C as [B, N, T]: so they lie in memory before the clock starts."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as fn
 
-    u, delta, B, C = (x.to(u.dtype).transpose(1, 2).contiguous() for x in (u, delta, B, C))
-    return lambda u, delta, A, B, C: fn(u, delta, A, B, C).transpose(1, 2), [u, delta, A.float(), B, C]
+    def run(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        u, delta, B, C = (x.transpose(1, 2) for x in (u, delta, B, C))
+        return fn(u, delta, A, B, C).transpose(1, 2)
+
+    u, delta, B, C = (x.to(u.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (u, delta, B, C))
+    return run, [u, delta, A.float(), B, C]
