@@ -39,8 +39,9 @@ class GatedGroupNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         grouped = (wide(y) * F.silu(wide(z))).unflatten(-1, (self.groups, -1))
-        normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-        return (normed.flatten(-2) * wide(self.weight)).to(z.dtype)
+        length = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)  # no tensor of squares
+        scale = torch.rsqrt(length.square() / grouped.shape[-1] + self.eps)
+        return ((grouped * scale).flatten(-2) * wide(self.weight)).to(z.dtype)
 
 
 @register(
@@ -144,7 +145,7 @@ class Mamba2(Block):
         )
         if state is not None:
             state.ssm.copy_(ssm.detach())
-        y = y + wide(self.D)[:, None] * u
+        y = torch.addcmul(y, wide(self.D)[:, None], u)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> MambaState:
