@@ -153,11 +153,13 @@ def difference(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 
 def _warmed(runner: Runner, device: str) -> list[Tensor]:
+    start = time.perf_counter()
     outputs = _once(runner)
     if device == "cuda":
-        for _ in range(2):  # autotuners and allocators settle
-            _once(runner)
         torch.cuda.synchronize()
+        if time.perf_counter() - start < 5:
+            _once(runner)  # autotuners and allocators settle
+            torch.cuda.synchronize()
     return outputs
 
 
@@ -171,22 +173,24 @@ def _once(runner: Runner) -> list[Tensor]:
 def _too_slow(group: Group, contest: Contest, settings: Settings) -> dict[str, str]:
     """Candidates whose growth over shorter inputs foretells that one call exceeds the patience."""
     names = [c.name for c in contest.candidates if c.growing and c.runner]
-    if not names or group.seq < 64 * SHORTER[0] or settings.device == "cuda":
+    if not names or group.seq < 64 * SHORTER[0]:
         return {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for part in SHORTER:
         for candidate in group.build(group.seq // part).candidates:
             if candidate.name in names and candidate.runner:
-                seconds[candidate.name].append(_seconds(candidate.runner))
+                seconds[candidate.name].append(_seconds(candidate.runner, settings.device))
     return {name: reason for name, (a, b) in seconds.items() if (reason := foretold(a, b, settings.patience))}
 
 
-def _seconds(runner: Runner) -> float:
+def _seconds(runner: Runner, device: str) -> float:
     best = math.inf
     for _ in range(2):
         start = time.perf_counter()
         try:
             _once(runner)
+            if device == "cuda":
+                torch.cuda.synchronize()
         except Exception:
             return 0.0  # told when it is warmed up
         best = min(best, time.perf_counter() - start)
