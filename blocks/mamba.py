@@ -21,8 +21,8 @@ from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import ShortConv, previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.selective_scan import INTERVAL, selective_scan
 from zoo.kernels.selective_scan import flops as selective_scan_flops
-from zoo.kernels.selective_scan import selective_scan
 from zoo.registry import register
 from zoo.schema import PositiveInt
 
@@ -47,7 +47,7 @@ class Mamba(Block):
     """Mamba: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t, with delta, B, C read from u.
 
     x: [B, T, D] -> y: [B, T, D]; rows of in_proj are [x; z], of x_proj [dt; B; C]. The recurrence is elementwise
-    on E N numbers a token; its backward keeps one state for 16 tokens and is O(T). State: E (N + W - 1) numbers.
+    on E N numbers a token; its backward keeps a state every 64 tokens and is O(T). State: E (N + W - 1) numbers.
     bcdt_norm: RMS norms of dt, B and C (Jamba; with weights of one, Falcon-Mamba).
     As delta -> 0 it is the gated convolution D * u; with A shared over N and delta over a head it is Mamba-2;
     with constant delta, B, C a fixed convolution.
@@ -141,10 +141,10 @@ class Mamba(Block):
         return linears + selective_scan_flops(batch_size, seq_len, self.inner, self.state_dim)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; x, z; padded x, its taps' products and sums, u; dt, B, C; step before and after softplus; y, D u,
-        # silu(z), their product; a state for each slab of 16 tokens
-        row = self.dim + (self.conv_size + 11) * self.inner + 3 * self.dt_rank + 4 * self.state_dim
-        return batch_size * (seq_len * row + (-(-seq_len // 16) + 1) * self.inner * self.state_dim)
+        # x; x, z; x alone, u; dt, B, C; step before and after softplus; y, silu(z), their product; a state for
+        # each interval
+        row = self.dim + 9 * self.inner + 3 * self.dt_rank + 4 * self.state_dim
+        return batch_size * (seq_len * row + -(-seq_len // INTERVAL) * self.inner * self.state_dim)
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from zoo.kernels import gpu, mamba_ssm
@@ -11,9 +12,9 @@ from zoo.kernels import native as native_core
 from zoo.kernels.chunking import wide
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.selective_scan import chunked, native, reference
-from zoo.kernels.selective_scan.cost import flops
+from zoo.kernels.selective_scan.cost import INTERVAL, flops
 
-__all__ = ["flops", "selective_scan"]
+__all__ = ["INTERVAL", "flops", "selective_scan"]
 
 register_row(
     "selective_scan", "mamba_ssm", mamba_ssm.selective_scan,
@@ -46,10 +47,11 @@ def selective_scan(
     u: [B, T, E]; delta: [B, T, E] >= 0 (softplus already applied); A: [E, N] <= 0; B, C: [B, T, N], shared by all
     channels; D: [E]; initial_state: [B, E, N] (zeros where None), it belongs to the first document of its row;
     doc_ids: [B, T]. Returns y [B, T, E] in the dtype of u and the last state [B, E, N], float32 (float64 for
-    double). The chunked form never holds [B, T, E, N]: backward keeps one state per `chunk_size` tokens.
+    double). No form holds [B, T, E, N]: backward keeps one state per `chunk_size` tokens (64 in the C core, 16 in
+    Triton).
     """
     if u.shape[1] == 0:
         shape, dtype = (u.shape[0], *A.shape), wide(u.dtype)
         return u.new_empty(u.shape), u.new_zeros(shape, dtype=dtype) + (0 if initial_state is None else initial_state)
     y, state = call("selective_scan", backend, u, delta, A, B, C, initial_state, doc_ids, chunk_size)
-    return (y if D is None else y + D * u).to(u.dtype), state
+    return (y if D is None else torch.addcmul(y, D, u)).to(u.dtype), state

@@ -10,8 +10,7 @@ from torch import Tensor
 from zoo.kernels import native
 from zoo.kernels.chunking import wide
 from zoo.kernels.selective_scan import fused
-
-_INTERVAL = 64
+from zoo.kernels.selective_scan.cost import INTERVAL
 
 
 def refuse(
@@ -51,4 +50,4 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `zoo.kernels.selective_scan.selective_scan`."""
     given = (x.to(wide(u.dtype)) for x in (u, delta, A, B, C))
-    return fused.selective_scan(*given, initial_state, doc_ids, _INTERVAL, sys.modules[__name__])
+    return fused.selective_scan(*given, initial_state, doc_ids, INTERVAL, sys.modules[__name__])
