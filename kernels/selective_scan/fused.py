@@ -18,8 +18,6 @@ from zoo.kernels import higher
 from zoo.kernels.selective_scan import chunked
 from zoo.kernels.selective_scan.cost import flops
 
-_CHANNELS = 16  # saved states have room for whole vectors of channels
-
 
 def _engine(name: str) -> ModuleType:
     return importlib.import_module(f"zoo.kernels.selective_scan.{name}")
@@ -38,8 +36,9 @@ def _forward(
 def _outputs(u: Tensor, A: Tensor, interval: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     (batch, T, E), N = u.shape, A.shape[1]
     count = -(-T // interval) if keep else 0
-    last = A.new_empty(batch, E, N)
-    return u.new_empty(u.shape), last, A.new_empty(batch, count, -(-E // _CHANNELS) * _CHANNELS, N)
+    lanes = 64 // A.itemsize  # saved states have room for whole vectors of channels
+    states = A.new_empty(batch, count, -(-E // lanes) * lanes, N)
+    return u.new_empty(u.shape), A.new_empty(batch, E, N), states
 
 
 @_forward.register_fake

@@ -128,11 +128,11 @@ def forward(u, delta, A, B, C, initial_state, doc_ids, interval, y, last, states
     """Fill y, last and (unless None) states. A, states: float32; the others of one dtype; everything contiguous."""
     (batch, T, E), N = u.shape, A.shape[1]
     config = gpu.options("selective_scan_forward", u, FORWARD, N=N)
-    none = last  # a pointer that is not read
+    none, width = last, E if states is None else states.shape[2]  # a pointer that is not read
     with gpu.launching(u):
         selective_scan_forward[(triton.cdiv(E, config["BE"]), batch)](
             u, delta, A, B, C, none if initial_state is None else initial_state, none if doc_ids is None else doc_ids,
-            y, last, none if states is None else states, T, E, N, -(-E // 16) * 16, NP=_padded(N), INTERVAL=interval,
+            y, last, none if states is None else states, T, E, N, width, NP=_padded(N), INTERVAL=interval,
             START=initial_state is not None, DOCS=doc_ids is not None, KEEP=states is not None, **config,
         )  # fmt: skip
 
