@@ -28,14 +28,16 @@ def _ends(counts: Tensor) -> Tensor:
 # oneDNN's product of a linear layer, by which torch.compile replaces nn.Linear on a CPU. On processors other than
 # Intel's torch.mm (MKL) leaves half of the vector units idle.
 _one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_FEW = 16  # rows for which oneDNN is not worth its call
+_FEW = 8  # rows for which oneDNN is not worth its call
+
+
+def _uses_one_dnn(a: Tensor, b: Tensor) -> bool:
+    return _one_dnn is not None and a.dtype == torch.float32 and min(a.shape) >= _FEW
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two matrices on the CPU."""
-    if _one_dnn is None or a.dtype != torch.float32 or min(a.shape) < _FEW:
-        return torch.mm(a, b)
-    return _one_dnn(a, b.t(), None, "none", [], "")
+    return _one_dnn(a, b.t(), None, "none", [], "") if _uses_one_dnn(a, b) else torch.mm(a, b)
 
 
 @torch.library.custom_op("zoo::grouped_mm", mutates_args=())
@@ -65,7 +67,11 @@ def _weight_gradient(x: Tensor, grad: Tensor, counts: Tensor, engine: str) -> Te
     out = x.new_empty(len(counts), x.shape[1], grad.shape[1])
     start = 0
     for matrix, n in zip(out, counts.tolist(), strict=True):
-        matrix.copy_(_product(x[start : start + n].t(), grad[start : start + n]) if n else torch.zeros_like(matrix))
+        a, b = x[start : start + n].t(), grad[start : start + n]
+        if _uses_one_dnn(a, b):
+            matrix.copy_(_product(a, b))
+        else:
+            torch.mm(a, b, out=matrix)  # zeros where the group has no rows
         start += n
     return out
 
@@ -89,7 +95,12 @@ def _forward_backward(ctx, grad: Tensor):
     x, weight, counts = ctx.saved_tensors
     grad = grad.contiguous()  # torch's kernel refuses expanded gradients
     dx = _forward(grad, weight.transpose(1, 2), counts, ctx.engine) if ctx.needs_input_grad[0] else None
-    dw = _weight_gradient(x, grad, counts, ctx.engine) if ctx.needs_input_grad[1] else None
+    dw = None
+    if ctx.needs_input_grad[1] and weight.stride(1) < weight.stride(2):
+        # a transposed view: a gradient laid out like what it views is taken as it is, any other would be copied
+        dw = _weight_gradient(grad, x, counts, ctx.engine).transpose(1, 2)
+    elif ctx.needs_input_grad[1]:
+        dw = _weight_gradient(x, grad, counts, ctx.engine)
     return dx, dw, None, None
 
 
