@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from zoo.blocks.measure import group_counts
 from zoo.kernels.grouped_mm import grouped_mm
 from zoo.kernels.grouped_mm.cost import flops as grouped_mm_flops
+from zoo.kernels.grouped_mm.tokens import swiglu_tokens
 
 
 class SwiGLUExperts(nn.Module):
@@ -33,6 +34,10 @@ class SwiGLUExperts(nn.Module):
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x: [N, D]; indices, weights: [N, k]; returns [N, D]."""
         N, k = indices.shape
+        if self.kernel == "auto":
+            few = swiglu_tokens(x, indices, weights, self.gate_up_proj, self.down_proj)
+            if few is not None:
+                return few
         order = indices.flatten().argsort(stable=True)
         counts = group_counts(indices, self.num_experts)
         rows = x.index_select(0, order // k)

@@ -61,7 +61,7 @@ class TopKRouter(nn.Module):
         weights = scores.gather(1, indices)
         if self.renormalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return logits, scores, indices, weights * self.route_scale
+        return logits, scores, indices, weights if self.route_scale == 1 else weights * self.route_scale
 
     def _within_best_groups(self, wanted: Tensor) -> Tensor:
         groups = wanted.unflatten(-1, (self.num_groups, -1))

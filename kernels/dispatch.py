@@ -148,6 +148,11 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
     return out
 
 
+def forced(op: str) -> bool:
+    """Is a backend of `op` forced by `use`?"""
+    return op in _overrides
+
+
 @contextlib.contextmanager
 def use(**choice: str) -> Iterator[None]:
     """`with zoo.kernels.use(linear_attention="reference"):` forces backends inside the block."""

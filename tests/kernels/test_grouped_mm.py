@@ -5,8 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import KernelUnavailable
-from zoo.kernels.dispatch import explain
+from zoo.kernels import native
+from zoo.kernels.dispatch import explain, use
 from zoo.kernels.grouped_mm import cost, grouped_mm
+from zoo.kernels.grouped_mm.tokens import MOST, swiglu_tokens
 
 COUNTS = ([3, 0, 70, 5], [0, 0, 0, 78], [78, 0, 0, 0], [20, 19, 19, 20])
 
@@ -122,3 +124,44 @@ def test_autocast_mixes_dtypes_as_matmul_does():
     y.sum().backward()
     assert y.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32 and exact.dtype == torch.float64
     torch.testing.assert_close(y.double(), exact, rtol=0.05, atol=0.1)
+
+
+def experts_call(tokens, dtype, dim=37, width=21, num_experts=5, k=2):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (tokens, dim), (num_experts, 2 * width, dim), (num_experts, dim, width)
+    x, gate_up, down = (torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    scores = torch.rand(tokens, num_experts, generator=generator).to(dtype)
+    weights, experts = scores.topk(k, dim=-1)
+    return x, experts, weights, gate_up, down
+
+
+@pytest.mark.skipif(native.missing("grouped_mm") is not None, reason="no C compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
+def test_tokens_of_the_c_core(dtype, tolerance, tokens, threads):
+    x, experts, weights, gate_up, down = experts_call(tokens, dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = swiglu_tokens(20 * x, experts, weights, gate_up, down)  # gates up to 100 and more, of both signs
+    finally:
+        torch.set_num_threads(before)
+    want = torch.zeros_like(x)
+    for n in range(tokens):
+        for e, weight in zip(experts[n], weights[n]):
+            gate, up = (gate_up[e] @ (20 * x[n])).chunk(2)
+            want[n] += weight * (down[e] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+def test_the_c_core_leaves_what_it_cannot_do():
+    call = experts_call(2, torch.float32)
+    assert swiglu_tokens(*experts_call(MOST + 1, torch.float32)) is None
+    assert swiglu_tokens(*experts_call(0, torch.float32)) is None
+    assert swiglu_tokens(*experts_call(2, torch.bfloat16)) is None
+    assert swiglu_tokens(call[0].requires_grad_(), *call[1:]) is None
+    with FlopCounterMode(display=False), torch.no_grad():
+        assert swiglu_tokens(*call) is None
+    with torch.no_grad(), use(grouped_mm="loop"):
+        assert swiglu_tokens(*call) is None
