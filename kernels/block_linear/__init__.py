@@ -43,7 +43,7 @@ def monarch(x: Tensor, first: Tensor, second: Tensor, *, backend: str = "auto") 
     """
     _check(first.ndim == 3 and second.ndim == 3 and x.shape[-1] == first.shape[0] * first.shape[2]
            and first.shape[0] * first.shape[1] == second.shape[0] * second.shape[2],
-           "monarch takes x [..., k p], first [k, q, p], second [l, s, r] with l r = k q", x, first, second)  # fmt: skip
+           "monarch takes x [..., k p], first [k, q, p], second [l, s, r], l r = k q", x, first, second)  # fmt: skip
     return _call(backend, x, first, second, None)
 
 
@@ -69,4 +69,5 @@ def _call(backend: str, x: Tensor, *factors: Tensor | None) -> Tensor:
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         half = torch.get_autocast_dtype(device)
         x, *factors = (f if f is None else f.to(half) for f in (x, *factors))
-    return call("block_linear", backend, x.reshape(-1, x.shape[-1]), *factors).unflatten(0, x.shape[:-1])
+    y = call("block_linear", backend, x.reshape(-1, x.shape[-1]), *factors)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

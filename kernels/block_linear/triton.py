@@ -18,7 +18,7 @@ from zoo.kernels import gpu
 PRODUCT = [
     {"BR": 64, "BM": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
     {"BR": 128, "BM": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
-    {"BR": 16, "BM": 128, "BK": 64, "num_warps": 4, "num_stages": 3},
+    {"BR": 16, "BM": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
 ]
 MIX_PRODUCT = [
     {"BR": 64, "BM": 128, "BK": 32, "num_warps": 4, "num_stages": 2},
@@ -134,21 +134,21 @@ def block_mm_weight_backward(
 
 @triton.jit
 def block_mix_scales_backward(
-    grad, z, ds, N, I, J, K, PART: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+    grad, z, ds, N, A, J, K, PART: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """grad_i ⊙ z_j summed over the rows of one part, for BK ranks of one pair (i, j)."""
     pair, part = tl.program_id(1), tl.program_id(2)
     i, j = pair // J, pair % J
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     total = tl.zeros((BR, BK), tl.float32)
-    for start in range(0, PART, BR):
-        row = part * PART + start + tl.arange(0, BR)
+    for start in range(part * PART, tl.minimum((part + 1) * PART, N), BR):
+        row = start + tl.arange(0, BR)
         mask = (row < N)[:, None] & (k < K)[None, :]
         line = row.to(tl.int64)[:, None] * K
-        a = tl.load(grad + line * I + (i * K + k)[None, :], mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(grad + line * A + (i * K + k)[None, :], mask=mask, other=0.0).to(tl.float32)
         b = tl.load(z + line * J + (j * K + k)[None, :], mask=mask, other=0.0).to(tl.float32)
         total += a * b
-    tl.store(ds + (part.to(tl.int64) * I * J + pair) * K + k, tl.sum(total, 0), mask=k < K)
+    tl.store(ds + (part.to(tl.int64) * A * J + pair) * K + k, tl.sum(total, 0), mask=k < K)
 
 
 def _precision(x: Tensor) -> str:
