@@ -34,3 +34,5 @@ def examples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[s
     yield case("no decay", 20, strength=0.0, state=True)
     yield case("one token", 1, state=True)
     yield case("two tokens, one channel", 2, E=1, N=1)
+    yield case("time in chunks", 150, N=4, docs=[47, 2, 60, 41], state=True)
+    yield case("time in chunks, no decay", 130, N=2, strength=0.0)
