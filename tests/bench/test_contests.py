@@ -116,6 +116,17 @@ def test_what_grows_too_fast_is_left_out():
     assert groups.foretold(0.1, 0.4, 26.0) is None
 
 
+def test_what_needs_too_much_memory_is_left_out():
+    GiB = 2.0**30
+    assert (
+        groups.foretold_memory(0.25 * GiB, 1.0 * GiB, 100 * GiB)
+        == "left out: would need about 64 GiB, 100 GiB are free"
+    )
+    assert groups.foretold_memory(0.25 * GiB, 1.0 * GiB, 200 * GiB) is None
+    assert groups.foretold_memory(0.5 * GiB, 1.0 * GiB, 21 * GiB) is None  # linear: 8 GiB
+    assert groups.foretold_memory(1e3, 1e6, 1e6) is None  # too little to tell
+
+
 def test_growth_for_twice_the_length():
     assert scaling.for_doubling(4, 10.0, 8, 20.0) == pytest.approx(2.0)
     assert scaling.for_doubling(4, 1.0, 16, 16.0) == pytest.approx(4.0)

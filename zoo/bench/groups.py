@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zoo.bench.machine import Peaks
+from zoo.bench.machine import Peaks, free_memory, memory_peak
 from zoo.bench.timing import Runner, Timing, race
 from zoo.errors import KernelUnavailable
 
@@ -20,7 +20,8 @@ What = Literal["forward", "forward+backward", "step"]
 # |a - b| / |a| between two ways to compute the same; low precision moves whole tokens to other experts
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 SHORTER = (16, 8)  # what may grow faster than its input is first run on so much shorter ones
-TELLING_SECONDS = 0.05  # a shorter run below this says nothing about growth
+TELLING_SECONDS, TELLING_BYTES = 0.05, 1 << 24  # a shorter run below these says nothing about growth
+SHARE_OF_MEMORY = 0.4  # of what is free; the other candidates' inputs and the allocator want some too
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Settings:
     rounds: int = 7
     compiled: bool = False  # peers through torch.compile too
     peer: str | None = None  # whose time the ratios compare with; the quickest peer where it is None
-    patience: float = 60.0  # seconds a single call may take
+    patience: float = 20.0  # seconds a single call may take
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Candidate:
     problem: str | None = None  # why it does not take part
     row: bool = False  # a row of the dispatcher, or what it chooses; they come in its order
     alike: bool = True  # computes the same function as the others
-    growing: bool = False  # its time may grow faster than the length
+    growing: bool = False  # its time or memory may grow faster than the length: first tried on shorter inputs
 
     @classmethod
     def refused(cls, name: str, by: Literal["zoo", "peer"], problem: str) -> Candidate:
@@ -98,12 +99,12 @@ def hold(group: Group, settings: Settings, peaks: Peaks, advance: Callable[[], A
     gc.collect()
     contest = group.build(group.seq)
     entries = {c.name: Entry(c.name, c.by, c.row, problem=c.problem) for c in contest.candidates}
-    slow = _too_slow(group, contest, settings)
+    left_out = _too_large(group, contest, settings)
     first: list[Tensor] | None = None
     runners: dict[str, Runner] = {}
     for candidate in contest.candidates:
         entry = entries[candidate.name]
-        entry.problem = entry.problem or slow.get(candidate.name)
+        entry.problem = entry.problem or left_out.get(candidate.name)
         if entry.problem or candidate.runner is None:
             continue
         try:
@@ -170,44 +171,76 @@ def _once(runner: Runner) -> list[Tensor]:
     return [x.detach().clone() for x in (found if isinstance(found, (tuple, list)) else [found])]
 
 
-def _too_slow(group: Group, contest: Contest, settings: Settings) -> dict[str, str]:
-    """Candidates whose growth over shorter inputs foretells that one call exceeds the patience."""
+def _too_large(group: Group, contest: Contest, settings: Settings) -> dict[str, str]:
+    """Candidates of which shorter inputs foretell that one call takes too long, or more memory than there is."""
     names = [c.name for c in contest.candidates if c.growing and c.runner]
     if not names or group.seq < 64 * SHORTER[0]:
         return {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    memory: dict[str, list[float]] = {name: [] for name in names}
     for part in SHORTER:
         for candidate in group.build(group.seq // part).candidates:
             if candidate.name in names and candidate.runner:
-                seconds[candidate.name].append(_seconds(candidate.runner, settings.device))
-    return {name: reason for name, (a, b) in seconds.items() if (reason := foretold(a, b, settings.patience))}
+                spent, held = _needs(candidate.runner, settings.device)
+                seconds[candidate.name].append(spent)
+                memory[candidate.name].append(held)
+    free = free_memory(settings.device)
+    # a token loop of ours over a quadratic op keeps every token's part of it, whatever two short runs seem to say
+    loops = {c.name for c in contest.candidates if c.row}
+    found: dict[str, str] = {}
+    for name in names:
+        if len(seconds[name]) == len(SHORTER):
+            reason = foretold(seconds[name][0], seconds[name][1], settings.patience)
+            before = memory[name][1] / 4 if name in loops else memory[name][0]
+            reason = reason or foretold_memory(before, memory[name][1], free)
+            if reason:
+                found[name] = reason
+    return found
 
 
-def _seconds(runner: Runner, device: str) -> float:
+def _needs(runner: Runner, device: str) -> tuple[float, float]:
+    """Seconds and bytes of one call; zeros where it fails, which is told when it is warmed up."""
     best = math.inf
-    for _ in range(2):
-        start = time.perf_counter()
-        try:
+    try:
+        with memory_peak(device) as held:
+            _once(runner)
+        for _ in range(2):
+            start = time.perf_counter()
             _once(runner)
             if device == "cuda":
                 torch.cuda.synchronize()
-        except Exception:
-            return 0.0  # told when it is warmed up
-        best = min(best, time.perf_counter() - start)
-        if best > 1:
-            break
-    return best
+            best = min(best, time.perf_counter() - start)
+            if best > 1:
+                break
+    except Exception:
+        return 0.0, 0.0
+    return best, held["bytes"] or 0.0
+
+
+def _at_full_length(shorter: float, longer: float, most: float) -> tuple[float, float]:
+    """The power of the growth from T/16 to T/8, between 1 and `most`, and what it makes of T."""
+    power = min(max(math.log2(longer / max(shorter, 1e-9)), 1.0), most)
+    return power, longer * SHORTER[-1] ** power
 
 
 def foretold(shorter: float, longer: float, patience: float) -> str | None:
     """Why a candidate that took so many seconds at T/16 and T/8 is left out at T, or None."""
     if longer < TELLING_SECONDS:
         return None
-    growth = min(max(math.log2(longer / shorter), 1.0), 4.0)
-    seconds = longer * SHORTER[-1] ** growth
+    power, seconds = _at_full_length(shorter, longer, 4.0)
     if seconds <= patience:
         return None
-    return f"left out: grows as T^{growth:.1f}, about {seconds:.0f} s a call (more than --patience {patience:g})"
+    return f"left out: grows as T^{power:.1f}, about {seconds:.0f} s a call (more than --patience {patience:g})"
+
+
+def foretold_memory(shorter: float, longer: float, free: float) -> str | None:
+    """Why a candidate that held so many bytes at T/16 and T/8 is left out at T, or None."""
+    if longer < TELLING_BYTES:
+        return None
+    needed = _at_full_length(shorter, longer, 2.0)[1]
+    if needed <= SHARE_OF_MEMORY * free:
+        return None
+    return f"left out: would need about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
 def _against(entries: Sequence[Entry], peer: str | None) -> Entry | None:

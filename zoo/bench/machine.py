@@ -150,6 +150,17 @@ def peaks(device: str, dtype: torch.dtype, *, width: int | None = None, rounds: 
     )
 
 
+def free_memory(device: str) -> float:
+    """Bytes that can still be had; infinite where the system does not tell."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return 1024 * int(line.split()[1])
+    return float("inf")
+
+
 @contextlib.contextmanager
 def memory_peak(device: str) -> Iterator[dict[str, int | None]]:
     """`["bytes"]` afterwards: how much memory was in use at the most, beyond what was before. None where the

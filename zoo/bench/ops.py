@@ -84,7 +84,7 @@ def _rows(
             yield Candidate.refused(row.backend, by, why)
             continue
         call = _by(problem, row.backend)
-        growing = row.backend == "reference" and what != "step"
+        growing = row.backend in ("reference", "chunked") and what != "step"
         yield Candidate(row.backend, by, runner(call, problem.inputs, what), row=True, growing=growing)
 
 

@@ -33,7 +33,7 @@ def command(
     ] = None,
     patience: Annotated[
         float, typer.Option("--patience", min=0.0, help="Seconds that one call of a slow row may take.")
-    ] = 60.0,
+    ] = 20.0,
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg or .pdf.")] = None,
     save: Annotated[bool, typer.Option("--save", help="Keep the result in tools/bench/results.")] = False,
     tune: Annotated[
