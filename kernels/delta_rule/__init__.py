@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor
 
-from zoo.kernels import fla
+from zoo.kernels import fla, gpu
 from zoo.kernels import native as native_core
 from zoo.kernels.chunking import check_heads
 from zoo.kernels.delta_rule import chunked, native, reference
@@ -16,6 +16,8 @@ from zoo.kernels.dispatch import call, register_row
 __all__ = ["delta_rule", "flops"]
 
 register_row("delta_rule", "fla", fla.delta_rule, refuse=fla.delta_rule_refuses, **fla.constraints("delta_rule"))
+# below fla's chunked kernels, above the chunked torch form
+gpu.register_triton_row("delta_rule", "zoo.kernels.delta_rule.triton:delta_rule", priority=15, refuse=native.refuse)
 register_row(
     "delta_rule", "native", native.delta_rule, priority=20, devices=("cpu",),
     missing=functools.partial(native_core.missing, "delta_rule"), refuse=native.refuse,
