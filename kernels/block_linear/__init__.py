@@ -1,7 +1,7 @@
-"""Linear maps whose matrix is structured in blocks: block-diagonal, Monarch (arXiv:2204.00595), BLAST (2410.21262).
+"""Structured linear maps made of blocks: block-diagonal, Monarch and BLAST.
 
-One op, y = (left . mix . right) x, whose parts are block-diagonal products but for the mixing of blocks between
-them. A low-rank map is two dense products and needs no kernel.
+Rows take (x [N, in], first [b, c, in / b], second or None, scales or None): the first block-diagonal product, then
+for Monarch the second one between two permutations, or for BLAST the scaled sum over blocks and the second one.
 """
 
 from __future__ import annotations
@@ -10,60 +10,64 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import gpu
-from zoo.kernels.block_linear import chunked, fused, reference
+from zoo.kernels.block_linear import chunked, reference
 from zoo.kernels.dispatch import call, register_row
 
-gpu.register_triton_row("block_linear", "zoo.kernels.block_linear.fused:block_linear", refuse=fused.refuse)
+
+def _triton_refuses(x: Tensor, *factors: Tensor | None) -> str | None:
+    wrong = [str(f.dtype) for f in factors if f is not None and f.dtype != x.dtype]
+    return f"needs one dtype, x is {x.dtype} and a factor {wrong[0]}" if wrong else None
+
+
+gpu.register_triton_row("block_linear", "zoo.kernels.block_linear.fused:block_linear", refuse=_triton_refuses)
 register_row("block_linear", "chunked", chunked.block_linear, priority=10)
 register_row("block_linear", "reference", reference.block_linear, priority=0)
 
 
 def block_diagonal(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
-    """y_k = W_k x_k for each block k of x.
+    """y_i = W_i x_i for the blocks x_i of x.
 
-    x: [..., b p]; weight: [b, q, p]. Returns [..., b q] in x's dtype (under autocast in its dtype, as matmul does).
+    x: [..., b k]; weight: [b, m, k]. Returns [..., b m] in x's dtype (under autocast in its dtype, as matmul does).
     """
-    return _call(x, weight, None, None, backend)
+    _check(weight.ndim == 3 and x.shape[-1] == weight.shape[0] * weight.shape[2],
+           "block_diagonal takes x [..., b k] and weight [b, m, k]", x, weight)  # fmt: skip
+    return _call(backend, x, weight, None, None)
 
 
-def monarch(x: Tensor, right: Tensor, left: Tensor, *, backend: str = "auto") -> Tensor:
-    """Two block-diagonal products with a transposition of blocks and features after each.
+def monarch(x: Tensor, first: Tensor, second: Tensor, *, backend: str = "auto") -> Tensor:
+    """y = P2 L P1 R x with block-diagonal R and L: Monarch (Dao et al. 2022, arXiv 2204.00595).
 
-    x: [..., k p]; right: [k, q, p]; left: [l, s, r] with l r = k q. t = block_diagonal(x, right) is read as
-    [r, l], so that z[lambda, rho] = t[rho l + lambda]; y[sigma l + lambda] = sum_rho left[lambda, sigma, rho]
-    z[lambda, rho]. Returns [..., s l].
+    x: [..., k p]; first (R): [k, q, p]; second (L): [l, s, r] with l r = k q. P1 reads R x as a matrix [r, l] and
+    gives column λ to block λ of L; P2 puts output σ of block λ at place σ l + λ. Each of the k x l blocks of the
+    whole has rank q / l (where l divides q). Returns [..., s l].
     """
-    if left.ndim == right.ndim == 3 and left.shape[0] * left.shape[2] != right.shape[0] * right.shape[1]:
-        raise ValueError(
-            f"monarch: right {tuple(right.shape)} gives {right.shape[0] * right.shape[1]} features, left "
-            f"{tuple(left.shape)} takes {left.shape[0] * left.shape[2]}; k q must be l r"
-        )
-    return _call(x, right, left, None, backend)
+    _check(first.ndim == 3 and second.ndim == 3 and x.shape[-1] == first.shape[0] * first.shape[2]
+           and first.shape[0] * first.shape[1] == second.shape[0] * second.shape[2],
+           "monarch takes x [..., k p], first [k, q, p], second [l, s, r], l r = k q", x, first, second)  # fmt: skip
+    return _call(backend, x, first, second, None)
 
 
-def blast(x: Tensor, left: Tensor, mix: Tensor, right: Tensor, *, backend: str = "auto") -> Tensor:
-    """y_i = U_i sum_j diag(s_ij) V_j x_j.
+def blast(x: Tensor, u: Tensor, s: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
+    """y_i = U_i Σ_j s_ij ⊙ (V_j^T x_j): BLAST (Lee et al. 2024, arXiv 2410.21262).
 
-    x: [..., c p], c blocks; left U: [b, q, r]; mix s: [b, c, r]; right V: [c, r, p]. Returns [..., b q].
+    x: [..., b q]; u: [a, p, r]; s: [a, b, r]; v: [b, q, r]; a = b in the paper. Block (i, j) of the matrix is
+    U_i diag(s_ij) V_j^T; s = 1 gives a low-rank matrix, s_ij = 0 for i != j a block-diagonal one. Returns [..., a p].
     """
-    wanted = (left.shape[0], right.shape[0], left.shape[-1])
-    if left.ndim != 3 or right.ndim != 3 or tuple(mix.shape) != wanted or right.shape[1] != wanted[2]:
-        raise ValueError(
-            f"blast: left {tuple(left.shape)}, mix {tuple(mix.shape)} and right {tuple(right.shape)} do not agree; "
-            "they must be [b, q, r], [b, c, r], [c, r, p]"
-        )
-    return _call(x, right, left, mix, backend)
+    _check(u.ndim == s.ndim == v.ndim == 3 and x.shape[-1] == v.shape[0] * v.shape[1]
+           and s.shape == (u.shape[0], v.shape[0], v.shape[2]) and u.shape[2] == v.shape[2],
+           "blast takes x [..., b q], u [a, p, r], s [a, b, r], v [b, q, r]", x, u, s, v)  # fmt: skip
+    return _call(backend, x, v.transpose(1, 2), u, s)
 
 
-def _call(x: Tensor, right: Tensor, left: Tensor | None, mix: Tensor | None, backend: str) -> Tensor:
-    if any(w is not None and w.ndim != 3 for w in (right, left)):
-        raise ValueError("the weights of a block-diagonal product are [blocks, outputs, inputs]")
-    if x.shape[-1] != right.shape[0] * right.shape[2]:
-        raise ValueError(f"x has {x.shape[-1]} features, the first product {tuple(right.shape)} takes "
-                         f"{right.shape[0] * right.shape[2]}")  # fmt: skip
+def _check(right: bool, wanted: str, *given: Tensor) -> None:
+    if not right:
+        raise ValueError(f"{wanted}; got {', '.join(str(list(g.shape)) for g in given)}")
+
+
+def _call(backend: str, x: Tensor, *factors: Tensor | None) -> Tensor:
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         half = torch.get_autocast_dtype(device)
-        x, right, left, mix = (None if t is None else t.to(half) for t in (x, right, left, mix))
-    y = call("block_linear", backend, x.reshape(-1, x.shape[-1]), right, left, mix)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        x, *factors = (f if f is None else f.to(half) for f in (x, *factors))
+    y = call("block_linear", backend, x.reshape(-1, x.shape[-1]), *factors)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

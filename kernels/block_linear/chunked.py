@@ -1,5 +1,6 @@
-"""Block-structured linear maps as batched products with the tokens last: so laid out, the transposition of Monarch and
-the mixing of BLAST are batched products on views, and only the output is copied."""
+"""Structured linear maps as batched products: one per block-diagonal factor, and for BLAST's sum over blocks one
+product of [a, b] by [b, rows] for each of the r ranks. Between two factors features come first: their blocks are then
+rearranged as whole rows, which on a CPU makes Monarch and BLAST up to twice as fast."""
 
 from __future__ import annotations
 
@@ -7,14 +8,15 @@ import torch
 from torch import Tensor
 
 
-def block_linear(x: Tensor, right: Tensor, left: Tensor | None = None, mix: Tensor | None = None) -> Tensor:
-    """See `zoo.kernels.block_linear`; x: [N, features]."""
-    N, (k, _, p) = x.shape[0], right.shape
-    y = torch.bmm(right, x.reshape(N, k, p).permute(1, 2, 0))  # [k, q, N]
-    if mix is not None:
-        mixed = torch.bmm(mix.permute(2, 0, 1), y.transpose(0, 1))  # [r, b, N]: one product per rank
-        y = torch.bmm(left, mixed.transpose(0, 1))
-    elif left is not None:
-        y = y.reshape(left.shape[2], left.shape[0], N).transpose(0, 1)  # [l, r, N]
-        return torch.bmm(left, y).permute(2, 1, 0).flatten(1)
-    return y.permute(2, 0, 1).flatten(1)
+def block_linear(x: Tensor, first: Tensor, second: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+    """See `zoo.kernels.block_linear`."""
+    x = x.unflatten(1, first.shape[::2])  # [N, b, k]
+    if second is None:
+        return torch.bmm(x.transpose(0, 1), first.mT).transpose(0, 1).flatten(1)
+    z = torch.bmm(first, x.permute(1, 2, 0))  # [b, c, N]
+    if scales is not None:
+        h = torch.bmm(scales.permute(2, 0, 1), z.transpose(0, 1))  # [r, a, N]
+        return torch.bmm(second, h.transpose(0, 1)).flatten(0, 1).t().contiguous()
+    blocks, _, width = second.shape
+    z = z.reshape(width, blocks, x.shape[0])
+    return torch.bmm(second, z.transpose(0, 1)).transpose(0, 1).flatten(0, 1).t().contiguous()

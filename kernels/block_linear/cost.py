@@ -1,19 +1,18 @@
-"""Matrix FLOPs of the block-structured linear maps."""
+"""Matrix FLOPs of the structured linear maps, as `chunked` executes them; `rows` are the vectors multiplied."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
 
-Shape = Sequence[int] | None
-
-
-def flops(rows: int, right: Shape, left: Shape = None, mix: Shape = None) -> int:
-    """Of `rows` rows, by the shapes of the factors: every factor meets every row once, in every form."""
-    return 2 * rows * sum(prod(shape) for shape in (right, left, mix) if shape is not None)
+def block_diagonal_flops(rows: int, b: int, m: int, k: int) -> int:
+    """weight [b, m, k]."""
+    return 2 * rows * b * m * k
 
 
-def backward_flops(rows: int, right: Shape, left: Shape = None, mix: Shape = None) -> int:
-    """Executed by the fused backward: the gradients of inputs and weights, and what lay between the factors again."""
-    again = flops(rows, right, None, mix) if left is not None else 0
-    return 2 * flops(rows, right, left, mix) + again
+def monarch_flops(rows: int, k: int, q: int, p: int, l: int, s: int, r: int) -> int:  # noqa: E741
+    """first [k, q, p], second [l, s, r]."""
+    return 2 * rows * (k * q * p + l * s * r)
+
+
+def blast_flops(rows: int, a: int, p: int, b: int, q: int, rank: int) -> int:
+    """u [a, p, rank], s [a, b, rank], v [b, q, rank]."""
+    return 2 * rows * rank * (b * q + a * b + a * p)

@@ -1,4 +1,4 @@
-"""Small calls of the block-structured linear maps, as their rows receive them."""
+"""Small calls of the structured linear maps, as their rows receive them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import torch
 
 
 def examples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Name and arguments (x, right, left, mix) of each."""
+    """Name and arguments (x, first, second, scales) of each."""
 
-    def case(rows, right, left=None, mix=None):
-        gen = torch.Generator().manual_seed(rows)
-        x = torch.randn(rows, right[0] * right[2], generator=gen)
-        weights = []
-        for shape in (right, left, mix):
-            scale = 1.0 if shape is None else shape[-1] ** -0.5 if shape is not mix else shape[1] ** -0.5
-            weights.append(None if shape is None else (torch.randn(shape, generator=gen) * scale).to(device, dtype))
-        return (x.to(device, dtype), *weights)
+    def case(name, rows, first, second=None, scales=None, transposed=False):
+        gen = torch.Generator().manual_seed(rows + sum(first))
 
-    yield "block-diagonal", case(65, (3, 24, 40))
-    yield "one block", case(5, (1, 17, 33))
-    yield "one row", case(1, (4, 16, 16))
-    yield "monarch", case(70, (4, 16, 20), (4, 24, 16))
-    yield "monarch, ranks that differ", case(33, (3, 20, 16), (6, 17, 10))  # not a part of each to each
-    yield "monarch, fewer blocks behind", case(9, (6, 4, 8), (2, 40, 12))
-    yield "monarch, one row", case(1, (2, 16, 16), (4, 16, 8))
-    yield "blast", case(40, (4, 24, 16), (4, 20, 24), (4, 4, 24))
-    yield "blast, blocks of other numbers", case(33, (3, 40, 12), (5, 7, 40), (5, 3, 40))
-    yield "blast, one block", case(17, (1, 16, 24), (1, 24, 16), (1, 1, 16))
-    yield "no rows", case(0, (2, 16, 16), (2, 16, 16))
+        def normal(*shape):
+            return torch.randn(*shape, generator=gen).to(device, dtype)
+
+        x = normal(rows, first[0] * first[2])
+        b, c, k = first
+        w = (normal(b, k, c).transpose(1, 2) if transposed else normal(b, c, k)) / k**0.5
+        s = normal(*scales) / scales[1] ** 0.5 if scales else None
+        return name, (x, w, normal(*second) / second[2] ** 0.5 if second else None, s)
+
+    yield case("block-diagonal", 70, (2, 32, 16))
+    yield case("block-diagonal, odd, one row", 1, (3, 21, 37))
+    yield case("one block, transposed", 5, (1, 24, 40), transposed=True)
+    yield case("Monarch, square", 33, (4, 8, 8), (4, 8, 8))
+    yield case("Monarch, rectangular, rank 2", 17, (3, 10, 7), (5, 9, 6))
+    yield case("Monarch, l does not divide q", 3, (4, 9, 5), (6, 4, 6))
+    yield case("BLAST", 65, (2, 16, 32), (2, 32, 16), (2, 2, 16), transposed=True)
+    yield case("BLAST, rectangular, odd", 9, (3, 19, 11), (2, 23, 19), (2, 3, 19), transposed=True)
+    yield case("no rows", 0, (2, 4, 6), (2, 5, 4), (2, 2, 4))

@@ -1,4 +1,4 @@
-"""Definition of the block-structured linear maps: loops over blocks, as the equations stand."""
+"""Definition of the structured linear maps: loops over blocks that read like the equations."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 
 
-def block_linear(x: Tensor, right: Tensor, left: Tensor | None = None, mix: Tensor | None = None) -> Tensor:
-    """y = right x; with left, Monarch; with left and mix, BLAST. Shapes as in `zoo.kernels.block_linear`; x: [N, .]."""
-    parts = [part @ w.T for part, w in zip(x.chunk(len(right), -1), right.unbind(0), strict=True)]
-    if left is None:
-        return torch.cat(parts, -1)
-    if mix is not None:
-        mixed = [sum(s * z for s, z in zip(row.unbind(0), parts, strict=True)) for row in mix.unbind(0)]
-        return torch.cat([h @ w.T for h, w in zip(mixed, left.unbind(0), strict=True)], -1)
-    t = torch.cat(parts, -1)
-    outputs = [t[:, block :: len(left)] @ w.T for block, w in enumerate(left.unbind(0))]
-    return torch.stack(outputs, -1).flatten(-2)  # output sigma of block lambda stands at sigma l + lambda
+def block_linear(x: Tensor, first: Tensor, second: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+    """Block-diagonal (second None), Monarch (scales None) or BLAST; see `zoo.kernels.block_linear`."""
+    z = _block_diagonal(x, first)
+    if second is None:
+        return torch.cat(z, -1)
+    blocks = range(second.shape[0])
+    if scales is None:
+        z = torch.cat(z, -1)
+        y = _block_diagonal(torch.cat([z[:, block :: len(blocks)] for block in blocks], -1), second)
+        return torch.stack(y, -1).flatten(1)  # the block is the fastest index
+    return torch.cat([sum(scales[i, j] * z[j] for j in range(len(z))) @ second[i].mT for i in blocks], -1)
+
+
+def _block_diagonal(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """y_i = W_i x_i of each block."""
+    k = weight.shape[2]
+    return [x[:, i * k : (i + 1) * k] @ weight[i].mT for i in range(weight.shape[0])]

@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo.kernels import gpu
 
 FORWARD = [
-    {"BR": 64, "BM": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
+    {"BR": 64, "BM": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
     {"BR": 128, "BM": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
     {"BR": 16, "BM": 128, "BK": 64, "num_warps": 4, "num_stages": 3},
 ]
