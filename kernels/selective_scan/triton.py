@@ -9,7 +9,7 @@ all chunks run at once from the right states. Nothing of size [B, T, E, N] exist
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -91,7 +91,7 @@ def selective_scan(
     )
 
 
-def launches() -> Iterator[tuple[str, callable]]:
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/aot.py compiles: realistic calls on meta tensors, forward, backward and one token."""
 
     def call(name, batch, E, N, docs=False):
