@@ -49,5 +49,6 @@ def selective_scan(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `zoo.kernels.selective_scan.selective_scan`."""
-    given = (x.to(wide(u.dtype)) for x in (u, delta, A, B, C))
-    return fused.selective_scan(*given, initial_state, doc_ids, INTERVAL, sys.modules[__name__])
+    dtype = wide(u.dtype)
+    u, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
+    return fused.selective_scan(u, delta, A, B, C, initial_state, doc_ids, INTERVAL, sys.modules[__name__])
