@@ -94,10 +94,13 @@ CASES: tuple[Case, ...] = (
     Case("sparse_attention", "25 % of blocks of 64 per token", problems.sparse_attention(1), seq=4096, step=True),
     Case("block_scores", "", problems.block_scores, seq=4096),
     Case("select", "top 8 blocks", problems.select, seq=4096, backward=False),
+    Case("select_blocks", "top 8 blocks", problems.select_blocks, seq=4096, backward=False),
     Case("pool_blocks", "mean of 64", problems.pool_blocks, seq=4096),
     Case("prefix_topk", "64 of each prefix", problems.prefix_topk, seq=4096, backward=False),
     Case("merge_lse", "two sets", problems.merge_lse),
     Case("grouped_mm", "8 experts, 2 a token", problems.grouped_mm),
+    Case("block_linear", "Monarch, 32x32 blocks", problems.monarch),
+    Case("block_linear", "BLAST, 8x8 blocks of rank 128", problems.blast),
     Case("product_key_lookup", "16 of 128x128 keys, 4 heads", problems.product_key),
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.kernels import attention as attention_op
+from zoo.kernels import block_linear as block_linear_op
 from zoo.kernels import block_scores as block_scores_op
 from zoo.kernels import delta_rule as delta_rule_op
 from zoo.kernels import diagonal_scan as diagonal_scan_op
@@ -22,9 +23,11 @@ from zoo.kernels import prefix_topk as prefix_topk_op
 from zoo.kernels import product_key_lookup as product_key_op
 from zoo.kernels import rope as rope_op
 from zoo.kernels import select as select_op
+from zoo.kernels import select_blocks as select_blocks_op
 from zoo.kernels import selective_scan as selective_scan_op
 from zoo.kernels import short_conv as short_conv_op
 from zoo.kernels import sparse_attention as sparse_attention_op
+from zoo.kernels.block_linear.cost import blast_flops, monarch_flops
 from zoo.kernels.grouped_mm.cost import flops as grouped_mm_flops
 from zoo.kernels.product_key_lookup.cost import flops as product_key_flops
 
@@ -240,6 +243,42 @@ def select(draw: Draw, T: int, step: bool) -> Problem:
     """The best 8 blocks of 64 for every token."""
     inputs = [draw.uniform(draw.batch, 2, T, max(T // 64, 1))]
     return Problem(lambda backend, s: select_op.select(s, 8, backend=backend).idx, inputs, 0)
+
+
+def select_blocks(draw: Draw, T: int, step: bool) -> Problem:
+    """The best 8 blocks of 64 for every token and head, from the keys of the blocks."""
+    scores, block = block_scores(draw, T, step), 64
+    q_index, k_index = draw.positions(T), (draw.positions(-(-T // block)) + 1) * block - 1
+
+    def call(backend: str, q, keys):
+        return select_blocks_op.select_blocks(q, keys, 8, q_index=q_index, k_index=k_index, backend=backend).idx
+
+    return Problem(call, scores.inputs, scores.flops)
+
+
+def monarch(draw: Draw, T: int, step: bool) -> Problem:
+    """A square map of 32 by 32 blocks."""
+    blocks, rows = 32, T * draw.batch
+    width = 16 * draw.head_dim // blocks
+    factors = [draw(blocks, width, width, scale=width**-0.5) for _ in range(2)]
+
+    def call(backend: str, x, first, second):
+        return block_linear_op.monarch(x, first, second, backend=backend)
+
+    return Problem(call, [draw(rows, blocks * width), *factors], monarch_flops(rows, *[blocks, width, width] * 2))
+
+
+def blast(draw: Draw, T: int, step: bool) -> Problem:
+    """A square map of 8 by 8 blocks of rank 128."""
+    blocks, rank, rows = 8, 128, T * draw.batch
+    width = 16 * draw.head_dim // blocks
+    u, v = (draw(blocks, width, rank, scale=width**-0.5) for _ in range(2))
+
+    def call(backend: str, x, u, s, v):
+        return block_linear_op.blast(x, u, s, v, backend=backend)
+
+    inputs = [draw(rows, blocks * width), u, draw(blocks, blocks, rank, scale=0.1), v]
+    return Problem(call, inputs, blast_flops(rows, blocks, width, blocks, width, rank))
 
 
 def pool_blocks(draw: Draw, T: int, step: bool) -> Problem:
