@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo.contract import State, positions_from, refuse_packed_streaming
 from zoo.graph.nodes import Builder, Leaf
 from zoo.graph.spec import Graph
+from zoo.kernels.linear import Linear
 
 
 @dataclass
@@ -40,7 +41,7 @@ class CausalLM(nn.Module):
         self.tok_embeddings = nn.Embedding(graph.vocab_size, graph.dim, _weight=table)
         self.layers = nn.ModuleList(builder.node(spec) for spec in graph.trunk)
         self.norm = builder.component(graph.norm) if graph.norm else None
-        self.lm_head = nn.Linear(graph.dim, graph.vocab_size, bias=False, **builder.factory)
+        self.lm_head = Linear(graph.dim, graph.vocab_size, bias=False, **builder.factory)
         if graph.tie_embeddings:
             self.lm_head.weight = self.tok_embeddings.weight
 

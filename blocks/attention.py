@@ -18,6 +18,7 @@ from zoo.blocks.norms import RMSNorm
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, positions_from, refuse_packed_streaming
 from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.kernels.rope import check_scaling, rope
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
@@ -119,10 +120,10 @@ class Attention(Block):
         self.output_gate, self.causal, self.kernel, self.qk_norm = output_gate, causal, kernel, qk_norm
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, q_width * (2 if output_gate else 1), bias=bias, **factory)
-        self.k_proj = nn.Linear(dim, kv_width, bias=bias, **factory)
-        self.v_proj = nn.Linear(dim, kv_width, bias=bias, **factory)
-        self.o_proj = nn.Linear(q_width, dim, bias=bias if out_bias is None else out_bias, **factory)
+        self.q_proj = Linear(dim, q_width * (2 if output_gate else 1), bias=bias, **factory)
+        self.k_proj = Linear(dim, kv_width, bias=bias, **factory)
+        self.v_proj = Linear(dim, kv_width, bias=bias, **factory)
+        self.o_proj = Linear(q_width, dim, bias=bias if out_bias is None else out_bias, **factory)
         self.q_norm = self.k_norm = None
         if qk_norm != "none":
             widths = (self.head_dim, self.head_dim) if qk_norm == "head" else (q_width, kv_width)

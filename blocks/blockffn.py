@@ -7,7 +7,7 @@ expert; y = W_down (a_e h_e). An expert with a_e = 0 does nothing; there is no t
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.blocks.measure import chunk_level_sparsity, recording
@@ -22,6 +22,7 @@ from zoo.contract import (
     linear_flops,
     positions_from,
 )
+from zoo.kernels.linear import Linear, linear
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.schema import NonNegativeFloat, PositiveInt
@@ -103,15 +104,15 @@ class BlockFFN(Block):
         self.expert_dim = expert_dim or -(-4 * dim // (8 * num_experts)) * 8
         self.locality_coef, self.sparsity_coef = locality_coef, sparsity_coef
         factory = {"device": device, "dtype": dtype}
-        self.router = nn.Linear(dim, num_experts, bias=False, **factory)
+        self.router = Linear(dim, num_experts, bias=False, **factory)
         self.router_norm = RMSNorm(num_experts, **factory)
-        self.up_proj = nn.Linear(dim, num_experts * self.expert_dim, bias=False, **factory)
-        self.down_proj = nn.Linear(num_experts * self.expert_dim, dim, bias=False, **factory)
+        self.up_proj = Linear(dim, num_experts * self.expert_dim, bias=False, **factory)
+        self.down_proj = Linear(num_experts * self.expert_dim, dim, bias=False, **factory)
         self.metrics: dict[str, Tensor] = {}
 
     def reset_parameters(self) -> None:
-        for linear in (self.router, self.up_proj, self.down_proj):
-            init_linear_(linear)
+        for layer in (self.router, self.up_proj, self.down_proj):
+            init_linear_(layer)
         self.router_norm.reset_parameters()
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,8 +146,8 @@ class BlockFFN(Block):
         _, a = self._route(x)
         used = (a != 0).flatten(0, -2).any(0).nonzero().squeeze(1)
         rows = (used[:, None] * self.expert_dim + torch.arange(self.expert_dim, device=x.device)).flatten()
-        h = ACTIVATIONS[self.activation](F.linear(x, self.up_proj.weight[rows])).unflatten(-1, (-1, self.expert_dim))
-        return F.linear((h * a[..., used, None]).flatten(-2), self.down_proj.weight[:, rows])
+        h = ACTIVATIONS[self.activation](linear(x, self.up_proj.weight[rows])).unflatten(-1, (-1, self.expert_dim))
+        return linear((h * a[..., used, None]).flatten(-2), self.down_proj.weight[:, rows])
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, self.router, self.up_proj, self.down_proj)

@@ -28,6 +28,7 @@ from zoo.contract import (
     state_dtype,
 )
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.schema import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -89,7 +90,7 @@ class ChunkMixtureOfExperts(Block):
         self.num_experts, self.top_k, self.chunk_size = num_experts, top_k, chunk_size
         self.temperature, self.aux_coef = temperature, aux_coef
         self.hidden_dim = hidden_dim or -(-swiglu_width(dim) // (16 * top_k)) * 16
-        self.gate = nn.Linear(dim, num_experts, bias=False, **factory)
+        self.gate = Linear(dim, num_experts, bias=False, **factory)
         self.first_chunk = nn.Parameter(torch.empty(dim, **factory))
         self.experts = SwiGLUExperts(num_experts, dim, self.hidden_dim, kernel, **factory)
         self.metrics: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from zoo.blocks.recurrent import previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.registry import register
 
 
@@ -58,8 +59,8 @@ class DiagonalSSM(Block):
         check_backend("diagonal_scan", kernel)
         self.readout, self.kernel = readout, kernel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.param_proj = nn.Linear(dim, 4 * dim, bias=False, **factory)
-        self.skip_proj = nn.Linear(dim, dim, bias=False, **factory)
+        self.param_proj = Linear(dim, 4 * dim, bias=False, **factory)
+        self.skip_proj = Linear(dim, dim, bias=False, **factory)
         self.log_lambda = nn.Parameter(torch.empty(dim, **factory))
 
     def reset_parameters(self) -> None:

@@ -24,6 +24,7 @@ from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops,
 from zoo.kernels.delta_rule import delta_rule
 from zoo.kernels.delta_rule import flops as delta_rule_flops
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -89,20 +90,20 @@ class GatedDeltaNet(Block):
         self.chunk_size, self.kernel = chunk_size, kernel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         keys, values = self.num_heads * self.head_dim, self.value_width
-        self.q_proj = nn.Linear(dim, keys, bias=False, **factory)
-        self.k_proj = nn.Linear(dim, keys, bias=False, **factory)
-        self.v_proj = nn.Linear(dim, values, bias=False, **factory)
-        self.a_proj = nn.Linear(dim, self.num_v_heads, bias=False, **factory)
-        self.b_proj = nn.Linear(dim, self.num_v_heads, bias=False, **factory)
+        self.q_proj = Linear(dim, keys, bias=False, **factory)
+        self.k_proj = Linear(dim, keys, bias=False, **factory)
+        self.v_proj = Linear(dim, values, bias=False, **factory)
+        self.a_proj = Linear(dim, self.num_v_heads, bias=False, **factory)
+        self.b_proj = Linear(dim, self.num_v_heads, bias=False, **factory)
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads, **factory))
         self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads, **factory))
         if conv_size:
             self.q_conv1d = ShortConv(keys, conv_size, **factory)
             self.k_conv1d = ShortConv(keys, conv_size, **factory)
             self.v_conv1d = ShortConv(values, conv_size, **factory)
-        self.g_proj = nn.Linear(dim, values, bias=False, **factory) if output_gate else None
+        self.g_proj = Linear(dim, values, bias=False, **factory) if output_gate else None
         self.o_norm = GatedHeadNorm(self.value_dim, eps=norm_eps, **factory)
-        self.o_proj = nn.Linear(values, dim, bias=False, **factory)
+        self.o_proj = Linear(values, dim, bias=False, **factory)
 
     @property
     def value_width(self) -> int:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import wide
 from zoo.contract import ParallelPlan
+from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import PositiveFloat, PositiveInt
 
@@ -79,8 +80,8 @@ class GatedLinearAttention(LinearMixer):
         self.gk_proj = None
         if gate == "channel":
             self.gk_proj = nn.Sequential(
-                nn.Linear(dim, gate_low_rank_dim, bias=False, **factory),
-                nn.Linear(gate_low_rank_dim, key_dim, bias=True, **factory),
+                Linear(dim, gate_low_rank_dim, bias=False, **factory),
+                Linear(gate_low_rank_dim, key_dim, bias=True, **factory),
             )
 
     def gate_layers(self) -> list[nn.Linear]:

@@ -6,13 +6,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import LinearState, alibi_slopes, default_heads, previous
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.registry import register
@@ -65,10 +66,10 @@ class LightningAttention(Block):
         self.chunk_size, self.kernel = chunk_size, kernel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = self.num_heads * self.head_dim
-        self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False, **factory)
-        self.output_gate = nn.Linear(dim, inner, bias=False, **factory)
+        self.qkv_proj = Linear(dim, 3 * inner, bias=False, **factory)
+        self.output_gate = Linear(dim, inner, bias=False, **factory)
         self.norm = RMSNorm(inner, **factory)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **factory)
+        self.out_proj = Linear(inner, dim, bias=False, **factory)
 
     def reset_parameters(self) -> None:
         for linear in (self.qkv_proj, self.output_gate, self.out_proj):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from zoo.blocks.recurrent import GatedHeadNorm, LinearState, previous
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 
@@ -43,12 +44,12 @@ class LinearMixer(Block):
         self.chunk_size, self.kernel = chunk_size, kernel
         self.scale = key_dim**-0.5
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, num_heads * key_dim, bias=False, **factory)
-        self.k_proj = nn.Linear(dim, num_heads * key_dim, bias=False, **factory)
-        self.v_proj = nn.Linear(dim, num_heads * value_dim, bias=False, **factory)
-        self.g_proj = nn.Linear(dim, num_heads * value_dim, bias=False, **factory) if output_gate else None
+        self.q_proj = Linear(dim, num_heads * key_dim, bias=False, **factory)
+        self.k_proj = Linear(dim, num_heads * key_dim, bias=False, **factory)
+        self.v_proj = Linear(dim, num_heads * value_dim, bias=False, **factory)
+        self.g_proj = Linear(dim, num_heads * value_dim, bias=False, **factory) if output_gate else None
         self.o_norm = GatedHeadNorm(value_dim, **factory) if output_norm else None
-        self.o_proj = nn.Linear(num_heads * value_dim, dim, bias=False, **factory)
+        self.o_proj = Linear(num_heads * value_dim, dim, bias=False, **factory)
 
     def projections(self) -> tuple[nn.Linear | None, ...]:
         """Every linear layer."""

@@ -21,6 +21,7 @@ from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import ShortConv, previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear, linear
 from zoo.kernels.selective_scan import INTERVAL, selective_scan
 from zoo.kernels.selective_scan import flops as selective_scan_flops
 from zoo.registry import register
@@ -71,20 +72,20 @@ class Mamba(Block):
         self.inner, self.state_dim, self.conv_size, self.kernel = expand * dim, state_dim, conv_size, kernel
         self.dt_rank = dt_rank or -(-dim // 16)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False, **factory)
+        self.in_proj = Linear(dim, 2 * self.inner, bias=False, **factory)
         self.conv1d = ShortConv(self.inner, conv_size, bias=True, **factory)
-        self.x_proj = nn.Linear(self.inner, self.dt_rank + 2 * state_dim, bias=False, **factory)
-        self.dt_proj = nn.Linear(self.dt_rank, self.inner, **factory)
+        self.x_proj = Linear(self.inner, self.dt_rank + 2 * state_dim, bias=False, **factory)
+        self.dt_proj = Linear(self.dt_rank, self.inner, **factory)
         self.A_log = nn.Parameter(torch.empty(self.inner, state_dim, **factory))
         self.D = nn.Parameter(torch.empty(self.inner, **factory))
-        self.out_proj = nn.Linear(self.inner, dim, bias=False, **factory)
+        self.out_proj = Linear(self.inner, dim, bias=False, **factory)
         self.dt_layernorm = RMSNorm(self.dt_rank, **factory) if bcdt_norm else None
         self.b_layernorm = RMSNorm(state_dim, **factory) if bcdt_norm else None
         self.c_layernorm = RMSNorm(state_dim, **factory) if bcdt_norm else None
 
     def reset_parameters(self) -> None:
-        for linear in (self.in_proj, self.x_proj, self.out_proj):
-            init_linear_(linear)
+        for layer in (self.in_proj, self.x_proj, self.out_proj):
+            init_linear_(layer)
         for module in (self.conv1d, self.dt_layernorm, self.b_layernorm, self.c_layernorm):
             if module is not None:
                 module.reset_parameters()
@@ -112,7 +113,7 @@ class Mamba(Block):
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         y, ssm = selective_scan(
             u,
-            F.softplus(wide(F.linear(dt, self.dt_proj.weight)) + wide(self.dt_proj.bias)),
+            F.softplus(wide(linear(dt, self.dt_proj.weight)) + wide(self.dt_proj.bias)),
             -wide(self.A_log).exp(),
             B,
             C,

@@ -20,6 +20,7 @@ from zoo.blocks.mamba import MambaState
 from zoo.blocks.recurrent import ShortConv, previous, reset_softplus_decay_, wide
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.registry import register
@@ -99,13 +100,13 @@ class Mamba2(Block):
         self.conv_size, self.chunk_size, self.kernel = conv_size, chunk_size, kernel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv_channels = self.inner + 2 * num_groups * state_dim
-        self.in_proj = nn.Linear(dim, self.inner + self.conv_channels + self.num_heads, bias=False, **factory)
+        self.in_proj = Linear(dim, self.inner + self.conv_channels + self.num_heads, bias=False, **factory)
         self.conv1d = ShortConv(self.conv_channels, conv_size, bias=True, **factory)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, **factory))
         self.A_log = nn.Parameter(torch.empty(self.num_heads, **factory))
         self.D = nn.Parameter(torch.empty(self.num_heads, **factory))
         self.norm = GatedGroupNorm(self.inner, num_groups, eps=norm_eps, **factory)
-        self.out_proj = nn.Linear(self.inner, dim, bias=False, **factory)
+        self.out_proj = Linear(self.inner, dim, bias=False, **factory)
 
     def reset_parameters(self) -> None:
         for linear in (self.in_proj, self.out_proj):

@@ -20,6 +20,7 @@ from zoo.blocks.norms import RMSNorm
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, positions_from, refuse_packed_streaming
 from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.kernels.rope import check_scaling, rope, yarn_mscale
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
@@ -90,15 +91,15 @@ class MultiHeadLatentAttention(Block):
             self.scale *= yarn_mscale(float(rope_scaling["factor"]), float(rope_scaling["mscale_all_dim"])) ** 2
         factory = {"device": device, "dtype": dtype}
         if q_lora_rank is None:
-            self.q_proj = nn.Linear(dim, H * self.qk_head_dim, bias=False, **factory)
+            self.q_proj = Linear(dim, H * self.qk_head_dim, bias=False, **factory)
         else:
-            self.q_a_proj = nn.Linear(dim, q_lora_rank, bias=bias, **factory)
+            self.q_a_proj = Linear(dim, q_lora_rank, bias=bias, **factory)
             self.q_a_layernorm = RMSNorm(q_lora_rank, eps=norm_eps, **factory)
-            self.q_b_proj = nn.Linear(q_lora_rank, H * self.qk_head_dim, bias=False, **factory)
-        self.kv_a_proj_with_mqa = nn.Linear(dim, self.kv_lora_rank + self.rope_dim, bias=bias, **factory)
+            self.q_b_proj = Linear(q_lora_rank, H * self.qk_head_dim, bias=False, **factory)
+        self.kv_a_proj_with_mqa = Linear(dim, self.kv_lora_rank + self.rope_dim, bias=bias, **factory)
         self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, eps=norm_eps, **factory)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, H * (self.nope + self.v_head_dim), bias=False, **factory)
-        self.o_proj = nn.Linear(H * self.v_head_dim, dim, bias=bias, **factory)
+        self.kv_b_proj = Linear(self.kv_lora_rank, H * (self.nope + self.v_head_dim), bias=False, **factory)
+        self.o_proj = Linear(H * self.v_head_dim, dim, bias=bias, **factory)
 
     def reset_parameters(self) -> None:
         for module in self.children():

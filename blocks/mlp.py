@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops
+from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import PositiveInt
 
@@ -50,8 +51,8 @@ class MLP(Block):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.hidden_dim, self.activation = hidden_dim or 4 * dim, activation
         factory = {"device": device, "dtype": dtype}
-        self.up_proj = nn.Linear(dim, self.hidden_dim, bias=bias, **factory)
-        self.down_proj = nn.Linear(self.hidden_dim, dim, bias=bias, **factory)
+        self.up_proj = Linear(dim, self.hidden_dim, bias=bias, **factory)
+        self.down_proj = Linear(self.hidden_dim, dim, bias=bias, **factory)
 
     def reset_parameters(self) -> None:
         init_linear_(self.up_proj)

@@ -32,6 +32,7 @@ from zoo.kernels import select_blocks as selecting
 from zoo.kernels import sparse_attention as attending
 from zoo.kernels.block_list import BlockList, sort_ids
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.kernels.pool_blocks import pool_blocks
 from zoo.kernels.rope import rope
 from zoo.kernels.select_blocks import select_blocks
@@ -113,10 +114,10 @@ class MoBA(Block):
         self.rope_base = rope_base if rope else None
         factory = {"device": device, "dtype": dtype}
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(dim, q_width, bias=False, **factory)
-        self.k_proj = nn.Linear(dim, kv_width, bias=False, **factory)
-        self.v_proj = nn.Linear(dim, kv_width, bias=False, **factory)
-        self.o_proj = nn.Linear(q_width, dim, bias=False, **factory)
+        self.q_proj = Linear(dim, q_width, bias=False, **factory)
+        self.k_proj = Linear(dim, kv_width, bias=False, **factory)
+        self.v_proj = Linear(dim, kv_width, bias=False, **factory)
+        self.o_proj = Linear(q_width, dim, bias=False, **factory)
         self.q_norm = RMSNorm(self.head_dim, **factory) if qk_norm == "head" else None
         self.k_norm = RMSNorm(self.head_dim, **factory) if qk_norm == "head" else None
         self.k_conv1d = (

@@ -15,6 +15,7 @@ from zoo.blocks.measure import recording
 from zoo.blocks.norms import RMSNorm
 from zoo.contract import Block, Cost, Mode, ParallelPlan, State, init_linear_, linear_flops
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.kernels.product_key_lookup import product_key_lookup
 from zoo.kernels.product_key_lookup.cost import flops as lookup_flops
 from zoo.registry import register
@@ -68,12 +69,12 @@ class ProductKeyMemory(Block):
         factory = {"device": device, "dtype": dtype}
         self.num_keys, self.key_dim, self.top_k, self.num_heads = num_keys, key_dim, top_k, num_heads
         self.value_dim, self.gate_bias, self.kernel = value_dim or dim, gate_bias, kernel
-        self.q_proj = nn.Linear(dim, num_heads * 2 * key_dim, bias=False, **factory)
+        self.q_proj = Linear(dim, num_heads * 2 * key_dim, bias=False, **factory)
         self.q_norm = RMSNorm(2 * key_dim, **factory) if query_norm == "rms" else nn.Identity()
         self.sub_keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim, **factory))
         self.values = nn.Parameter(torch.empty(num_keys**2, self.value_dim, **factory))
-        self.o_proj = nn.Linear(self.value_dim, dim, bias=False, **factory) if value_dim else None
-        self.gate_proj = nn.Linear(dim, 1, **factory) if gated else None
+        self.o_proj = Linear(self.value_dim, dim, bias=False, **factory) if value_dim else None
+        self.gate_proj = Linear(dim, 1, **factory) if gated else None
         self.metrics: dict[str, Tensor] = {}
 
     def reset_parameters(self) -> None:

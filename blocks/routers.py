@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.contract import Pick, Router, add_auxiliary_loss, init_linear_
+from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
@@ -72,7 +73,7 @@ class AdaptiveComputationTime(Router):
             raise ValueError("act halts the steps of a loop; it cannot choose the body of a route")
         self.eps, self.ponder_coef, self.bias_start = eps, ponder_coef, bias_start
         self.assign_remainder = assign_remainder
-        self.halt = nn.Linear(dim, 1, device=device, dtype=dtype)
+        self.halt = Linear(dim, 1, device=device, dtype=dtype)
         self.metrics: dict[str, Tensor] = {}
 
     def reset_parameters(self):
@@ -152,7 +153,7 @@ class ExpertChoiceRouter(Router):
             raise ValueError("expert_choice routes to one body (others are skipped); use token_choice for several")
         self.capacity, self.activation, self.scale, self.aux_coef = capacities, activation, scale, aux_coef
         self.causal = inference == "threshold"
-        self.score = nn.Linear(dim, steps, bias=False, device=device, dtype=dtype)
+        self.score = Linear(dim, steps, bias=False, device=device, dtype=dtype)
         self.metrics: dict[str, Tensor] = {}
 
     def reset_parameters(self):
@@ -254,7 +255,7 @@ class TokenChoiceRouter(Router):
     ):
         super().__init__(dim, steps, nested)
         self.balance_coef, self.z_coef = balance_coef, z_coef
-        self.score = nn.Linear(dim, steps, bias=False, device=device, dtype=dtype)
+        self.score = Linear(dim, steps, bias=False, device=device, dtype=dtype)
         self.metrics: dict[str, Tensor] = {}
 
     def reset_parameters(self):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops
+from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import PositiveInt
 
@@ -27,9 +28,9 @@ class SwiGLU(Block):
         super().__init__(dim)
         self.hidden_dim = hidden_dim or swiglu_width(dim)
         factory = {"device": device, "dtype": dtype}
-        self.gate_proj = nn.Linear(dim, self.hidden_dim, bias=bias, **factory)
-        self.up_proj = nn.Linear(dim, self.hidden_dim, bias=bias, **factory)
-        self.down_proj = nn.Linear(self.hidden_dim, dim, bias=bias, **factory)
+        self.gate_proj = Linear(dim, self.hidden_dim, bias=bias, **factory)
+        self.up_proj = Linear(dim, self.hidden_dim, bias=bias, **factory)
+        self.down_proj = Linear(self.hidden_dim, dim, bias=bias, **factory)
 
     def reset_parameters(self) -> None:
         for linear in (self.gate_proj, self.up_proj, self.down_proj):

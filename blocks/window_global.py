@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.blocks.attention import default_num_heads
@@ -33,6 +33,7 @@ from zoo.kernels import sparse_attention as sparse
 from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.kernels.merge_lse import merge_lse
 from zoo.kernels.precision import no_autocast
 from zoo.kernels.prefix_topk import merge_topk, prefix_topk
@@ -118,11 +119,11 @@ class WindowGlobal(Block):
         self.rope_base, self.kernel = rope_base, kernel
         factory = {"device": device, "dtype": dtype}
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(dim, q_width, bias=False, **factory)
-        self.k_proj = nn.Linear(dim, kv_width, bias=False, **factory)
-        self.v_proj = nn.Linear(dim, kv_width, bias=False, **factory)
-        self.o_proj = nn.Linear(q_width, dim, bias=False, **factory)
-        self.score_proj = nn.Linear(dim, 1, bias=False, **factory) if num_globals else None
+        self.q_proj = Linear(dim, q_width, bias=False, **factory)
+        self.k_proj = Linear(dim, kv_width, bias=False, **factory)
+        self.v_proj = Linear(dim, kv_width, bias=False, **factory)
+        self.o_proj = Linear(q_width, dim, bias=False, **factory)
+        self.score_proj = Linear(dim, 1, bias=False, **factory) if num_globals else None
 
     def reset_parameters(self) -> None:
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.score_proj):

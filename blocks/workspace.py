@@ -26,6 +26,7 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.schema import PositiveInt
@@ -92,12 +93,12 @@ class WorkspaceMemory(Block):
         self.chunk_size, self.gate_bias = chunk_size, gate_bias
         factory = {"device": device, "dtype": dtype}
         self.slots = nn.Parameter(torch.empty(slots, dim, **factory))
-        self.q_proj = nn.Linear(dim, rank, bias=False, **factory)
-        self.k_proj = nn.Linear(dim, rank, bias=False, **factory)
-        self.write_down = nn.Linear(dim, rank, bias=False, **factory)
-        self.write_up = nn.Linear(rank, dim, bias=False, **factory)
-        self.controller = nn.Linear(dim, 2, **factory)
-        self.gate_proj = nn.Linear(dim, 1, **factory)
+        self.q_proj = Linear(dim, rank, bias=False, **factory)
+        self.k_proj = Linear(dim, rank, bias=False, **factory)
+        self.write_down = Linear(dim, rank, bias=False, **factory)
+        self.write_up = Linear(rank, dim, bias=False, **factory)
+        self.controller = Linear(dim, 2, **factory)
+        self.gate_proj = Linear(dim, 1, **factory)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.slots, std=0.02)

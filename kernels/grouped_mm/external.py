@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.kernels.linear.one_dnn import matmul
+
 TORCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes
 
@@ -25,21 +27,6 @@ def _ends(counts: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
-# oneDNN's product of a linear layer, by which torch.compile replaces nn.Linear on a CPU. On processors other than
-# Intel's torch.mm (MKL) leaves half of the vector units idle.
-_one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_FEW = 8  # rows for which oneDNN is not worth its call
-
-
-def _uses_one_dnn(a: Tensor, b: Tensor) -> bool:
-    return _one_dnn is not None and a.dtype == torch.float32 and min(a.shape) >= _FEW
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two matrices on the CPU."""
-    return _one_dnn(a, b.t(), None, "none", [], "") if _uses_one_dnn(a, b) else torch.mm(a, b)
-
-
 @torch.library.custom_op("zoo::grouped_mm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, counts: Tensor, engine: str) -> Tensor:
     if engine == "triton":
@@ -50,7 +37,7 @@ def _forward(x: Tensor, weight: Tensor, counts: Tensor, engine: str) -> Tensor:
     start = 0
     for matrix, n in zip(weight, counts.tolist(), strict=True):
         if n:
-            y[start : start + n] = _product(x[start : start + n], matrix)
+            y[start : start + n] = matmul(x[start : start + n], matrix.t())
         start += n
     if start != x.shape[0]:
         raise ValueError(f"grouped_mm: counts sum to {start}, x has {x.shape[0]} rows")
@@ -67,11 +54,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, counts: Tensor, engine: str) -> Te
     out = x.new_empty(len(counts), x.shape[1], grad.shape[1])
     start = 0
     for matrix, n in zip(out, counts.tolist(), strict=True):
-        a, b = x[start : start + n].t(), grad[start : start + n]
-        if _uses_one_dnn(a, b):
-            matrix.copy_(_product(a, b))
-        else:
-            torch.mm(a, b, out=matrix)  # zeros where the group has no rows
+        matrix.copy_(matmul(x[start : start + n].t(), grad[start : start + n].t()))  # zeros where a group has no rows
         start += n
     return out
 

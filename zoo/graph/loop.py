@@ -14,6 +14,7 @@ from zoo.contract import Cost, Router, State, init_linear_, positions_from
 from zoo.graph.gather import run_picked
 from zoo.graph.nodes import Builder, Composite, Leaf
 from zoo.graph.spec import Spec
+from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import PositiveInt, Range
 
@@ -70,7 +71,7 @@ class Loop(Composite):
         self.router, self.dim = router, dim
         self.steps, self.inject, self.grad_last = steps, inject, grad_last
         factory = {"device": device, "dtype": dtype}
-        self.inject_proj = nn.Linear(2 * dim, dim, bias=False, **factory) if inject == "concat" else None
+        self.inject_proj = Linear(2 * dim, dim, bias=False, **factory) if inject == "concat" else None
         self.step_signal = nn.Parameter(torch.empty(steps, dim, **factory)) if step_signal == "learned" else None
         self.sinusoid = step_signal == "sinusoid"
 

@@ -12,6 +12,7 @@ from torch import nn
 from zoo.contract import Cost, StateList, init_linear_
 from zoo.graph.nodes import Builder, Composite, Leaf
 from zoo.graph.spec import Spec
+from zoo.kernels.linear import Linear
 from zoo.registry import register
 
 
@@ -43,7 +44,7 @@ class Parallel(Composite):
         self.gate_starts = gates
         factory = {"device": device, "dtype": dtype}
         self.gates = nn.Parameter(torch.empty(len(branches), **factory)) if merge == "gated" else None
-        self.out_proj = nn.Linear(len(branches) * dim, dim, bias=False, **factory) if merge == "concat" else None
+        self.out_proj = Linear(len(branches) * dim, dim, bias=False, **factory) if merge == "concat" else None
 
     @staticmethod
     def parse(fields) -> Spec | None:
