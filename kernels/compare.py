@@ -39,19 +39,28 @@ def _run(fn: Callable, args: Sequence[Any], seed: int) -> tuple[list[Tensor], li
     return [y.detach() for y in outputs], list(grads)
 
 
+def _values(fn: Callable, args: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Outputs where nothing is differentiated."""
+    with torch.no_grad():
+        values = fn(*args)
+    return [y for y in (values if isinstance(values, (tuple, list)) else (values,)) if isinstance(y, Tensor)], []
+
+
 def first_difference(
-    fn: Callable, reference: Callable, args: Sequence[Any], *, tolerance: float | None = None, seed: int = 0
-) -> str | None:
+    fn: Callable, reference: Callable, args: Sequence[Any], *, tolerance: float | None = None, seed: int = 0,
+    gradients: bool = True,
+) -> str | None:  # fmt: skip
     """Where `fn(*args)` or its gradients first differ from `reference` computed in float64, or None.
 
-    args: arguments of a row; its float tensors are differentiated. tolerance: relative to the largest value of each
+    args: arguments of a row; its float tensors are differentiated, unless without `gradients`, where the op runs as
+    it does in inference. tolerance: relative to the largest value of each
     tensor, by default what the coarsest input dtype allows.
     """
     dtypes = [x.dtype for x in _floats(args)]
     tolerance = tolerance or max(TOLERANCE[d] for d in dtypes)
     wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
-    outputs, grads = _run(fn, args, seed)
-    want_outputs, want_grads = _run(reference, wide, seed)
+    outputs, grads = _run(fn, args, seed) if gradients else _values(fn, args)
+    want_outputs, want_grads = _run(reference, wide, seed) if gradients else _values(reference, wide)
     if len(outputs) != len(want_outputs):
         return f"{len(outputs)} outputs, not {len(want_outputs)}"
     pairs = [(f"output {n}", got, want) for n, (got, want) in enumerate(zip(outputs, want_outputs))]

@@ -21,7 +21,7 @@ AUTO = "auto"
 _ANY_DTYPE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared as what they are, one entry each: hashing every field would cost each call
 class Row:
     """One implementation of an op. The three questions are asked in turn, each answers with the reason why this
     row cannot run, or None: `missing()` looks at the machine, `unfit(device)` at one device, and

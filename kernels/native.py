@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,18 +114,25 @@ def missing(op: str) -> str | None:
     return built if isinstance(built, str) else None
 
 
+_functions: dict[tuple[str, str, torch.dtype], Any] = {}
+
+
 def run(op: str, function: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
     """Call a C function of an op built for `dtype` (float32 or float64): `function(threads, ...)`, where a tensor
     (contiguous, kept alive by the caller) arrives as a pointer, None as NULL, an int as int64_t and a float as
-    double."""
-    converted = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor)
-        else ctypes.c_void_p(None) if a is None
-        else ctypes.c_double(a) if isinstance(a, float)
-        else ctypes.c_int64(a)
-        for a in args
-    ]  # fmt: skip
-    getattr(_library(op, dtype), function)(ctypes.c_int64(torch.get_num_threads()), *converted)
+    double. What each argument is, is learned from the first call."""
+    call = _functions.get((op, function, dtype))
+    if call is None:
+        call = getattr(_library(op, dtype), function)
+        call.restype, call.argtypes = None, [ctypes.c_int64, *map(_c_type, args)]
+        _functions[op, function, dtype] = call
+    call(torch.get_num_threads(), *[a.data_ptr() if isinstance(a, Tensor) else a for a in args])
+
+
+def _c_type(value: Tensor | int | float | None) -> type:
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_double if isinstance(value, float) else ctypes.c_int64
 
 
 def untraceable() -> str | None:
@@ -134,3 +142,20 @@ def untraceable() -> str | None:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func transforms want plain operations"
     return None
+
+
+def watched(*tensors: Tensor | None) -> str | None:
+    """What differentiates, traces, counts or fakes operators here, or None: then a core may be called without an
+    operator around it, whose cost is above that of a decode step."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _transformed():
+        return "is called where no operator is traced, counted or transformed"
+    for x in tensors:
+        if x is not None and type(x) not in (Tensor, torch.nn.Parameter):
+            return "takes plain tensors only"
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return "has no gradient"
+    return None
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu")

@@ -42,3 +42,10 @@ def examples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[s
     yield case("soft cap and log-sum-exp", softcap=3.0, lse=True)
     yield case("sink logits", sink=True, lse=True)
     yield case("values of another width", Dv=24)
+    # a step against a cache long enough to be cut between threads
+    full = torch.where(torch.arange(700) < 650, torch.arange(700), -1).expand(2, -1).to(device)
+    last = torch.arange(647, 650).expand(2, -1).to(device)
+    step = dict(T=3, S=700, q_index=last, k_index=full)
+    yield case("a few tokens and a long cache", D=20, Dv=84, **step)
+    yield case("a few tokens, a window and sinks", window=300, sinks=2, **step)
+    yield case("a few tokens, soft cap and sink logits", softcap=3.0, sink=True, lse=True, **step)

@@ -151,6 +151,109 @@ void forward(int64_t threads, const real *q, const real *k, const real *v, const
     }
 }
 
+/* out += sum_j p_j v_j over a stretch of NV vectors, which stay in registers. */
+static inline __attribute__((always_inline)) void add_values(const int NV, int64_t n, const real *p, const real *v,
+                                                             int64_t row, real *out) {
+    vec sum[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; i++) sum[i] = *(const vec *)(out + i * LANES);
+    for (int64_t j = 0; j < n; j++)
+#pragma GCC unroll 4
+        for (int i = 0; i < NV; i++) sum[i] += p[j] * *(const vec *)(v + j * row + i * LANES);
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; i++) *(vec *)(out + i * LANES) = sum[i];
+}
+
+/* A few queries against many keys, as when decoding: keys and values are read once, in the order and layout of the
+   cache (k_row, v_row: from key to key; k_head, v_head: from head to head; k_batch, v_batch), all heads of a key
+   together. The keys of a row are cut into `parts`, each with its own maximum, which `merge` brings together. */
+typedef struct {
+    const real *q, *k, *v;
+    int64_t k_batch, k_row, k_head, v_batch, v_row, v_head;
+} Few;
+
+static void few_part(const Call *c, const Few *f, int64_t b, int64_t from, int64_t to, real *o, real *top, real *total) {
+    const int64_t H = c->H, R = H / c->G, D = c->D, Dv = c->Dv, rows = c->T * H;
+    uint8_t ok[c->T * KT];
+    real s[KT];
+    for (int64_t i = 0; i < rows; i++) top[i] = -INFINITY, total[i] = 0;
+    memset(o, 0, sizeof(real) * rows * Dv);
+    for (int64_t k0 = from; k0 < to; k0 += KT) {
+        const int64_t nk = to - k0 < KT ? to - k0 : KT;
+        const int seen = visibility(c, b, 0, c->T, k0, nk, ok);
+        if (!seen) continue;
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t t = i / H, g = i % H / R;
+            const real *restrict q = f->q + (b * rows + i) * D;
+            const real *k = f->k + b * f->k_batch + k0 * f->k_row + g * f->k_head;
+            const real *v = f->v + b * f->v_batch + k0 * f->v_row + g * f->v_head;
+            real best = top[i], sum = 0, *restrict out = o + i * Dv;
+            for (int64_t j = 0; j < nk; j++) {
+                const real *restrict key = k + j * f->k_row;
+                real dot = 0;
+                for (int64_t d = 0; d < D; d++) dot += q[d] * key[d];
+                dot *= (real)c->scale;
+                if (c->softcap > 0) dot = capped(dot, (real)c->softcap);
+                s[j] = seen == 2 || ok[t * KT + j] ? dot : (real)-INFINITY;
+                best = s[j] > best ? s[j] : best;
+            }
+            if (best == (real)-INFINITY) continue;
+            for (int64_t j = 0; j < nk; j++) sum += s[j] = decay_exp(s[j] - best);
+            if (best > top[i]) {
+                const real shrink = decay_exp(top[i] - best);
+                total[i] *= shrink;
+                for (int64_t d = 0; d < Dv; d++) out[d] *= shrink;
+                top[i] = best;
+            }
+            total[i] += sum;
+            int64_t d0 = 0;
+            for (; d0 + 4 * LANES <= Dv; d0 += 4 * LANES) add_values(4, nk, s, v + d0, f->v_row, out + d0);
+            for (; d0 + LANES <= Dv; d0 += LANES) add_values(1, nk, s, v + d0, f->v_row, out + d0);
+            for (; d0 < Dv; d0++)
+                for (int64_t j = 0; j < nk; j++) out[d0] += s[j] * v[j * f->v_row + d0];
+        }
+    }
+}
+
+static void merge(const Call *c, int64_t b, int64_t parts, const real *partial, const real *sink, real *o, real *lse) {
+    const int64_t rows = c->T * c->H, each = rows * (c->Dv + 2);
+    for (int64_t i = 0; i < rows; i++) {
+        real best = sink ? sink[i % c->H] : (real)-INFINITY, total = 0, *to = o + (b * rows + i) * c->Dv;
+        for (int64_t p = 0; p < parts; p++) {
+            const real top = partial[p * each + rows * c->Dv + i];
+            best = top > best ? top : best;
+        }
+        if (sink) total = decay_exp(sink[i % c->H] - best);
+        memset(to, 0, sizeof(real) * c->Dv);
+        for (int64_t p = 0; p < parts && best > (real)-INFINITY; p++) {
+            const real *at = partial + p * each, share = decay_exp(at[rows * c->Dv + i] - best);
+            total += share * at[rows * (c->Dv + 1) + i];
+            for (int64_t d = 0; d < c->Dv; d++) to[d] += share * at[i * c->Dv + d];
+        }
+        const real inverse = total > 0 ? 1 / total : 0;
+        for (int64_t d = 0; d < c->Dv; d++) to[d] *= inverse;
+        lse[b * rows + i] = total > 0 ? best + (real)log((double)total) : (real)-INFINITY;
+    }
+}
+
+/* scratch: B parts T H (Dv + 2) elements. */
+void few(int64_t threads, const real *q, const real *k, const real *v, const int64_t *q_index, const int64_t *k_index,
+         const int64_t *q_doc, const int64_t *k_doc, const real *sink, real *o, real *lse, real *scratch, int64_t parts,
+         int64_t k_batch, int64_t k_row, int64_t k_head, int64_t v_batch, int64_t v_row, int64_t v_head, int64_t B,
+         int64_t T, int64_t S, int64_t H, int64_t G, int64_t D, int64_t Dv, int64_t causal, int64_t window,
+         int64_t sinks, double scale, double softcap) {
+    const Call c = call(q_index, k_index, q_doc, k_doc, B, T, S, H, G, D, Dv, causal, window, sinks, scale, softcap);
+    const Few f = {q, k, v, k_batch, k_row, k_head, v_batch, v_row, v_head};
+    const int64_t rows = T * H, each = rows * (Dv + 2), share = ((S + parts - 1) / parts + KT - 1) / KT * KT;
+#pragma omp parallel for num_threads(threads) schedule(static) if (B * parts > 1)
+    for (int64_t n = 0; n < B * parts; n++) {
+        const int64_t from = n % parts * share, to = from + share < S ? from + share : S;
+        real *at = scratch + n * each;
+        few_part(&c, &f, n / parts, from, to, at, at + rows * Dv, at + rows * (Dv + 1));
+    }
+    for (int64_t b = 0; b < B; b++) merge(&c, b, parts, scratch + b * parts * each, sink, o, lse);
+}
+
 /* Gradients of one key head: all query heads of its group, tile after tile, so that sums have one order. */
 static void backward_head(const Call *c, int64_t b, int64_t g, const real *q, const real *k, const real *v,
                          const real *o, const real *lse, const real *grad_o, const real *grad_lse, const real *sink,

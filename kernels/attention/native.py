@@ -13,7 +13,8 @@ from zoo.kernels.attention.cost import attention_flops
 from zoo.kernels.attention.mask import Mask
 
 _KEYS = 64  # keys of a tile of the core
-_FEW = 16  # queries
+_FEW = 16  # queries: fewer read keys and values where they lie
+_PART = 256  # keys worth a thread of their own
 
 
 def refuse(
@@ -21,10 +22,10 @@ def refuse(
     sink_logits: Tensor | None, need_lse: bool,
 ) -> str | None:  # fmt: skip
     """Why the core should not do this call, or None."""
-    if q.shape[1] < _FEW:
-        return f"laying out the keys costs more than {q.shape[1]} queries save"
     if not q.dtype == k.dtype == v.dtype:
         return "needs one dtype"
+    if q.shape[1] < _FEW and native.watched(q, k, v, sink_logits):
+        return f"laying out the keys costs more than {q.shape[1]} queries save"
     return native.untraceable()
 
 
@@ -128,17 +129,43 @@ def _(
     return _flops(q, k, v, q_index, causal, window, sinks, fused) * 5 // 2
 
 
+def _orders(q: Tensor, k: Tensor, mask: Mask) -> list[Tensor | None]:
+    """Order indices and documents of queries and keys."""
+    (B, T), S = q.shape[:2], k.shape[1]
+    return [None if x is None else x.long().expand(B, n).contiguous() for x, n in zip(mask[3:], (T, S, T, S))]
+
+
+def _sink(q: Tensor, sink_logits: Tensor | None) -> Tensor | None:
+    return None if sink_logits is None else sink_logits.to(q.dtype).contiguous()
+
+
+def _few(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None, sink_logits: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A few queries without gradients; keys and values are read where they lie."""
+    B, T, S, H, G, D, Dv = _sizes(q, k, v)
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    parts = max(1, min(-(-torch.get_num_threads() // max(B, 1)), S // _PART))
+    o, lse, scratch = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H), q.new_empty(B * parts * T * H * (Dv + 2))
+    native.run(
+        "attention", "few", q.dtype, q.contiguous(), k, v, *_orders(q, k, mask), _sink(q, sink_logits), o, lse, scratch,
+        parts, *k.stride()[:3], *v.stride()[:3], B, T, S, H, G, D, Dv, mask.causal, mask.window or 0, mask.sinks, scale,
+        softcap or 0.0,
+    )  # fmt: skip
+    return o, lse
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None,
     sink_logits: Tensor | None, need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See `zoo.kernels.attention.attention`."""
-    B, T, S = q.shape[0], q.shape[1], k.shape[1]
+    if q.shape[1] < _FEW and not native.watched(q, k, v, sink_logits):
+        o, lse = _few(q, k, v, mask, scale, softcap, sink_logits)
+        return o, lse if need_lse else None
     fused = softcap is None and sink_logits is None and not need_lse  # what is counted, see cost.py
-    index = (None if x is None else x.long().expand(B, n).contiguous() for x, n in zip(mask[3:], (T, S, T, S)))
-    sink = None if sink_logits is None else sink_logits.to(q.dtype).contiguous()
     o, lse = _forward(
-        q.contiguous(), k.contiguous(), v.contiguous(), *index, sink, mask.causal, mask.window or 0, mask.sinks, scale,
-        softcap or 0.0, fused,
+        q.contiguous(), k.contiguous(), v.contiguous(), *_orders(q, k, mask), _sink(q, sink_logits),
+        mask.causal, mask.window or 0, mask.sinks, scale, softcap or 0.0, fused,
     )  # fmt: skip
     return o, lse if need_lse else None

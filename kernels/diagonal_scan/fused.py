@@ -8,7 +8,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from zoo.kernels import higher
+from zoo.kernels import higher, native
 from zoo.kernels.diagonal_scan import chunked
 
 
@@ -64,6 +64,6 @@ def diagonal_scan(
     shape = inputs.shape
     # a copy: streaming writes into the state it gave, and backward still needs what stood there
     state = None if initial_state is None else initial_state.to(wide).reshape(shape[0], -1).clone()
-    flat = (y.reshape(*shape[:2], -1).contiguous() for y in (decay, inputs.to(wide)))
-    h = _forward(*flat, state, engine).view(shape)
+    given = (*(y.reshape(*shape[:2], -1).contiguous() for y in (decay, inputs.to(wide))), state)
+    h = (_forward(*given, engine) if native.watched(*given) else _engine(engine).forward(*given)).view(shape)
     return h if wide.is_complex else h.to(inputs.dtype), h[:, -1]

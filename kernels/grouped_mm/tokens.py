@@ -23,24 +23,14 @@ def swiglu_tokens(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, 
     if not 0 < N <= MOST or x.device.type != "cpu" or not x.dtype == weights.dtype == gate_up.dtype == down.dtype:
         return None
     if (
-        _watched(x, gate_up)
+        native.watched(x, weights, gate_up, down)
         or forced("grouped_mm")
         or x.dtype not in (torch.float32, torch.float64)
         or native.missing("grouped_mm")
     ):
-        return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down)):
         return None
     D, width = down.shape[1:]
     y, scratch = x.new_empty(N, D), x.new_empty(2 * width + D)
     given = [t.contiguous() for t in (x, experts, weights, gate_up, down)]
     native.run("grouped_mm", "swiglu_tokens", x.dtype, *given, scratch, y, N, k, D, width)
     return y
-
-
-def _watched(*tensors: Tensor) -> bool:
-    """Does anything trace, count, cast or fake operators?"""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
-        return True
-    kinds = (Tensor, torch.nn.Parameter)
-    return any(type(t) not in kinds for t in tensors) or torch._C._are_functorch_transforms_active()

@@ -27,3 +27,5 @@ def examples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[s
     yield case("one row", 1)
     yield case("no rows", 0)
     yield case("one feature", 2, 30, N=1, bias=True)
+    yield case("a few rows", 7, K=150, N=118, bias=True)
+    yield case("one row, many features", 1, K=300, N=203)

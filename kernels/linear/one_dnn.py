@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels import native
 
-FEW = 16  # rows for which an opaque operator is not worth its call
+_FEW = 16  # rows for which an opaque operator is not worth its call
 _THIN = 8  # rows or columns under which MKL is quicker
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -25,8 +25,8 @@ def missing() -> str | None:
 
 def refuse(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """Why torch's own form should do this call, or None."""
-    if x.numel() < FEW * x.shape[-1]:
-        return f"fewer than {FEW} rows"
+    if x.numel() < _FEW * x.shape[-1]:
+        return f"fewer than {_FEW} rows"
     if min(weight.shape) < _THIN:
         return f"fewer than {_THIN} features"
     if weight.dtype != x.dtype or torch.is_autocast_enabled("cpu"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels import higher
+from zoo.kernels import higher, native
 from zoo.kernels.chunking import wide
 from zoo.kernels.linear_attention import chunked
 from zoo.kernels.linear_attention.cost import flops
@@ -138,15 +138,9 @@ def linear_attention(
     s = None if initial_state is None else initial_state.to(state_dtype).contiguous()
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s))
     if v.shape[1] == 1 and not keep:
-        if _watched(q):
+        if native.watched(q):
             return _step(q, k, v, g, s, scale, name)
         return engine.step(q, k, v, g, s, scale)
     docs = None if doc_ids is None else doc_ids.long().expand(v.shape[:2]).contiguous()
     o, final, _ = _forward(q, k, v, g, s, docs, scale, chunk_size, interval, keep, name)
     return o, final
-
-
-def _watched(x: Tensor) -> bool:
-    """Does anything trace, count or fake operators? Else a step goes without the dispatcher, whose cost is above its
-    own."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is not Tensor

@@ -44,8 +44,16 @@ def rope(
         raise ValueError(f"rotary_dim must be even and at most the head dim {x.shape[-1]}, got {rotary_dim}")
     if rotary_dim == 0:
         return x
-    frequencies, amplitude = rope_frequencies(rotary_dim, base, scaling, x.device)
+    if x.is_cpu and native_core.watched(x) is None:
+        frequencies, amplitude = _kept_frequencies(rotary_dim, base, scaling and tuple(sorted(scaling.items())))
+    else:
+        frequencies, amplitude = rope_frequencies(rotary_dim, base, scaling, x.device)
     return call("rope", backend, x, positions, frequencies, amplitude, interleaved, inverse)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_frequencies(rotary_dim: int, base: float, scaling: tuple[tuple[str, Any], ...] | None):
+    return rope_frequencies(rotary_dim, base, scaling and dict(scaling))
 
 
 __all__ = ["check_scaling", "rope", "rope_frequencies", "yarn_mscale"]

@@ -8,13 +8,16 @@ from torch import Tensor
 from zoo.kernels import native
 
 _SMALL = 1 << 15  # below so many elements the torch form is done before an operator is called
+_FEW = 16  # tokens whose angles the core computes itself
 
 
 def refuse(
     x: Tensor, positions: Tensor, frequencies: Tensor, amplitude: float, interleaved: bool, inverse: bool
 ) -> str | None:
     """Why the core should not do this call, or None."""
-    return "x is small" if x.numel() < _SMALL else native.untraceable()
+    if x.numel() >= _SMALL:
+        return native.untraceable()
+    return "x is small" if native.watched(x) or x.shape[1] > _FEW else None
 
 
 @torch.library.custom_op("zoo::rotate", mutates_args=(), device_types="cpu")
@@ -46,8 +49,22 @@ def rope(
     x: Tensor, positions: Tensor, frequencies: Tensor, amplitude: float, interleaved: bool, inverse: bool
 ) -> Tensor:
     """See `zoo.kernels.rope.rope`."""
+    if x.numel() < _SMALL:
+        return _rotate_few(x, positions, frequencies, amplitude, interleaved, inverse)
     angle = positions.to(x.dtype)[..., None] * frequencies.to(x.dtype)
     factor = 1 / amplitude if inverse else amplitude
     cos = (angle.cos() * factor).expand(*x.shape[:2], -1).contiguous()
     sin = (angle.sin() * (-factor if inverse else factor)).expand(*x.shape[:2], -1).contiguous()
     return _rotate(x.contiguous(), cos, sin, interleaved)
+
+
+def _rotate_few(
+    x: Tensor, positions: Tensor, frequencies: Tensor, amplitude: float, interleaved: bool, inverse: bool
+) -> Tensor:
+    """Without the operator, whose cost is above that of turning a few tokens."""
+    (B, T, H, D), x = x.shape, x.contiguous()
+    y, at = x.new_empty(x.shape), positions.long().expand(B, T).contiguous()
+    factor, sign = (1 / amplitude, -1.0) if inverse else (float(amplitude), 1.0)
+    half = frequencies.shape[0]
+    native.run("rope", "rotate_few", x.dtype, x, at, frequencies, y, B * T, H, D, half, interleaved, factor, sign)
+    return y

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels import higher
+from zoo.kernels import higher, native
 from zoo.kernels.selective_scan import chunked
 from zoo.kernels.selective_scan.cost import flops
 
@@ -100,16 +100,10 @@ def selective_scan(
     given = [x.contiguous() for x in (u, delta, A, B, C)]
     state = None if initial_state is None else initial_state.to(A.dtype).contiguous()
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*given, state))
-    if u.shape[1] == 1 and not keep and not _watched(u):
+    if u.shape[1] == 1 and not keep and not native.watched(u):
         y, last, _ = _outputs(given[0], given[2], interval, keep)
         engine.forward(*given, state, None, interval, y, last, None)
         return y, last
     docs = None if doc_ids is None else doc_ids.long().expand(u.shape[:2]).contiguous()
     y, last, _ = _forward(*given, state, docs, interval, keep, engine.__name__.rsplit(".", 1)[1])
     return y, last
-
-
-def _watched(x: Tensor) -> bool:
-    """Does anything trace, count or fake operators? Else a token goes without the dispatcher, whose cost is above its
-    own."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is not Tensor

@@ -8,7 +8,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from zoo.kernels import higher
+from zoo.kernels import higher, native
 from zoo.kernels.short_conv import chunked
 
 
@@ -78,7 +78,8 @@ def short_conv(
     past = None if state is None else state.to(x.dtype).clone(memory_format=torch.contiguous_format)
     docs = None if doc_ids is None else doc_ids.long().expand(x.shape[:2]).contiguous()
     x = x.contiguous()
-    y = _forward(x, weight.contiguous(), bias, past, docs, activation == "silu", engine)
+    given = (x, weight.contiguous(), bias, past, docs, activation == "silu")
+    y = _forward(*given, engine) if native.watched(x, weight, bias, past) else _engine(engine).forward(*given)
     if back <= T:
         return y, x[:, T - back :].clone()
     before = x.new_zeros(x.shape[0], back, x.shape[2]) if past is None else past

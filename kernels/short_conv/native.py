@@ -21,9 +21,10 @@ def refuse_fused(
     return native.untraceable()
 
 
-def refuse(x: Tensor, *rest) -> str | None:
+def refuse(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> str | None:
     """Why the core should not do this call, or None."""
-    return "x is small" if x.numel() < _SMALL else refuse_fused(x, *rest)
+    small = x.numel() < _SMALL and native.watched(x, weight, bias)
+    return "x is small" if small else refuse_fused(x, weight, bias, *rest)
 
 
 def forward(x, weight, bias, past, doc_ids, silu) -> Tensor:

@@ -117,6 +117,8 @@ def test_interrupt_is_one_line(zoo, monkeypatch):
 
 def test_interrupt_by_signal():
     code = (
+        # a shell that starts the tests in the background leaves interrupts ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import time, zoo.registry\nzoo.registry.list_blocks = lambda kind: (print('in', flush=True), time.sleep(60))\n"
     )
     code += "from zoo.cli import main\nmain(['list'])"

@@ -20,6 +20,7 @@ def fresh(monkeypatch, tmp_path):
     """A user with an empty cache who has called nothing yet."""
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dispatch, "_answers", {})
+    monkeypatch.setattr(native, "_functions", {})
     for f in CACHES:
         f.cache_clear()
     yield tmp_path

@@ -31,13 +31,13 @@ def cases(device, dtypes, only=None):
                         yield pytest.param(op, row.backend, dtype, name, id=f"{op}-{row.backend}-{dtype}-{name}"[:120])
 
 
-def row_and_arguments(op, backend, dtype, name, device):
+def row_and_arguments(op, backend, dtype, name, device, prepared=differentiable):
     row = next(r for r in dispatch.rows(op) if r.backend == backend)
     if why := row.objection(torch.device(device), dtype, named=True):
         pytest.skip(why)
     examples = importlib.import_module(f"zoo.kernels.{op}.examples").examples
     args = dict(examples(device, dtype))[name]
-    if row.refuse and (why := row.refuse(*differentiable(args))):
+    if row.refuse and (why := row.refuse(*prepared(args))):
         pytest.skip(why)
     return row, args
 
@@ -51,6 +51,21 @@ def check(op, backend, dtype, name, device):
 @pytest.mark.parametrize(("op", "backend", "dtype", "name"), list(cases("cpu", (torch.float32,))))
 def test_on_the_cpu(op, backend, dtype, name):
     check(op, backend, dtype, name, "cpu")
+
+
+@pytest.mark.parametrize(("op", "backend", "dtype", "name"), list(cases("cpu", (torch.float32,), only="native")))
+@pytest.mark.parametrize("threads", [1, 3])
+@torch.no_grad()
+def test_in_inference(op, backend, dtype, name, threads):
+    """Cores have shorter ways for a few tokens without gradients."""
+    row, args = row_and_arguments(op, backend, dtype, name, "cpu", prepared=list)
+    reference = next(r for r in dispatch.rows(op) if r.backend == "reference")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert first_difference(row.run, reference.run, args, gradients=False) is None
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("op", "backend", "dtype", "name"), list(cases("cpu", (torch.float64,))))

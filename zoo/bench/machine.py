@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from zoo.bench.timing import Runner, race
 from zoo.errors import ConfigError, KernelUnavailable, one_of
+from zoo.kernels.linear import linear
 
 LIBRARIES = ("transformers", "flash-linear-attention", "mamba-ssm", "xformers", "flash-attn")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -136,6 +137,7 @@ def peaks(device: str, dtype: torch.dtype, *, width: int | None = None, rounds: 
     weight = torch.randn(8 * n, 2 * n, device=device, dtype=dtype)
     runners = {
         "mm": Runner(lambda: torch.mm(a, b)),
+        "linear": Runner(lambda: linear(a, b)),  # on a CPU another library's product
         "copy": Runner(lambda: target.copy_(source)),
         "stream": Runner(lambda: F.linear(row, weight)),
     }
@@ -144,7 +146,7 @@ def peaks(device: str, dtype: torch.dtype, *, width: int | None = None, rounds: 
             runner.run()
         seconds = {name: t.least / 1e3 for name, t in race(runners, device, rounds).items()}
     return Peaks(
-        flops=2 * n**3 / seconds["mm"],
+        flops=2 * n**3 / min(seconds["mm"], seconds["linear"]),
         copy=2 * source.numel() / seconds["copy"],
         stream=weight.numel() * weight.element_size() / seconds["stream"],
     )
