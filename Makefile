@@ -8,7 +8,7 @@ DEMO := runs/demo
 # two test processes of one thread each are quicker on two cores than one of two threads
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo test check lint types fast docs golden lock
+.PHONY: help install demo test check lint types fast docs golden lock bench
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo 'make check    format, lint, types, import rules, fast tests'
 	@echo 'make install  .venv from requirements.lock    make docs    one page per block'
 	@echo 'make golden   rewrite the golden files        make lock    rewrite requirements.lock'
+	@echo 'make bench    measure this CPU again, into tools/bench/results; more than an hour'
 
 install: $(INSTALLED)
 
@@ -72,3 +73,6 @@ golden: $(INSTALLED)
 
 lock: $(INSTALLED)
 	$(BIN)/python tools/lock.py
+
+bench: $(INSTALLED)
+	$(BIN)/python tools/bench/run.py
