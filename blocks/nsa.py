@@ -1,0 +1,305 @@
+"""Native sparse attention: compressed keys, the best blocks of keys, and a sliding window, each behind a gate.
+Yuan et al. 2025, arXiv:2502.11089.
+
+    kc_c = phi_k(window c), vc_c = phi_v(window c)              l tokens each, starting every d tokens
+    p_t  = softmax(q_t . kc / sqrt(D)) over the windows complete at t
+    S(t) = the n blocks with the most p_t, summed over the heads of the group
+    o_t  = g1 attn(q_t; kc, vc) + g2 attn(q_t; K[S], V[S]) + g3 attn(q_t; last w tokens),   g = sigmoid(W_g x_t)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.blocks.attention import default_num_heads
+from zoo.blocks.compression import CompressedSelection, write_slots
+from zoo.blocks.kv_cache import KVCache, RingKVCache, kv_cache_bytes, ring_slots, segment_index
+from zoo.contract import (
+    Block,
+    ParallelPlan,
+    State,
+    init_linear_,
+    linear_flops,
+    positions_from,
+    refuse_packed_streaming,
+    state_dtype,
+)
+from zoo.kernels import block_scores as scoring
+from zoo.kernels import sparse_attention as attending
+from zoo.kernels.attention import attention, attention_flops
+from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
+from zoo.kernels.rope import rope
+from zoo.kernels.sparse_attention import sparse_attention
+from zoo.registry import register
+from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
+
+
+@dataclass
+class NSAState(State):
+    """Every key and value of the selected branch, the last `window` of the window branch, the compressed ones
+    [B, slots, Hkv, D], and the last kernel_size - 1 inputs of compression [B, kernel_size - 1, Hkv, D]."""
+
+    cache: KVCache
+    ring: RingKVCache
+    k: Tensor
+    v: Tensor
+    k_tail: Tensor
+    v_tail: Tensor
+
+
+class WindowMLP(nn.Module):
+    """phi: the tokens of a window, each with a learnt vector of its place, through one hidden layer."""
+
+    def __init__(self, size: int, width: int, **factory):
+        super().__init__()
+        self.place = nn.Parameter(torch.empty(size, width, **factory))
+        self.up_proj = Linear(size * width, width, bias=False, **factory)
+        self.down_proj = Linear(width, width, bias=False, **factory)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.place, std=0.02)
+        init_linear_(self.up_proj)
+        init_linear_(self.down_proj)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """[B, N, size, H, width] -> [B, N, H, width]."""
+        tokens = windows.transpose(2, 3) + self.place
+        return self.down_proj(F.silu(self.up_proj(tokens.flatten(3))))
+
+
+@register(
+    "nsa",
+    kind="mixer",
+    paper="arXiv:2502.11089",
+    ops=("attention", "sparse_attention", "block_scores", "select", "rope"),
+    state_growth="linear",
+    relations=(
+        "nsa(block_size=16, top_k=99) == nsa(block_size=4096)",
+        "nsa(window=70) == nsa(window=4096)",
+        "nsa(num_heads=4, num_kv_heads=4, top_k=3, block_size=16) == nsa(num_heads=4, top_k=3, block_size=16)",
+    ),
+    examples=(
+        {"num_heads": 4, "num_kv_heads": 2, "kernel_size": 8, "kernel_stride": 4, "block_size": 16, "top_k": 3,
+         "window": 20},
+        {"num_heads": 4, "num_kv_heads": 1, "compression": "mean", "shared_kv": True, "kernel_size": 8,
+         "kernel_stride": 8, "block_size": 8, "top_k": 4, "window": 16},
+        {"num_heads": 2, "rope": False, "kernel_size": 6, "kernel_stride": 2, "block_size": 4, "top_k": 5, "window": 9,
+         "v_head_dim": 16},
+    ),
+)  # fmt: skip
+class NativeSparseAttention(Block):
+    """Three branches of attention behind sigmoid gates of each query head: compressed, selected, sliding window.
+
+    Compressed: windows of l = kernel_size tokens every d = kernel_stride, each made one key and value by an MLP
+    over the window (un-rotated keys; the result is rotated at the window's last token), or by their mean (rotated
+    keys). Selected: a group's n = top_k blocks of block_size tokens, of which init_blocks first ones, the own
+    and local_blocks - 1 before it always; the rest by sum_h p_h over windows, times the strides shared with the
+    block. Selection has no gradient. Window: the last `window` tokens. Each branch has keys and values of its own
+    (rows of k_proj, v_proj: head, branch, channel), or with `shared_kv` all have the same.
+    x: [B, T, D] -> y: [B, T, D]. T^2 / d work for compression and scores, T n block_size for the selected blocks,
+    T window for the window. State: 2 Hkv head_dim a token and again a stride, and a window; a decoded token reads
+    t / d + n block_size + window of it. The selected branch is attention where n covers all blocks, the window
+    branch where window >= T.
+    The authors released no code: the form of the MLP (one hidden layer of the head's width, shared by the heads)
+    and where its keys are rotated are ours. The layer of flash-linear-attention is compression="mean",
+    shared_kv=True and kernel_size = kernel_stride = block_size.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: PositiveInt | None = None,
+        num_kv_heads: PositiveInt | None = None,
+        head_dim: PositiveInt | None = None,
+        v_head_dim: PositiveInt | None = None,
+        compression: Literal["mlp", "mean"] = "mlp",
+        shared_kv: bool = False,
+        kernel_size: PositiveInt = 32,
+        kernel_stride: PositiveInt = 16,
+        block_size: PositiveInt = 64,
+        top_k: PositiveInt = 16,
+        init_blocks: NonNegativeInt = 1,
+        local_blocks: PositiveInt = 2,
+        window: PositiveInt = 512,
+        rope: bool = True,
+        rope_base: PositiveFloat = 10000.0,
+        kernel: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(dim)
+        self.num_heads = num_heads or default_num_heads(dim)
+        self.num_kv_heads = num_kv_heads or self.num_heads
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        if head_dim is None and dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide dim={dim}: change it or give head_dim")
+        self.head_dim = head_dim or dim // self.num_heads
+        self.v_head_dim = v_head_dim or self.head_dim
+        if rope and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: give another head_dim, or rope: false")
+        check_backend("sparse_attention", kernel)
+        self.rule = CompressedSelection(
+            kernel_size, kernel_stride, block_size, top_k, init_blocks, local_blocks, pool="sum"
+        )
+        self.block_size, self.window, self.kernel = block_size, window, kernel
+        self.rope_base = rope_base if rope else None
+        self.kv_branches = 1 if shared_kv else 3
+        factory = {"device": device, "dtype": dtype}
+        kv_heads = self.num_kv_heads * self.kv_branches
+        self.q_proj = Linear(dim, self.num_heads * self.head_dim, bias=False, **factory)
+        self.k_proj = Linear(dim, kv_heads * self.head_dim, bias=False, **factory)
+        self.v_proj = Linear(dim, kv_heads * self.v_head_dim, bias=False, **factory)
+        self.g_proj = Linear(dim, self.num_heads * 3, bias=False, **factory)
+        self.o_proj = Linear(self.num_heads * self.v_head_dim, dim, bias=False, **factory)
+        self.compress_k = self.compress_v = None
+        if compression == "mlp":
+            self.compress_k = WindowMLP(kernel_size, self.head_dim, **factory)
+            self.compress_v = WindowMLP(kernel_size, self.v_head_dim, **factory)
+
+    def reset_parameters(self) -> None:
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.o_proj):
+            init_linear_(linear)
+        for mlp in (self.compress_k, self.compress_v):
+            if mlp is not None:
+                mlp.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: NSAState | None = None,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+    ) -> Tensor:
+        refuse_packed_streaming(state, doc_ids)
+        B, T, _ = x.shape
+        index = torch.arange(T, device=x.device).expand(B, T)
+        if state is not None:
+            index = segment_index(state.cache.length, T)
+        if positions is None:
+            positions = index if doc_ids is None else positions_from(doc_ids, B, T, x.device)
+        q, keys, values, raw = self._project(x, positions)
+        (k, k_near), (v, v_near), num_keys = keys[1:], values[1:], T
+        masks, near, docs = {}, {}, {}
+        if doc_ids is not None:
+            masks = near = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids}
+        elif state is not None:
+            empty = state.ring.size == 0  # then the keys are those of the segment, in order
+            k, v, k_index, _ = state.cache.append(k, v)
+            k_near, v_near, near_index, _ = state.ring.append(k_near, v_near)
+            masks, num_keys = {"q_index": index, "k_index": k_index}, state.cache.size
+            near = {} if empty else {"q_index": index, "k_index": near_index}
+        kc, vc, end = self._compress(raw, values[0], index, positions, state, doc_ids)
+        if doc_ids is not None:
+            docs = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids.gather(1, end.clamp(min=0))}
+        blocks = self.rule.select(q, kc, end, index, num_keys, doc_ids)
+        compressed, _ = attention(q, kc, vc, q_index=index, k_index=end, **docs)
+        selected, _ = sparse_attention(q, k, v, blocks, **masks, backend=self.kernel)
+        window, _ = attention(q, k_near, v_near, window=self.window, **near)
+        gates = torch.sigmoid(self.g_proj(x)).unflatten(-1, (-1, 3, 1)).unbind(3)
+        o = gates[0] * compressed + gates[1] * selected + gates[2] * window
+        return self.o_proj(o.flatten(2))
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """q; keys and values of the branches; the keys that compression reads."""
+        q, k = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj))
+        v, raw = self.v_proj(x).unflatten(-1, (-1, self.v_head_dim)), k
+        if self.rope_base is not None:
+            q, k = (rope(h, positions, base=self.rope_base) for h in (q, k))
+        if self.compress_k is None:
+            raw = k
+        k, v, raw = (h.unflatten(2, (-1, self.kv_branches)).unbind(3) for h in (k, v, raw))
+        return q, k * (3 // len(k)), v * (3 // len(v)), raw[0]
+
+    def _compress(
+        self,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        positions: Tensor,
+        state: NSAState | None,
+        doc_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compressed keys and values [B, N, Hkv, D] and the last token of each window [B, N], -1 for none."""
+        rule, T = self.rule, k.shape[1]
+        if state is None:
+            start = rule.starts(T, doc_ids, k)
+            last = start + rule.kernel_size - 1
+            end = torch.where(start >= 0, last, -1)
+        else:
+            slots = rule.new_slots(index[:, 0], T)
+            start = slots * rule.kernel_stride - index[:, :1] + rule.kernel_size - 1  # in what the tail and x hold
+            last = start  # in x
+            k, v = torch.cat([state.k_tail.to(k.dtype), k], 1), torch.cat([state.v_tail.to(v.dtype), v], 1)
+            state.k_tail.copy_(k[:, T:].detach())
+            state.v_tail.copy_(v[:, T:].detach())
+        k, v = rule.gather(k, start), rule.gather(v, start)
+        if self.compress_k is None or self.compress_v is None:
+            wide = state_dtype(k.dtype)
+            k, v = k.mean(2, dtype=wide).to(k.dtype), v.mean(2, dtype=wide).to(v.dtype)
+        else:
+            k, v = self.compress_k(k), self.compress_v(v)
+            if self.rope_base is not None:
+                k = rope(k, positions.gather(1, last.clamp(0, T - 1)), base=self.rope_base)
+        if state is None:
+            return k, v, end
+        missing = rule.num_slots(state.cache.k.shape[1]) - state.k.shape[1]
+        if missing > 0:
+            state.k, state.v = (F.pad(h, (0, 0, 0, 0, 0, missing)) for h in (state.k, state.v))
+        used = rule.num_slots(state.cache.size)
+        k, v = write_slots(state.k, k, slots, used), write_slots(state.v, v, slots, used)
+        return k, v, rule.ends(state.cache.length, state.cache.size)
+
+    def init_state(self, batch_size: int, max_len: int | None = None) -> NSAState:
+        heads, k_dim, v_dim = self.num_kv_heads, self.head_dim, self.v_head_dim
+        like = self.reference_parameter.detach()
+        cache = KVCache.create(batch_size, max_len, heads, k_dim, v_dim, like=like)
+        ring = RingKVCache.create(batch_size, max_len, heads, k_dim, v_dim, window=self.window, like=like)
+        lengths = (self.rule.num_slots(cache.k.shape[1]), self.rule.kernel_size - 1)
+        buffers = (like.new_zeros(batch_size, n, heads, d) for n in lengths for d in (k_dim, v_dim))
+        return NSAState(cache, ring, *buffers)
+
+    def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
+        B, T, Hq, Hkv = batch_size, seq_len, self.num_heads, self.num_kv_heads
+        dims, rule = (self.head_dim, self.v_head_dim), self.rule
+        keys = near = T + (context_len if streaming else 0)
+        if context_len and streaming:
+            near = min(keys, self.window) if T == 1 else min(context_len, self.window) + T
+        windows = rule.num_slots(keys)
+        flops = linear_flops(B * T, self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.o_proj)
+        for mlp in (self.compress_k, self.compress_v):
+            if mlp is not None:
+                flops += linear_flops(B * rule.num_slots(T) * Hkv, mlp.up_proj, mlp.down_proj)
+        flops += scoring.flops(B, T, windows, Hq, self.head_dim)
+        flops += attention_flops(B, T, windows, Hq, *dims, plain=False)
+        flops += attending.flops(B, T, keys, Hq, Hkv, *dims, rule.num_listed(keys), self.block_size, Hkv)
+        return flops + attention_flops(B, T, near, Hq, *dims, window=self.window, plain=not (context_len and streaming))
+
+    def state_bytes(self, batch_size: int, max_len: int) -> int:
+        dims, itemsize = (self.num_kv_heads, self.head_dim, self.v_head_dim), self.itemsize
+        slots = self.rule.num_slots(max_len) + self.rule.kernel_size - 1
+        cache = kv_cache_bytes(batch_size, max_len, *dims, itemsize)
+        ring = kv_cache_bytes(batch_size, ring_slots(max_len, self.window), *dims, itemsize)
+        return cache + ring + batch_size * slots * self.num_kv_heads * (self.head_dim + self.v_head_dim) * itemsize
+
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # x; q before and after rotation, three outputs and their gates; keys and values; windows and their keys
+        q, o = self.num_heads * self.head_dim, self.num_heads * self.v_head_dim
+        kv = self.num_kv_heads * (self.head_dim + self.v_head_dim)
+        token = self.dim + 2 * q + 5 * o + 2 * kv * self.kv_branches
+        windows = self.rule.num_slots(seq_len) * kv * (2 * self.rule.kernel_size + 4)
+        return batch_size * (seq_len * token + windows)
+
+    def parallel_plan(self) -> ParallelPlan:
+        tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "g_proj": "column", "o_proj": "row"}
+        if self.compress_k is not None:
+            tensor |= {"compress_k": "replicate", "compress_v": "replicate"}
+        return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_kv")
