@@ -31,6 +31,11 @@ def oracle(block, x):
     T, size, D = x.shape[0], block.block_size, block.head_dim
     q, k, v = ((x @ p.weight.T).unflatten(-1, (-1, D)) for p in (block.q_proj, block.k_proj, block.v_proj))
     q = torch.stack([rotate(q[t], t) for t in range(T)])
+    if block.k_conv1d is not None:  # k' = k + silu(sum_w W[:, w] k_{t - (W-1) + w})
+        taps, flat = block.k_conv1d.weight[:, 0], k.flatten(1)
+        past = torch.cat([flat.new_zeros(taps.shape[1] - 1, flat.shape[1]), flat])
+        near = sum(taps[:, w] * past[w : w + T] for w in range(taps.shape[1]))
+        k = (flat + torch.nn.functional.silu(near)).view_as(k)
     k = torch.stack([rotate(k[t], t) for t in range(T)])
     group = block.num_heads // block.num_kv_heads
     rows = []
@@ -56,6 +61,13 @@ def test_equations(top_k, size):
     for kernel in ("chunked", "reference"):
         block.kernel = kernel
         torch.testing.assert_close(block(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_equations_with_key_convolution(width):
+    block, x = build(top_k=2, key_conv=width), draw(2, 29, 24)
+    expected = torch.stack([oracle(block, row) for row in x])
+    torch.testing.assert_close(block(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_top_k_of_one_is_block_diagonal():
