@@ -98,13 +98,14 @@ class CompressedSelection:
         B, T, Hq, D = q.shape
         N, Hkv = keys.shape[1:3]
         size = self.block_size
+        end_ids = None
         if doc_ids is None:
-            first, docs = torch.zeros_like(index), {}
+            first = torch.zeros_like(index)
             blocks = (torch.arange(-(-num_keys // size), device=q.device) * size).expand(B, -1)
         else:
             first = index - positions_from(doc_ids, B, T, q.device)
             blocks = block_starts(T, size, doc_ids, q)
-            docs = {"k_doc_ids": doc_ids.gather(1, end.clamp(min=0))}
+            end_ids = doc_ids.gather(1, end.clamp(min=0))
         own = index - (index - first) % size
         slots = blocks.clamp(min=0)[..., None] // self.kernel_stride
         slots = slots + torch.arange(size // self.kernel_stride, device=q.device)
@@ -113,10 +114,12 @@ class CompressedSelection:
         step = max(1, SCORES_AT_ONCE // max(B * Hq * N, 1))
         lists = []
         for part in (slice(a, a + step) for a in range(0, max(T, 1), step)):
-            if doc_ids is not None:
-                docs["q_doc_ids"] = doc_ids[:, part]
+            part_ids = None if doc_ids is None else doc_ids[:, part]
             # a window is seen by its own last token too, hence + 1
-            scores = block_scores(q[:, part], keys, q_index=index[:, part] + 1, k_index=end, scale=D**-0.5, **docs)
+            scores = block_scores(
+                q[:, part], keys, q_index=index[:, part] + 1, k_index=end, q_doc_ids=part_ids, k_doc_ids=end_ids,
+                scale=D**-0.5,
+            )  # fmt: skip
             weight = scores.softmax(-1).masked_fill(scores == float("-inf"), 0)  # no window: NaN
             weight = self._pool(weight.unflatten(1, (Hkv, Hq // Hkv)).sum(2), slots)
             start, low, high = blocks[:, None], first[:, part, None], own[:, part, None]

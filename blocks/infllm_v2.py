@@ -151,22 +151,24 @@ class InfLLMV2(Block):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope_base is not None:
             q, k = (rope(h, order if positions is None else positions, base=self.rope_base) for h in (q, k))
-        index, num_keys, masks, near, compressed = order, T, {}, {}, None
-        if doc_ids is not None:
-            index = torch.arange(T, device=x.device).expand(B, T)
-            masks = near = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids}
-        elif state is not None:
+        index = order if doc_ids is None else torch.arange(T, device=x.device).expand(B, T)
+        num_keys, compressed = T, None
+        q_index = k_index = None
+        if state is not None:
             empty = state.cache.size == 0  # then the keys are those of the segment, in order
-            k, v, k_index, _ = state.cache.append(k, v)
-            masks, num_keys = {"q_index": index, "k_index": k_index}, state.cache.size
-            near = {} if empty else masks
-            compressed = self._compress_cached(state, index)
+            k, v, k_index, q_index = state.cache.append(k, v)
+            num_keys, compressed = state.cache.size, self._compress_cached(state, index)
+            if empty:
+                q_index = k_index = None
         if num_keys <= self.dense_len:
-            o, _ = attention(q, k, v, **near)
+            o, _ = attention(q, k, v, q_index=q_index, k_index=k_index, q_doc_ids=doc_ids, k_doc_ids=doc_ids)
         else:
             pooled, end = compressed or self._compress(k, doc_ids)
             blocks = self._route(q, pooled, end, index, order, num_keys, doc_ids)
-            o, _ = sparse_attention(q, k, v, blocks, **masks, backend=self.kernel)
+            o, _ = sparse_attention(
+                q, k, v, blocks, q_index=q_index, k_index=k_index, q_doc_ids=doc_ids, k_doc_ids=doc_ids,
+                backend=self.kernel,
+            )  # fmt: skip
         return self.o_proj(o.flatten(2))
 
     @torch.no_grad()

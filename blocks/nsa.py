@@ -188,22 +188,25 @@ class NativeSparseAttention(Block):
             positions = index if doc_ids is None else positions_from(doc_ids, B, T, x.device)
         q, keys, values, raw = self._project(x, positions)
         (k, k_near), (v, v_near), num_keys = keys[1:], values[1:], T
-        masks, near, docs = {}, {}, {}
-        if doc_ids is not None:
-            masks = near = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids}
-        elif state is not None:
-            empty = state.ring.size == 0  # then the keys are those of the segment, in order
-            k, v, k_index, _ = state.cache.append(k, v)
-            k_near, v_near, near_index, _ = state.ring.append(k_near, v_near)
-            masks, num_keys = {"q_index": index, "k_index": k_index}, state.cache.size
-            near = {} if empty else {"q_index": index, "k_index": near_index}
+        q_index = q_near = k_index = k_near_index = None
+        if state is not None:
+            empty = state.ring.size == 0  # then the window's keys are those of the segment, in order
+            k, v, k_index, q_index = state.cache.append(k, v)
+            k_near, v_near, k_near_index, q_near = state.ring.append(k_near, v_near)
+            num_keys = state.cache.size
+            if empty:
+                q_near = k_near_index = None
         kc, vc, end = self._compress(raw, values[0], index, positions, state, doc_ids)
-        if doc_ids is not None:
-            docs = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids.gather(1, end.clamp(min=0))}
+        end_ids = None if doc_ids is None else doc_ids.gather(1, end.clamp(min=0))
         blocks = self.rule.select(q, kc, end, index, num_keys, doc_ids)
-        compressed, _ = attention(q, kc, vc, q_index=index, k_index=end, **docs)
-        selected, _ = sparse_attention(q, k, v, blocks, **masks, backend=self.kernel)
-        window, _ = attention(q, k_near, v_near, window=self.window, **near)
+        compressed, _ = attention(q, kc, vc, q_index=index, k_index=end, q_doc_ids=doc_ids, k_doc_ids=end_ids)
+        selected, _ = sparse_attention(
+            q, k, v, blocks, q_index=q_index, k_index=k_index, q_doc_ids=doc_ids, k_doc_ids=doc_ids, backend=self.kernel
+        )
+        window, _ = attention(
+            q, k_near, v_near, window=self.window, q_index=q_near, k_index=k_near_index, q_doc_ids=doc_ids,
+            k_doc_ids=doc_ids,
+        )  # fmt: skip
         gates = torch.sigmoid(self.g_proj(x)).unflatten(-1, (-1, 3, 1)).unbind(3)
         o = gates[0] * compressed + gates[1] * selected + gates[2] * window
         return self.o_proj(o.flatten(2))
@@ -217,7 +220,7 @@ class NativeSparseAttention(Block):
         if self.compress_k is None:
             raw = k
         k, v, raw = (h.unflatten(2, (-1, self.kv_branches)).unbind(3) for h in (k, v, raw))
-        return q, k * (3 // len(k)), v * (3 // len(v)), raw[0]
+        return q, k * (3 // len(k)), v * (3 // len(v)), raw[0]  # shared ones, three times
 
     def _compress(
         self,

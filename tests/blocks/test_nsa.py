@@ -78,7 +78,7 @@ def oracle(block, x):
     for g in range(block.num_kv_heads):
         heads = range(g * G, (g + 1) * G)
         parts = {h: attend(q[:, h], kc[:, g], vc[:, g], ends <= t) for h in heads}
-        weights = sum(p for _, p in parts.values())
+        weights = torch.stack([p for _, p in parts.values()]).sum(0)
         full = [read_in_full(weights[i], i, rule, -(-T // rule.block_size)) for i in range(T)]
         listed = torch.tensor([[n // rule.block_size in full[i] for n in range(T)] for i in range(T)])
         for h in heads:
