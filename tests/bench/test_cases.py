@@ -92,7 +92,7 @@ def test_layers_that_are_wanted():
     groups = list(layers.groups(layers.names(), SETTINGS))
     wanted = {(g.case, g.what): g.wanted for g in groups if g.wanted}
     assert wanted["mamba", "forward"] == 3.0 and wanted["mla", "step"] == 2.0
-    assert wanted["kda, its op delta_rule", "forward+backward"] == 4.0
+    assert wanted["kda", "forward+backward"] == 4.0
     assert {(g.what, g.seq) for g in groups} == {("forward", 2048), ("forward", 512), ("forward+backward", 2048),
                                                 ("forward+backward", 512), ("step", 2048)}  # fmt: skip
     assert all(g.wanted is None for g in groups if g.seq == 512)

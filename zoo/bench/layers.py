@@ -42,6 +42,7 @@ LAYERS = (
         "gated_deltanet", {"num_heads": 8, "head_dim": 64, "expand_v": 1.0, "norm_eps": 1e-6}, "gated_deltanet",
         (3.0, 2.0, 2.0),
     ),
+    LayerCase("kda", {"num_heads": 8}, "kda", (8.0, 4.0, 2.0)),
     LayerCase(
         "mla",
         {"num_heads": 8, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
@@ -58,7 +59,6 @@ LAYERS = (
 )  # fmt: skip
 # layers whose blocks are not here yet, as the op that does their work: the title of its case, and what is wanted
 OPS = {
-    "kda": ("delta_rule, decay per channel", (8.0, 4.0, None)),
     "rg_lru": ("diagonal_scan", (None, 2.0, None)),
 }
 

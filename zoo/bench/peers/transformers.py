@@ -242,6 +242,18 @@ def layer_gated_deltanet(ours: Any, positions: int, changes: dict[str, Any]) -> 
     return Peer(_loaded(Qwen3NextGatedDeltaNet(config, 0), ours, weights), _state_space, _dynamic(config))
 
 
+def layer_kda(ours: Any, positions: int, changes: dict[str, Any]) -> Peer:
+    """KimiLinearDeltaAttention."""
+    from transformers import KimiLinearConfig
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+
+    config = KimiLinearConfig(
+        hidden_size=ours.dim, linear_num_heads=ours.num_heads, linear_head_dim=ours.key_dim,
+        linear_conv_kernel_dim=ours.conv_size, num_hidden_layers=1, layer_types=["linear_attention"], **changes,
+    )  # fmt: skip
+    return Peer(_loaded(KimiLinearDeltaAttention(config, 0), ours), _state_space, _dynamic(config))
+
+
 def _rotary(embedding: nn.Module, ours: nn.Module, positions: int) -> Callable[..., Tensor]:
     """Attention with the angles of all positions computed before the clock starts, as a model does once for all
     its layers."""

@@ -1,0 +1,157 @@
+"""The layer behind `kda` and `deltanet`: the delta rule between projections. No block."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.blocks.gated_deltanet import ConvLinearState
+from zoo.blocks.recurrent import GatedHeadNorm, l2_normalise, previous, silu_conv, wide
+from zoo.contract import Block, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels.delta_rule import delta_rule
+from zoo.kernels.delta_rule import flops as delta_rule_flops
+from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
+
+
+class DeltaMixer(Block):
+    """y = W_o (RMSNorm_head(o) * act(gate)), o = delta_rule(q, k, v, beta, decay) with q, k, v = silu(conv(W x)),
+    q and k of unit length, beta = sigmoid(W_b x), twice that with `allow_neg_eigval`; `updates` keys, values and
+    betas a token.
+
+    A subclass says what the decay and the gate are, and where the weights of the convolution lie.
+    """
+
+    channel_decay = False
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        updates: int = 1,
+        conv_size: int,
+        gate_activation: Literal["silu", "sigmoid"],
+        allow_neg_eigval: bool,
+        norm_eps: float,
+        chunk_size: int,
+        kernel: str,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(dim)
+        check_backend("delta_rule", kernel)
+        self.num_heads, self.key_dim, self.value_dim, self.updates = num_heads, key_dim, value_dim, updates
+        self.conv_size, self.allow_neg_eigval = conv_size, allow_neg_eigval
+        self.chunk_size, self.kernel = chunk_size, kernel
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.widths = [num_heads * key_dim, updates * num_heads * key_dim, updates * num_heads * value_dim]
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width, bias=False, **factory) for width in self.widths)
+        self.b_proj = Linear(dim, updates * num_heads, bias=False, **factory)
+        self.o_norm = GatedHeadNorm(value_dim, activation=gate_activation, eps=norm_eps, **factory)
+        self.o_proj = Linear(num_heads * value_dim, dim, bias=False, **factory)
+
+    def projections(self) -> list[nn.Linear]:
+        """Every linear layer."""
+        return [m for m in self.modules() if isinstance(m, nn.Linear)]
+
+    def reset_parameters(self) -> None:
+        for linear in self.projections():
+            init_linear_(linear)
+        self.o_norm.reset_parameters()
+
+    def conv_weight(self) -> Tensor:
+        """Weight [C, 1, W] over the channels of q, k and v, where conv_size is not 0."""
+        raise NotImplementedError
+
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """Log-decay in a shape that the op takes."""
+        return None
+
+    def gate(self, x: Tensor) -> Tensor | None:
+        """What the output is gated with [B, T, H Dv], before its activation."""
+        return None
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_decay: Tensor | None,
+        memory: Tensor | None,
+        doc_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The op: outputs [B, T, H, Dv] and the memory after them."""
+        return delta_rule(
+            q,
+            k,
+            v,
+            beta,
+            log_decay,
+            scale=self.key_dim**-0.5,
+            initial_state=memory,
+            doc_ids=doc_ids,
+            chunk_size=self.chunk_size,
+            backend=self.kernel,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: ConvLinearState | None = None,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+    ) -> Tensor:
+        refuse_packed_streaming(state, doc_ids)
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        if self.conv_size:
+            carried = None if state is None else state.conv
+            qkv = silu_conv(qkv, self.conv_weight(), None, carried, doc_ids, "auto")
+        else:
+            qkv = F.silu(qkv)
+        q, k, v = qkv.split(self.widths, -1)
+        q, k = (l2_normalise(wide(t).unflatten(-1, (-1, self.key_dim))) for t in (q, k))
+        v = v.unflatten(-1, (-1, self.value_dim))
+        beta = wide(self.b_proj(x)).sigmoid() * (2 if self.allow_neg_eigval else 1)
+        memory = None if state is None else previous(state.memory)
+        o, memory = self.mix(q, k, v, beta, self.log_decay(x), memory, doc_ids)
+        if state is not None:
+            state.memory.copy_(memory.detach())
+        return self.o_proj(self.o_norm(o, self.gate(x)))
+
+    def init_state(self, batch_size: int, max_len: int | None = None) -> State:
+        like = self.q_proj.weight
+        shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
+        return ConvLinearState(
+            like.new_zeros(shape, dtype=state_dtype(like.dtype)),
+            like.new_zeros(batch_size, max(self.conv_size - 1, 0), sum(self.widths)),
+        )
+
+    def state_bytes(self, batch_size: int, max_len: int) -> int:
+        memory = self.num_heads * self.key_dim * self.value_dim * state_dtype(self.q_proj.weight.dtype).itemsize
+        return batch_size * (memory + max(self.conv_size - 1, 0) * sum(self.widths) * self.itemsize)
+
+    def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
+        return linear_flops(batch_size * seq_len, *self.projections()) + delta_rule_flops(
+            batch_size,
+            self.updates * seq_len,
+            self.num_heads,
+            self.key_dim,
+            self.value_dim,
+            chunk_size=self.chunk_size,
+            channel_decay=self.channel_decay,
+        )
+
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # x; q, k, v projected, convolved, normalised; o, norm and gate of each head, a decay; a state every 32 updates
+        head = 5 * self.value_dim + 6 + (3 * self.key_dim if self.channel_decay else 0)
+        token = self.dim + 5 * sum(self.widths) + self.num_heads * head
+        states = -(-self.updates * seq_len // 32) * self.num_heads * self.key_dim * self.value_dim
+        return batch_size * (seq_len * token + states)

@@ -1,0 +1,148 @@
+"""Kimi Delta Attention: every key channel forgets at its own rate, then what is stored under the key is corrected.
+Kimi Team 2025, arXiv:2510.26692."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zoo.blocks.delta_mixer import DeltaMixer
+from zoo.blocks.recurrent import ShortConv, default_heads, reset_softplus_decay_, softplus_decay, wide
+from zoo.contract import ParallelPlan
+from zoo.kernels.linear import Linear
+from zoo.registry import register
+from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt, Range
+
+
+class ForgetGate(nn.Module):
+    """Log-decay of every key channel [B, T, H, Dk] from a low-rank map, f = W_2 W_1 x + dt_bias:
+    -exp(A_log) softplus(f), or lower_bound * sigmoid(exp(A_log) f) in (lower_bound, 0)."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, lower_bound: float | None, device=None, dtype=None):
+        super().__init__()
+        self.lower_bound = lower_bound
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.f_a_proj = Linear(dim, head_dim, bias=False, **factory)
+        self.f_b_proj = Linear(head_dim, num_heads * head_dim, bias=False, **factory)
+        self.dt_bias = nn.Parameter(torch.empty(num_heads * head_dim, **factory))
+        self.A_log = nn.Parameter(torch.empty(1, 1, num_heads, 1, **factory))
+
+    def reset_parameters(self) -> None:
+        reset_softplus_decay_(self.A_log, self.dt_bias, 1.0, 16.0)
+        if self.lower_bound is not None:
+            nn.init.zeros_(self.A_log)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (self.A_log.shape[2], -1)
+        f, bias = self.f_b_proj(self.f_a_proj(x)).unflatten(-1, heads), self.dt_bias.unflatten(0, heads)
+        if self.lower_bound is None:
+            return softplus_decay(f, self.A_log, bias)
+        return self.lower_bound * (wide(self.A_log).exp() * (wide(f) + wide(bias))).sigmoid()
+
+
+@register(
+    "kda",
+    kind="mixer",
+    paper="arXiv:2510.26692",
+    ops=("delta_rule", "short_conv"),
+    state_growth="constant",
+    relations=(
+        "kda(decay='head', conv_size=0, output_gate=False) == gated_deltanet(head_dim=16, expand_v=1.0, conv_size=0, "
+        "output_gate=False)",
+    ),
+    examples=(
+        {"chunk_size": 16},
+        {"num_heads": 2, "head_dim": 8, "gate_lower_bound": -5.0, "allow_neg_eigval": True, "chunk_size": 16},
+        {"decay": "head", "chunk_size": 16},
+        {"decay": "none", "conv_size": 0, "output_gate": False, "chunk_size": 24},
+    ),
+)
+class KimiDeltaAttention(DeltaMixer):
+    """KDA: S_t = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t / sqrt(Dk).
+
+    q, k, v = silu(conv(W x)), q and k of unit length per head; beta = sigmoid(W_b x) per head;
+    alpha = exp(-exp(A_log) softplus(W_2 W_1 x + dt_bias)) per key channel, or at least exp(gate_lower_bound) with
+    log alpha = gate_lower_bound * sigmoid(exp(A_log) (W_2 W_1 x + dt_bias));
+    y = W_o (RMSNorm_head(o) * sigmoid(U_2 U_1 x)), both low-rank maps of rank head_dim = Dk = Dv.
+    x: [B, T, D] -> y: [B, T, D]; time O(T), state H Dk^2 numbers and the last W-1 inputs of the convolution.
+    decay='head' is Gated DeltaNet, decay='none' DeltaNet; beta = 0 writes nothing and y = 0.
+    Parameters and layouts are those of Kimi Linear in Hugging Face: the rows of conv1d are those of q, k and v.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: PositiveInt | None = None,
+        head_dim: PositiveInt | None = None,
+        decay: Literal["channel", "head", "none"] = "channel",
+        gate_lower_bound: Annotated[float, Range(ge=-5, lt=0)] | None = None,
+        conv_size: NonNegativeInt = 4,
+        output_gate: bool = True,
+        allow_neg_eigval: bool = False,
+        norm_eps: PositiveFloat = 1e-5,
+        chunk_size: PositiveInt = 64,
+        kernel: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        if gate_lower_bound is not None and decay != "channel":
+            raise ValueError(f"gate_lower_bound={gate_lower_bound} needs decay='channel', got decay={decay!r}")
+        heads = num_heads or default_heads(dim, width=128)
+        width = head_dim or max(dim // heads, 1)
+        super().__init__(
+            dim,
+            heads,
+            width,
+            width,
+            conv_size=conv_size,
+            gate_activation="sigmoid",
+            allow_neg_eigval=allow_neg_eigval,
+            norm_eps=norm_eps,
+            chunk_size=chunk_size,
+            kernel=kernel,
+            device=device,
+            dtype=dtype,
+        )
+        self.decay, self.channel_decay, self.output_gate = decay, decay == "channel", output_gate
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if conv_size:
+            self.conv1d = ShortConv(sum(self.widths), conv_size, **factory)
+        if decay == "channel":
+            self.forget_gate = ForgetGate(dim, heads, width, gate_lower_bound, **factory)
+        elif decay == "head":
+            self.a_proj = Linear(dim, heads, bias=False, **factory)
+            self.A_log = nn.Parameter(torch.empty(heads, **factory))
+            self.dt_bias = nn.Parameter(torch.empty(heads, **factory))
+        if output_gate:
+            self.g_a_proj = Linear(dim, width, bias=False, **factory)
+            self.g_b_proj = Linear(width, heads * width, bias=False, **factory)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.conv_size:
+            self.conv1d.reset_parameters()
+        if self.decay == "channel":
+            self.forget_gate.reset_parameters()
+        elif self.decay == "head":
+            reset_softplus_decay_(self.A_log, self.dt_bias, 1.0, 16.0)
+
+    def conv_weight(self) -> Tensor:
+        return self.conv1d.weight
+
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        if self.decay == "channel":
+            return self.forget_gate(x)
+        return softplus_decay(self.a_proj(x), self.A_log, self.dt_bias) if self.decay == "head" else None
+
+    def gate(self, x: Tensor) -> Tensor | None:
+        return self.g_b_proj(self.g_a_proj(x)) if self.output_gate else None
+
+    def parallel_plan(self) -> ParallelPlan:
+        return ParallelPlan(
+            context="pass_state",
+            reason="conv1d stacks q, k and v, and A_log has its heads in the third dimension, so rows are not split as "
+            "they lie",
+        )
