@@ -24,6 +24,13 @@ SHRINK = {
         "define.thoughts.workspace.slots=8", "define.thoughts.workspace.active=4",
         "define.thoughts.workspace.rank=8", "define.thoughts.workspace.chunk_size=8",
     ],
+    "kimi_linear_48b": [
+        "trunk[0][1].swiglu.hidden_dim=96", "trunk[2].repeat=1", "define.rec.kda.num_heads=4",
+        "define.rec.kda.head_dim=16", "define.full.mla.num_heads=4", "define.full.mla.kv_lora_rank=16",
+        "define.full.mla.qk_nope_head_dim=16", "define.full.mla.qk_rope_head_dim=8",
+        "define.full.mla.v_head_dim=16", "define.experts.moe.num_experts=8", "define.experts.moe.top_k=2",
+        "define.experts.moe.hidden_dim=32",
+    ],
     "llama_1b": ["trunk[0].repeat=2", "define.layer[0].attention.num_heads=4",
                  "define.layer[0].attention.num_kv_heads=2", "define.layer[0].attention.head_dim=16",
                  "define.layer[1].swiglu.hidden_dim=96"],
@@ -102,3 +109,13 @@ def test_hydra_is_the_size_it_claims():
     report = zoo.estimate("hydra_hybrid", batch_size=1, seq_len=1)
     assert 1.55e9 < report.params < 1.65e9
     assert 0.90e9 < report.active_params < 1.00e9
+
+
+def test_kimi_linear_is_the_published_one():
+    """The number of parameters that transformers' KimiLinearForCausalLM has on the meta device, and the layers of the
+    checkpoint that are full attention."""
+    report = zoo.estimate("kimi_linear_48b", batch_size=1, seq_len=1)
+    assert report.params == 49_122_675_072
+    assert 3.4e9 < report.active_params < 3.5e9
+    mixers = [n.block for n in report.nodes if n.block in ("kda", "mla")]
+    assert [i for i, block in enumerate(mixers, 1) if block == "mla"] == [4, 8, 12, 16, 20, 24, 27]
