@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.blocks.gated_deltanet import ConvLinearState
-from zoo.blocks.recurrent import GatedHeadNorm, l2_normalise, previous, silu_conv, wide
+from zoo.blocks.recurrent import (
+    GatedHeadNorm,
+    l2_normalise,
+    previous,
+    reset_softplus_decay_,
+    silu_conv,
+    softplus_decay,
+    wide,
+)
 from zoo.contract import Block, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.delta_rule import delta_rule
 from zoo.kernels.delta_rule import flops as delta_rule_flops
@@ -22,10 +30,9 @@ class DeltaMixer(Block):
     q and k of unit length, beta = sigmoid(W_b x), twice that with `allow_neg_eigval`; `updates` keys, values and
     betas a token.
 
-    A subclass says what the decay and the gate are, and where the weights of the convolution lie.
+    decay 'head' is that of Gated DeltaNet. A subclass says where the weights of the convolution lie, what the gate is
+    and, with decay 'channel', what the decay is.
     """
-
-    channel_decay = False
 
     def __init__(
         self,
@@ -35,6 +42,7 @@ class DeltaMixer(Block):
         value_dim: int,
         *,
         updates: int = 1,
+        decay: Literal["channel", "head", "none"],
         conv_size: int,
         gate_activation: Literal["silu", "sigmoid"],
         allow_neg_eigval: bool,
@@ -47,12 +55,16 @@ class DeltaMixer(Block):
         super().__init__(dim)
         check_backend("delta_rule", kernel)
         self.num_heads, self.key_dim, self.value_dim, self.updates = num_heads, key_dim, value_dim, updates
-        self.conv_size, self.allow_neg_eigval = conv_size, allow_neg_eigval
+        self.decay, self.conv_size, self.allow_neg_eigval = decay, conv_size, allow_neg_eigval
         self.chunk_size, self.kernel = chunk_size, kernel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.widths = [num_heads * key_dim, updates * num_heads * key_dim, updates * num_heads * value_dim]
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width, bias=False, **factory) for width in self.widths)
         self.b_proj = Linear(dim, updates * num_heads, bias=False, **factory)
+        if decay == "head":
+            self.a_proj = Linear(dim, num_heads, bias=False, **factory)
+            self.A_log = nn.Parameter(torch.empty(num_heads, **factory))
+            self.dt_bias = nn.Parameter(torch.empty(num_heads, **factory))
         self.o_norm = GatedHeadNorm(value_dim, activation=gate_activation, eps=norm_eps, **factory)
         self.o_proj = Linear(num_heads * value_dim, dim, bias=False, **factory)
 
@@ -64,6 +76,8 @@ class DeltaMixer(Block):
         for linear in self.projections():
             init_linear_(linear)
         self.o_norm.reset_parameters()
+        if self.decay == "head":
+            reset_softplus_decay_(self.A_log, self.dt_bias, 0.0, 16.0)
 
     def conv_weight(self) -> Tensor:
         """Weight [C, 1, W] over the channels of q, k and v, where conv_size is not 0."""
@@ -71,7 +85,7 @@ class DeltaMixer(Block):
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         """Log-decay in a shape that the op takes."""
-        return None
+        return softplus_decay(self.a_proj(x), self.A_log, self.dt_bias) if self.decay == "head" else None
 
     def gate(self, x: Tensor) -> Tensor | None:
         """What the output is gated with [B, T, H Dv], before its activation."""
@@ -146,12 +160,12 @@ class DeltaMixer(Block):
             self.key_dim,
             self.value_dim,
             chunk_size=self.chunk_size,
-            channel_decay=self.channel_decay,
+            channel_decay=self.decay == "channel",
         )
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; q, k, v projected, convolved, normalised; o, norm and gate of each head, a decay; a state every 32 updates
-        head = 5 * self.value_dim + 6 + (3 * self.key_dim if self.channel_decay else 0)
+        head = 5 * self.value_dim + 6 + (3 * self.key_dim if self.decay == "channel" else 0)
         token = self.dim + 5 * sum(self.widths) + self.num_heads * head
         states = -(-self.updates * seq_len // 32) * self.num_heads * self.key_dim * self.value_dim
         return batch_size * (seq_len * token + states)

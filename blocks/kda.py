@@ -51,6 +51,7 @@ class ForgetGate(nn.Module):
     relations=(
         "kda(decay='head', conv_size=0, output_gate=False) == gated_deltanet(head_dim=16, expand_v=1.0, conv_size=0, "
         "output_gate=False)",
+        "kda(decay='none', conv_size=0, output_gate=False) == deltanet(conv_size=0)",
     ),
     examples=(
         {"chunk_size": 16},
@@ -97,6 +98,7 @@ class KimiDeltaAttention(DeltaMixer):
             heads,
             width,
             width,
+            decay=decay,
             conv_size=conv_size,
             gate_activation="sigmoid",
             allow_neg_eigval=allow_neg_eigval,
@@ -106,16 +108,12 @@ class KimiDeltaAttention(DeltaMixer):
             device=device,
             dtype=dtype,
         )
-        self.decay, self.channel_decay, self.output_gate = decay, decay == "channel", output_gate
+        self.output_gate = output_gate
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if conv_size:
             self.conv1d = ShortConv(sum(self.widths), conv_size, **factory)
         if decay == "channel":
             self.forget_gate = ForgetGate(dim, heads, width, gate_lower_bound, **factory)
-        elif decay == "head":
-            self.a_proj = Linear(dim, heads, bias=False, **factory)
-            self.A_log = nn.Parameter(torch.empty(heads, **factory))
-            self.dt_bias = nn.Parameter(torch.empty(heads, **factory))
         if output_gate:
             self.g_a_proj = Linear(dim, width, bias=False, **factory)
             self.g_b_proj = Linear(width, heads * width, bias=False, **factory)
@@ -126,16 +124,12 @@ class KimiDeltaAttention(DeltaMixer):
             self.conv1d.reset_parameters()
         if self.decay == "channel":
             self.forget_gate.reset_parameters()
-        elif self.decay == "head":
-            reset_softplus_decay_(self.A_log, self.dt_bias, 1.0, 16.0)
 
     def conv_weight(self) -> Tensor:
         return self.conv1d.weight
 
     def log_decay(self, x: Tensor) -> Tensor | None:
-        if self.decay == "channel":
-            return self.forget_gate(x)
-        return softplus_decay(self.a_proj(x), self.A_log, self.dt_bias) if self.decay == "head" else None
+        return self.forget_gate(x) if self.decay == "channel" else super().log_decay(x)
 
     def gate(self, x: Tensor) -> Tensor | None:
         return self.g_b_proj(self.g_a_proj(x)) if self.output_gate else None
