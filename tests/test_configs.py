@@ -119,3 +119,43 @@ def test_kimi_linear_is_the_published_one():
     assert 3.4e9 < report.active_params < 3.5e9
     mixers = [n.block for n in report.nodes if n.block in ("kda", "mla")]
     assert [i for i, block in enumerate(mixers, 1) if block == "mla"] == [4, 8, 12, 16, 20, 24, 27]
+
+
+def test_kimi_linear_is_transformers_model():
+    """Logits of a shrunken one, all weights taken over by name: order of layers, routing, norms and scales included."""
+    from transformers import KimiLinearConfig, KimiLinearForCausalLM
+
+    full = [4, 8, 11]
+    config = KimiLinearConfig(
+        hidden_size=64, vocab_size=61, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=11,
+        num_attention_heads=4, num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2, kv_lora_rank=16,
+        qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, pad_token_id=0,
+        linear_attn_config={
+            "full_attn_layers": full, "kda_layers": [i for i in range(1, 12) if i not in full], "num_heads": 4,
+            "head_dim": 16,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = KimiLinearForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.ndim > 1 and "A_log" not in name:
+                p.copy_(torch.randn(p.shape) / p.shape[-1] ** 0.5)
+        for layer in theirs.model.layers[1:]:
+            layer.mlp.gate.e_score_correction_bias.normal_(std=0.2)
+    weights = {}
+    for name, tensor in theirs.state_dict().items():
+        name = name.removeprefix("model.")
+        if name.startswith("layers."):
+            _, i, part, *rest = name.split(".")
+            mixer = part in ("self_attn", "input_layernorm")
+            place = f"layers.{2 * int(i) + (not mixer)}" + (".items.0" if mixer or int(i) else "")
+            name = ".".join([place, "norm" if "norm" in part else "block", *rest])
+        name = name.replace("embed_tokens", "tok_embeddings")
+        weights[name] = tensor
+    ours = zoo.build("kimi_linear_48b", SMALL + SHRINK["kimi_linear_48b"]).eval()
+    missing = ours.load_state_dict(weights, strict=False)
+    assert not missing.unexpected_keys and all("expert_counts" in n for n in missing.missing_keys)
+    x = tokens(33)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
