@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo import registry
-from zoo.bench import ops, peers
-from zoo.bench.cases import CASES
+from zoo.bench import peers
 from zoo.bench.groups import Candidate, Contest, Group, Settings, What, complaint
 from zoo.bench.problems import Draw
 from zoo.bench.timing import Runner
@@ -31,7 +30,7 @@ class LayerCase:
     block: str
     options: dict[str, Any]
     peer: str
-    wanted: tuple[float, float, float]
+    wanted: tuple[float | None, float, float]
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
 
 
@@ -56,16 +55,13 @@ LAYERS = (
         "moe", {"num_experts": 8, "top_k": 2, "hidden_dim": 1024}, "moe", (1.0, 1.2, 2.0),
         {"": {}, "eager experts": {"experts_implementation": "eager"}},
     ),
+    LayerCase("rg_lru", {"num_heads": 8}, "rg_lru", (None, 2.0, 2.0)),
 )  # fmt: skip
-# layers whose blocks are not here yet, as the op that does their work: the title of its case, and what is wanted
-OPS = {
-    "rg_lru": ("diagonal_scan", (None, 2.0, None)),
-}
 
 
 def names() -> list[str]:
     """What can be asked for."""
-    return [*(layer.block for layer in LAYERS), *OPS]
+    return [layer.block for layer in LAYERS]
 
 
 def groups(chosen: Sequence[str], settings: Settings, lengths: Sequence[int] = ()) -> Iterator[Group]:
@@ -77,13 +73,6 @@ def groups(chosen: Sequence[str], settings: Settings, lengths: Sequence[int] = (
             for what, wanted in zip(WHATS, layer.wanted):
                 for seq in lengths if what != "step" else (context,):
                     yield _group(layer, what, seq, settings, _goal(settings, wanted, seq))
-    for name, (title, goals) in OPS.items():
-        if name in chosen:
-            case = next(case for case in CASES if case.title == title)
-            for what, wanted in zip(WHATS, goals):
-                for seq in lengths if what != "step" else (context,):
-                    goal = _goal(settings, wanted, seq)
-                    yield ops.group(case, what, seq, settings, ("auto",), goal, f"{name}, its op {case.op}")
 
 
 def _goal(settings: Settings, wanted: float | None, seq: int) -> float | None:

@@ -330,3 +330,33 @@ def layer_moe(ours: Any, positions: int, changes: dict[str, Any]) -> Peer:
         return y[0] if isinstance(y, tuple) else y
 
     return Peer(_loaded(MixtralSparseMoeBlock(config), ours), call, lambda: None)
+
+
+def layer_rg_lru(ours: Any, positions: int, changes: dict[str, Any]) -> Peer:
+    """RecurrentGemmaRecurrentBlock. It keeps its state in itself; the cache holds that state between the calls."""
+    from transformers import RecurrentGemmaConfig
+    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
+
+    config = RecurrentGemmaConfig(
+        hidden_size=ours.dim, lru_width=ours.width, num_attention_heads=ours.num_heads, conv1d_width=ours.conv_size,
+        num_hidden_layers=1, **changes,
+    )  # fmt: skip
+    theirs = _loaded(RecurrentGemmaRecurrentBlock(config, 0), ours)
+    like = next(ours.parameters())
+    index = torch.arange(positions, device=like.device)[None]
+
+    def call(module: Any, x: Tensor, cache: Any, start: int) -> Tensor:
+        if cache is not None:
+            theirs.conv1d_state, theirs.rg_lru.recurrent_states = cache["conv"], cache["h"]
+        y = module(x, index[:, start : start + x.shape[1]], None, use_cache=cache is not None)[0]
+        if cache is not None:
+            cache["conv"], cache["h"] = theirs.conv1d_state, theirs.rg_lru.recurrent_states
+        return y
+
+    def cache() -> dict[str, Tensor]:
+        return {
+            "conv": like.new_zeros(1, ours.width, ours.conv_size - 1),
+            "h": like.new_zeros(1, ours.width, dtype=torch.float32),
+        }
+
+    return Peer(theirs, call, cache)
