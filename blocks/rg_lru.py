@@ -27,8 +27,6 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
-from zoo.kernels.block_linear import block_diagonal
-from zoo.kernels.block_linear.cost import block_diagonal_flops
 from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -62,7 +60,7 @@ class RGLRU(nn.Module):
         self.recurrent_gate_bias = nn.Parameter(torch.empty(num_heads, block, **factory))
 
     def reset_parameters(self) -> None:
-        """a = exp(-softplus(L)) uniform over the area of a ring, 0.9 <= a <= 0.999; gate weights of std 1 / sqrt(in)."""
+        """exp(-softplus(L)) uniform over the area of the ring [0.9, 0.999]; gate weights of std 1 / sqrt(in)."""
         for weight in (self.input_gate_weight, self.recurrent_gate_weight):
             std = weight.shape[1] ** -0.5
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
@@ -73,22 +71,24 @@ class RGLRU(nn.Module):
             self.recurrent_param.copy_(torch.expm1(-0.5 * wide(self.recurrent_param).log()).log())
 
     def forward(self, u: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """log a and what is added to the state, in fp32 (fp64). u: [B, T, C]; first: [B, T], the token starts a
-        sequence."""
-        i = wide(block_diagonal(u, self.input_gate_weight.mT) + self.input_gate_bias.flatten()).sigmoid()
-        r = wide(block_diagonal(u, self.recurrent_gate_weight.mT) + self.recurrent_gate_bias.flatten()).sigmoid()
-        log_a = -SHARPNESS * r * F.softplus(wide(self.recurrent_param))
+        """log a and what is added to the state, in fp32 (fp64). u: [B, T, C]; first: [B, T], where a sequence begins:
+        there a = 0."""
+        blocks = u.reshape(-1, *self.input_gate_bias.shape).transpose(0, 1)
+        i = torch.baddbmm(self.input_gate_bias[:, None], blocks, self.input_gate_weight)
+        r = torch.baddbmm(self.recurrent_gate_bias[:, None], blocks, self.recurrent_gate_weight)
+        i, r = (wide(gate.transpose(0, 1).reshape(u.shape)).sigmoid() for gate in (i, r))
+        log_a = r * (-SHARPNESS * F.softplus(wide(self.recurrent_param)))
+        log_a = log_a.masked_fill(first[..., None], -torch.inf)
         # 1 - a^2 without cancellation; the floor keeps the root's gradient finite where a rounds to 1
         left = -torch.expm1(2 * log_a)
-        root = left.clamp(min=torch.finfo(left.dtype).tiny).sqrt()
-        return log_a, torch.where(first[..., None], 1, root) * i * wide(u)
+        return log_a, left.clamp(min=torch.finfo(left.dtype).tiny).sqrt() * i * wide(u)
 
 
 @register(
     "rg_lru",
     kind="mixer",
     paper="arXiv:2402.19427",
-    ops=("diagonal_scan", "short_conv", "block_linear"),
+    ops=("diagonal_scan", "short_conv"),
     state_growth="constant",
     examples=({}, {"lru_width": 96, "num_heads": 3, "conv_size": 2}),
 )
@@ -178,8 +178,8 @@ class RecurrentBlock(Block):
         return batch_size * (self.width * (h + (self.conv_size - 1) * self.itemsize) + 8)
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
-        tokens, block = batch_size * seq_len, self.width // self.num_heads
-        gates = 2 * block_diagonal_flops(tokens, self.num_heads, block, block)
+        tokens = batch_size * seq_len
+        gates = 2 * 2 * tokens * self.width * (self.width // self.num_heads)
         return gates + linear_flops(tokens, self.linear_y, self.linear_x, self.linear_out)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
