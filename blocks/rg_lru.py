@@ -66,9 +66,10 @@ class RGLRU(nn.Module):
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
         for bias in (self.input_gate_bias, self.recurrent_gate_bias):
             nn.init.zeros_(bias)
-        nn.init.uniform_(self.recurrent_param, 0.9**2, 0.999**2)
         with torch.no_grad():
-            self.recurrent_param.copy_(torch.expm1(-0.5 * wide(self.recurrent_param).log()).log())
+            # not in the dtype of the parameter: bf16 would round to 1
+            square = torch.empty_like(self.recurrent_param, dtype=state_dtype(self.recurrent_param.dtype))
+            self.recurrent_param.copy_(torch.expm1(-0.5 * square.uniform_(0.9**2, 0.999**2).log()).log())
 
     def forward(self, u: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """log a and what is added to the state, in fp32 (fp64). u: [B, T, C]; first: [B, T], where a sequence begins:

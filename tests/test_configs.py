@@ -36,8 +36,9 @@ SHRINK = {
                  "define.layer[1].swiglu.hidden_dim=96"],
     "mamba2_130m": ["trunk[0].repeat=2", "trunk[0].of.mamba2.head_dim=32", "trunk[0].of.mamba2.state_dim=16"],
     "recurrentgemma_2b": ["trunk[0].repeat=3", "define.recurrent[0].rg_lru.num_heads=4",
-                          "define.ff.geglu.hidden_dim=96", "define.local[0].attention.head_dim=16",
-                          "define.local[0].attention.rotary_dim=8", "define.local[0].attention.window=8"],
+                          "define.recurrent[1].geglu.hidden_dim=96", "define.local[1].geglu.hidden_dim=96",
+                          "define.local[0].attention.head_dim=16", "define.local[0].attention.rotary_dim=8",
+                          "define.local[0].attention.window=8"],
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Elementwise linear recurrences: rg_lru against Hugging Face and its equation, step by step."""
+"""rg_lru, lru and hgrn2 against Hugging Face, their equations step by step, and closed forms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from zoo import build
+from zoo.blocks.hgrn2 import HGRN2
+from zoo.blocks.lru import LRU
 from zoo.blocks.rg_lru import RecurrentBlock
+from zoo.registry import create
 
 DIM, T = 32, 45
 CUTS = [20, 1, 1, 23]
@@ -89,7 +93,7 @@ def test_rg_lru_is_its_equation():
 
 
 def test_rg_lru_starts_in_its_ring():
-    block = RecurrentBlock(2048)
+    block = RecurrentBlock(8, lru_width=2048, num_heads=64)
     a = torch.exp(-F.softplus(block.rg_lru.recurrent_param.double()))
     assert 0.9 - 1e-6 < a.min() < 0.901 and 0.998 < a.max() < 0.999 + 1e-6
     # uniform over the area: a^2 is uniform
@@ -112,8 +116,136 @@ def test_rg_lru_sizes():
         RecurrentBlock(DIM, num_heads=5)
 
 
+@torch.no_grad()
+def test_recurrentgemma_is_that_of_hugging_face():
+    """The shipped configuration, made small: their layers on our embeddings, which theirs multiply by sqrt(dim)."""
+    from transformers import RecurrentGemmaConfig
+    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaModel
+
+    config = RecurrentGemmaConfig(
+        hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=1, vocab_size=61,
+        attention_window_size=8, num_hidden_layers=3,
+    )  # fmt: skip
+    ours = build(
+        "recurrentgemma_2b",
+        ["dim=64", "vocab_size=61", "trunk[0].repeat=3", "define.recurrent[0].rg_lru.num_heads=4",
+         "define.recurrent[1].geglu.hidden_dim=96", "define.local[1].geglu.hidden_dim=96",
+         "define.local[0].attention.num_heads=4", "define.local[0].attention.head_dim=16",
+         "define.local[0].attention.rotary_dim=8", "define.local[0].attention.window=8"],
+    ).double()  # fmt: skip
+    theirs, weights = redraw(RecurrentGemmaModel(config)), {}
+    places = {"temporal_block": "items.0.block", "temporal_pre_norm": "items.0.norm",
+              "mlp_block": "items.1.block", "channel_pre_norm": "items.1.norm"}  # fmt: skip
+    for name, w in theirs.state_dict().items():
+        w = 1 + w if "norm" in name else w
+        for their_name, our_name in places.items():
+            name = name.replace(their_name, our_name)
+        weights[name.replace("embed_tokens", "tok_embeddings").replace("final_norm", "norm")] = w
+    weights["tok_embeddings.weight"] = weights["lm_head.weight"] = weights["tok_embeddings.weight"] * 64**0.5
+    ours.load_state_dict(weights, strict=True)
+    ids = torch.randint(61, (2, 30), generator=torch.Generator().manual_seed(0))
+    want = theirs(ids, use_cache=False).last_hidden_state
+    assert (ours.hidden(ids) - want).norm() / want.norm() < 3e-6
+
+
+# ------------------------------------------------------------------------------------------------- lru
+@pytest.mark.parametrize("state_dim", [32, 20])
+def test_lru_is_its_equation(state_dim):
+    block = redraw(LRU(DIM, state_dim=state_dim))
+    x = tokens()
+    lam = torch.exp(torch.complex(-block.nu_log.exp(), block.theta_log.exp()))
+    B, C = torch.complex(block.B_re, block.B_im), torch.complex(block.C_re, block.C_im)
+    h, rows = torch.zeros(2, state_dim, dtype=torch.complex128), []
+    for t in range(T):
+        h = lam * h + block.gamma_log.exp() * (x[:, t].to(h) @ B.T)
+        rows.append((h @ C.T).real + block.D * x[:, t])
+    first, second = block.out_proj(F.gelu(torch.stack(rows, 1))).chunk(2, -1)
+    torch.testing.assert_close(block(x), first * second.sigmoid(), atol=1e-11, rtol=1e-11)
+
+
+def test_lru_is_a_convolution():
+    block = redraw(LRU(DIM, state_dim=20))
+    x = tokens()
+    lam = torch.exp(torch.complex(-block.nu_log.exp(), block.theta_log.exp()))
+    B, C = torch.complex(block.B_re, block.B_im), torch.complex(block.C_re, block.C_im)
+    powers = lam ** torch.arange(T)[:, None]
+    kernel = torch.einsum("dn,ln,ne->lde", C, powers * block.gamma_log.exp(), B).real  # [T, D, D]
+    y = torch.stack([sum(x[:, t - j] @ kernel[j].T for j in range(t + 1)) for t in range(T)], 1) + block.D * x
+    torch.testing.assert_close(block(x), F.glu(block.out_proj(F.gelu(y))), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lru_starts_in_its_ring(dtype):
+    block = LRU(8, state_dim=4096, r_min=0.5, r_max=0.999, max_phase=0.3, dtype=dtype)
+    radius, phase = torch.exp(-block.nu_log.double().exp()), block.theta_log.double().exp()
+    slack = 1e-6 if dtype == torch.float32 else 0.02
+    assert 0.5 - slack < radius.min() and radius.max() < 0.999 + slack / 20
+    assert abs(radius.square().mean() - (0.25 + 0.998) / 2) < 0.02  # uniform over the area
+    assert phase.min() > 0 and phase.max() < 0.3 * (1 + slack)
+    torch.testing.assert_close(
+        block.gamma_log.double().exp().square(), 1 - radius.square(), atol=slack, rtol=3 * slack + 1e-4
+    )
+
+
+def test_lru_states_are_of_order_one():
+    block = create("lru", 64)
+    state = block.init_state(4)
+    with torch.no_grad():
+        block(torch.randn(4, 2000, 64, generator=torch.Generator().manual_seed(0)), state=state)
+    assert 0.5 < state.h.square().sum(-1).mean().sqrt() < 2
+
+
+def test_lru_refuses_an_empty_ring():
+    with pytest.raises(ValueError, match="r_min"):
+        LRU(DIM, r_min=0.9, r_max=0.8)
+
+
+# ----------------------------------------------------------------------------------------------- hgrn2
+@pytest.mark.parametrize("options", [{}, {"layer_index": 2, "num_layers": 3}, {"lower_bound": 0.9}])
+def test_hgrn2_is_its_recursion(options):
+    """outer(1 - f, i) is added to the state that f has decayed."""
+    block = redraw(HGRN2(DIM, num_heads=2, chunk_size=16, **options))
+    gamma = options.get("lower_bound", 2 / 3 if options else 0.0)
+    x = tokens()
+    heads = (2, T, 2, 16)
+    f = (gamma + (1 - gamma) * torch.sigmoid(block.f_proj(x))).view(heads)
+    i, q = block.i_proj(x).view(heads), F.silu(block.q_proj(x)).view(heads)
+    S, rows = torch.zeros(2, 2, 16, 16, dtype=torch.float64), []
+    for t in range(T):
+        S = f[:, t, :, :, None] * S + (1 - f[:, t])[..., None] * i[:, t, :, None]
+        rows.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]).flatten(1) / 4)
+    o = torch.stack(rows, 1)
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.g_norm.weight
+    torch.testing.assert_close(block(x), block.o_proj(o), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@torch.no_grad()
+def test_hgrn2_keys_and_decays_add_up_to_one(scale):
+    block, x = redraw(HGRN2(DIM, num_heads=2, lower_bound=0.25)), scale * tokens()
+    log_f, k = block.gates(x)
+    torch.testing.assert_close(k + log_f.exp(), torch.ones_like(k), atol=1e-15, rtol=0)
+    assert (log_f <= 0).all() and (log_f >= -1.3863).all()  # log 0.25
+    state = block.init_state(2)
+    block(x, state=state)
+    assert state.memory.abs().max() <= block.i_proj(x).abs().max()  # a convex combination of values
+
+
+def test_hgrn2_sizes():
+    assert sum(p.numel() for p in HGRN2(1024, device="meta").parameters()) == 4_195_328  # fla's layer
+    assert [HGRN2(d, device="meta").num_heads for d in (32, 256, 1024)] == [1, 2, 8]
+    with pytest.raises(ValueError, match="num_heads"):
+        HGRN2(DIM, num_heads=5)
+    with pytest.raises(ValueError, match="layer_index"):
+        HGRN2(DIM, layer_index=3, num_layers=3)
+
+
 # ------------------------------------------------------------------------------------------- all of them
-LAYERS = {"rg_lru": lambda: RecurrentBlock(DIM, num_heads=4)}
+LAYERS = {
+    "rg_lru": lambda: RecurrentBlock(DIM, num_heads=4),
+    "lru": lambda: LRU(DIM, state_dim=20),
+    "hgrn2": lambda: HGRN2(DIM, num_heads=2, lower_bound=0.5, chunk_size=8),
+}
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
