@@ -25,6 +25,7 @@ from zoo.schema import NonNegativeInt, PositiveInt, Range
     paper="arXiv:2404.07904",
     ops=("linear_attention",),
     state_growth="constant",
+    relations=("hgrn2(layer_index=2, num_layers=4) == hgrn2(lower_bound=0.5)",),
     examples=({"chunk_size": 16}, {"num_heads": 2, "layer_index": 2, "num_layers": 3, "chunk_size": 8}),
 )
 class HGRN2(Block):

@@ -1,6 +1,8 @@
-"""rg_lru, lru and hgrn2 against Hugging Face, their equations step by step, and closed forms."""
+"""rg_lru, lru, s4d and hgrn2 against Hugging Face, their equations step by step, and closed forms."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from zoo import build
 from zoo.blocks.hgrn2 import HGRN2
 from zoo.blocks.lru import LRU
 from zoo.blocks.rg_lru import RecurrentBlock
+from zoo.blocks.s4d import S4D
 from zoo.registry import create
 
 DIM, T = 32, 45
@@ -200,6 +203,76 @@ def test_lru_refuses_an_empty_ring():
         LRU(DIM, r_min=0.9, r_max=0.8)
 
 
+# ------------------------------------------------------------------------------------------------- s4d
+def s4d(seed=0, **options) -> S4D:
+    """The layer as it starts, with steps so long that states forget inside the test."""
+    torch.manual_seed(seed)
+    block = S4D(DIM, **{"state_dim": 16, **options}).double().eval()
+    with torch.no_grad():
+        block.log_dt += 2
+    return block
+
+
+def s4d_output(block, x, y):
+    first, second = block.out_proj(F.gelu(y + block.D * x)).chunk(2, -1)
+    return first * second.sigmoid()
+
+
+@pytest.mark.parametrize("chunk_size", [8, 64])
+@pytest.mark.parametrize("init", ["lin", "inv", "real"])
+def test_s4d_is_its_zero_order_hold(init, chunk_size):
+    block, x = s4d(init=init, chunk_size=chunk_size), tokens()
+    A = torch.complex(-block.log_A_real.exp(), block.A_imag)
+    C, dt = torch.view_as_complex(block.C), block.log_dt.exp()[:, None]
+    A_bar, B_bar = torch.exp(dt * A), (torch.exp(dt * A) - 1) / A
+    h, rows = torch.zeros(2, *A.shape, dtype=torch.complex128), []
+    for t in range(T):
+        h = A_bar * h + B_bar * x[:, t, :, None]
+        rows.append(2 * (C * h).sum(-1).real)
+    torch.testing.assert_close(block(x), s4d_output(block, x, torch.stack(rows, 1)), atol=1e-11, rtol=1e-11)
+
+
+def test_s4d_is_the_fft_convolution_with_its_kernel():
+    block, x = s4d(chunk_size=16), tokens()
+    A = torch.complex(-block.log_A_real.exp(), block.A_imag)
+    C, dtA = torch.view_as_complex(block.C), block.log_dt.exp()[:, None] * A
+    kernel = 2 * torch.einsum("dn,dnl->dl", C * (dtA.exp() - 1) / A, torch.exp(dtA[..., None] * torch.arange(T))).real
+    spectrum = torch.fft.rfft(x.mT, n=2 * T) * torch.fft.rfft(kernel, n=2 * T)
+    y = torch.fft.irfft(spectrum, n=2 * T)[..., :T].mT
+    torch.testing.assert_close(block(x), s4d_output(block, x, y), atol=1e-11, rtol=1e-11)
+
+
+@torch.no_grad()
+def test_s4d_with_twice_the_step_samples_half_as_often():
+    block, x = s4d(chunk_size=16), tokens()
+    want = block(x.repeat_interleave(2, 1))[:, 1::2]
+    block.log_dt += math.log(2)
+    torch.testing.assert_close(block(x), want, atol=1e-11, rtol=1e-11)
+
+
+@torch.no_grad()
+def test_s4d_in_fp32_at_its_longest_memories_and_fastest_phases():
+    torch.manual_seed(0)
+    block, x = S4D(DIM), torch.randn(1, 1000, DIM)
+    block.log_dt.copy_(torch.linspace(math.log(1e-3), math.log(1e-1), DIM))
+    got = block(x)
+    want = block.double()(x.double())
+    assert (got - want).norm() / want.norm() < 2e-5
+
+
+def test_s4d_starts_as_published():
+    lin, inv, real = (S4D(8, state_dim=6, init=init) for init in ("lin", "inv", "real"))
+    n = torch.arange(3)
+    torch.testing.assert_close(lin.A_imag, (math.pi * n).expand(8, 3))
+    torch.testing.assert_close(inv.A_imag, (6 / math.pi * (6 / (2 * n + 1) - 1)).expand(8, 3))
+    torch.testing.assert_close(real.log_A_real.exp(), (n + 1.0).expand(8, 3))
+    assert (lin.log_A_real.exp() == 0.5).all() and (real.A_imag == 0).all()
+    dt = S4D(1024).log_dt.exp()
+    assert 9e-4 < dt.min() < 1.2e-3 and 0.08 < dt.max() < 0.101
+    with pytest.raises(ValueError, match="even"):
+        S4D(8, state_dim=5)
+
+
 # ----------------------------------------------------------------------------------------------- hgrn2
 @pytest.mark.parametrize("options", [{}, {"layer_index": 2, "num_layers": 3}, {"lower_bound": 0.9}])
 def test_hgrn2_is_its_recursion(options):
@@ -244,6 +317,7 @@ def test_hgrn2_sizes():
 LAYERS = {
     "rg_lru": lambda: RecurrentBlock(DIM, num_heads=4),
     "lru": lambda: LRU(DIM, state_dim=20),
+    "s4d": lambda: S4D(DIM, state_dim=8, chunk_size=8),
     "hgrn2": lambda: HGRN2(DIM, num_heads=2, lower_bound=0.5, chunk_size=8),
 }
 

@@ -341,7 +341,7 @@ def layer_rg_lru(ours: Any, positions: int, changes: dict[str, Any]) -> Peer:
         hidden_size=ours.dim, lru_width=ours.width, num_attention_heads=ours.num_heads, conv1d_width=ours.conv_size,
         num_hidden_layers=1, **changes,
     )  # fmt: skip
-    theirs = _loaded(RecurrentGemmaRecurrentBlock(config, 0), ours)
+    theirs: Any = _loaded(RecurrentGemmaRecurrentBlock(config, 0), ours)
     like = next(ours.parameters())
     index = torch.arange(positions, device=like.device)[None]
 
