@@ -51,6 +51,11 @@ class LinearMixer(Block):
         self.o_norm = GatedHeadNorm(value_dim, **factory) if output_norm else None
         self.o_proj = Linear(num_heads * value_dim, dim, bias=False, **factory)
 
+    @property
+    def memory_dim(self) -> int:
+        """Rows of a head's memory: the width of what `features` returns."""
+        return self.key_dim
+
     def projections(self) -> tuple[nn.Linear | None, ...]:
         """Every linear layer."""
         return self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.o_proj
@@ -69,7 +74,7 @@ class LinearMixer(Block):
     def features(
         self, q: Tensor, k: Tensor, state: Any, positions: Tensor | None, doc_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What the op sees of q and k [B, T, H, Dk]."""
+        """What the op sees of q and k [B, T, H, Dk]: [B, T, H, memory_dim]."""
         return q, k
 
     def values(self, v: Tensor) -> Tensor:
@@ -118,19 +123,19 @@ class LinearMixer(Block):
     def new_memory(self, batch_size: int) -> Tensor:
         """Zeros [B, H, Dk, Dv] in the dtype of states."""
         like = self.q_proj.weight
-        shape = (batch_size, self.num_heads, self.key_dim, self.value_dim + self.value_extra)
+        shape = (batch_size, self.num_heads, self.memory_dim, self.value_dim + self.value_extra)
         return like.new_zeros(shape, dtype=state_dtype(like.dtype))
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         itemsize = state_dtype(self.q_proj.weight.dtype).itemsize
-        return batch_size * self.num_heads * self.key_dim * (self.value_dim + self.value_extra) * itemsize
+        return batch_size * self.num_heads * self.memory_dim * (self.value_dim + self.value_extra) * itemsize
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, *self.projections()) + linear_attention_flops(
             batch_size,
             seq_len,
             self.num_heads,
-            self.key_dim,
+            self.memory_dim,
             self.value_dim + self.value_extra,
             chunk_size=self.chunk_size,
             decay=self.decay_kind,
@@ -140,11 +145,13 @@ class LinearMixer(Block):
         # per token and head: q and k (projected, and what the op sees), v, o, norm and gate, a decay; and a state for
         # each interval. The portable forms keep pairs and chunk states beside that
         wide_row = (
-            4 * self.key_dim + (3 + 3 * (self.g_proj is not None) + 2 * (self.o_norm is not None)) * self.value_dim
+            2 * self.key_dim
+            + 2 * self.memory_dim
+            + (3 + 3 * (self.g_proj is not None) + 2 * (self.o_norm is not None)) * self.value_dim
         )
         if self.decay_kind == "channel":
             wide_row += 3 * self.key_dim
-        states = -(-seq_len // INTERVAL) * self.key_dim * self.value_dim
+        states = -(-seq_len // INTERVAL) * self.memory_dim * self.value_dim
         return batch_size * (seq_len * (self.dim + self.num_heads * wide_row) + self.num_heads * states)
 
     def parallel_plan(self) -> ParallelPlan:
