@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zoo.blocks.based import Based, taylor_features
+from zoo.blocks.jrt import JRT
 
 DIM, T = 64, 45
 
@@ -72,3 +73,75 @@ def test_near_softmax_for_small_scores():
         want = block.o_proj(torch.einsum("bhij,bjhd->bihd", p, v).flatten(2))
         gaps.append((block(x) - want).abs().max())
     assert (gaps[0] / gaps[1]).item() == pytest.approx(8**3, rel=0.3)
+
+
+def prefix_quotient(block, x):
+    """The paper's equation: all pairs, prefix pairs without a mask."""
+    q, k, v, k_e, v_e = (heads(p, x) for p in (block.q_proj, block.k_proj, block.v_proj, *block.encoder()))
+    q, k, k_e = paper_features(q), paper_features(k), paper_features(k_e)
+    causal = torch.einsum("bihf,bjhf->bhij", q, k).tril()
+    prefix = torch.einsum("bihf,bjhf->bhij", q, k_e)[..., : block.prefix_len]
+    numerator = torch.einsum("bhij,bjhd->bihd", causal, v)
+    numerator = numerator + torch.einsum("bhij,bjhd->bihd", prefix, v_e[:, : block.prefix_len])
+    denominator = (causal.sum(-1) + prefix.sum(-1)).transpose(1, 2)[..., None]
+    return block.o_proj((numerator / denominator).flatten(2))
+
+
+@pytest.mark.parametrize("prefix_len", [1, 20, 100])
+def test_jrt_is_the_quotient_of_the_paper(prefix_len):
+    block, x = build(JRT, prefix_len=prefix_len), tokens()
+    torch.testing.assert_close(block(x), prefix_quotient(block, x), atol=1e-11, rtol=1e-11)
+
+
+def test_jrt_documents_have_their_own_prefix():
+    block, x = build(JRT, prefix_len=7), tokens()
+    ids = torch.tensor([[5] * 3 + [2] * 30 + [9] * 12, [1] * 45])
+    alone = torch.cat([prefix_quotient(block, part) for part in x[:1].split([3, 30, 12], 1)], 1)
+    want = torch.cat([alone, prefix_quotient(block, x[1:])])
+    torch.testing.assert_close(block(x, doc_ids=ids), want, atol=1e-11, rtol=1e-11)
+
+
+def test_jrt_streams_once_its_prefix_is_in():
+    block, x = build(JRT, prefix_len=12), tokens()
+    want = block(x)
+    for cut in ([45], [12, 33], [12] + [1] * 33, [20, 1, 7, 17]):
+        state = block.init_state(2)
+        got = torch.cat([block(part, state=state) for part in x.split(cut, 1)], 1)
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+    assert block.state_bytes(2, T) == state.nbytes
+
+
+def test_jrt_rows_start_apart():
+    """A row that starts beside one that goes on encodes its own prefix; a short prompt is all prefix."""
+    block, x = build(JRT, prefix_len=12), tokens()
+    state = block.init_state(2)
+    block(x[:, :20], state=state)
+    state.reset(torch.tensor([1]))
+    got = block(x[:, 20:], state=state)
+    torch.testing.assert_close(got[:1], block(x[:1])[:, 20:], atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(got[1:], block(x[1:, 20:]), atol=1e-11, rtol=1e-11)
+    short = build(JRT, prefix_len=5)
+    short.load_state_dict(block.state_dict())
+    state = block.init_state(2)
+    got = torch.cat([block(part, state=state) for part in x.split([5, 40], 1)], 1)
+    torch.testing.assert_close(got, short(x), atol=1e-11, rtol=1e-11)
+
+
+def test_jrt_is_causal_behind_its_prefix():
+    block, x = build(JRT, prefix_len=12), tokens()
+    other = torch.cat([x[:, :30], tokens(2)[:, 30:]], 1)
+    torch.testing.assert_close(block(other)[:, :30], block(x)[:, :30], atol=1e-12, rtol=0)
+    early = torch.cat([x[:, :11], tokens(2)[:, 11:]], 1)
+    assert (block(early)[:, :11] - block(x)[:, :11]).abs().min() > 0  # the prefix sees all of itself
+
+
+@torch.no_grad()
+def test_jrt_flops_are_counted_ones():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    block, x = build(JRT, prefix_len=12), tokens()
+    state = block.init_state(2)
+    for part, context in ((x[:, :20], 0), (x[:, 20:21], 20), (x[:, 21:], 21)):
+        with FlopCounterMode(display=False) as counter:
+            block(part, state=state)
+        assert counter.get_total_flops() == block.forward_flops(2, part.shape[1], context, True)
