@@ -94,3 +94,8 @@ class Based(LinearMixer):
 
     def read_out(self, o: Tensor) -> Tensor:
         return o[..., :-1] / (o[..., -1:] + self.eps)
+
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # the factors and products of the second order too, of q and k
+        products = 2 * 2 * self.num_heads * (self.memory_dim - 1 - self.key_dim)
+        return super().activation_elements(batch_size, seq_len) + batch_size * seq_len * products

@@ -8,8 +8,10 @@ ordinary products, and goes through the step.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from zoo.blocks.recurrent import wide
 
 Weights = tuple[Tensor, ...]  # W0 [B, H, d_h, d], W1 [B, H, d, d_h], W2 [B, H, d_h, d]
 
@@ -21,6 +23,23 @@ _NEWTON_SCHULZ = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
+
+
+class LowRank(nn.Module):
+    """w_left w_right + I / 2, one [rows, columns] matrix a head."""
+
+    def __init__(self, heads: int, rows: int, columns: int, rank: int, *, device=None, dtype=None):
+        super().__init__()
+        self.w_left = nn.Parameter(torch.empty(heads, rows, rank, device=device, dtype=dtype))
+        self.w_right = nn.Parameter(torch.empty(heads, rank, columns, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        for w in (self.w_left, self.w_right):
+            nn.init.normal_(w, std=0.5 * w.shape[-1] ** -0.5)
+
+    def forward(self) -> Tensor:
+        w = wide(self.w_left) @ wide(self.w_right)
+        return w + 0.5 * torch.eye(*w.shape[-2:], device=w.device, dtype=w.dtype)
 
 
 def read(weights: Weights, q: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.attention import default_num_heads
 from zoo.blocks.fast_weights import (
+    LowRank,
     Weights,
     ascent,
     ascent_flops,
@@ -89,23 +91,6 @@ class LaCTState(State):
             kept.index_put_((row, slot), new[:, -slots:].detach().to(kept.dtype))
 
 
-class LowRank(nn.Module):
-    """w_left w_right + I / 2, one [rows, columns] matrix a head."""
-
-    def __init__(self, heads: int, rows: int, columns: int, rank: int, *, device=None, dtype=None):
-        super().__init__()
-        self.w_left = nn.Parameter(torch.empty(heads, rows, rank, device=device, dtype=dtype))
-        self.w_right = nn.Parameter(torch.empty(heads, rank, columns, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        for w in (self.w_left, self.w_right):
-            nn.init.normal_(w, std=0.5 * w.shape[-1] ** -0.5)
-
-    def forward(self) -> Tensor:
-        w = wide(self.w_left) @ wide(self.w_right)
-        return w + 0.5 * torch.eye(*w.shape[-2:], device=w.device, dtype=w.dtype)
-
-
 @register(
     "lact",
     kind="mixer",
@@ -168,7 +153,7 @@ class LaCT(Block):
                 f"window={window} is below chunk_size={chunk_size}, so tokens of a chunk could not see each other"
             )
         self.muon, self.rope_base, self.kernel = muon, rope_base, kernel
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         H, d, h = num_fast_heads, self.fast_dim, self.hidden_dim
         self.qkv = Linear(dim, 3 * dim, bias=False, **factory)
         self.q_norm, self.k_norm = (RMSNorm(dim, eps=1e-5, **factory) for _ in range(2))
@@ -325,7 +310,6 @@ class LaCT(Block):
         Inside the segment gradients flow; what the state holds from before has none."""
         (B, T), C = q.shape[:2], self.chunk_size
         initial = self._initial(B)
-        norms = tuple(map(row_norms, initial))
         weights = tuple(w + moved for w, moved in zip(initial, state.moved))
         step, learnt, outputs, at = tuple(g.clone() for g in state.step), False, [], 0
         while at < T:
@@ -337,15 +321,14 @@ class LaCT(Block):
             if state.pending == C:
                 learnt = True
                 rows = ((length + at) % C == 0).nonzero()[:, 0]
-                # token at - C + s of the segment, or slot s of the state where it came before
-                slot = torch.arange(C, device=q.device)
-                source = torch.where(slot < C - at, slot, slot + at)
+                early, start = max(C - at, 0), max(at - C, 0)  # tokens that came before this segment
+                weights_now, step_now = (tuple(w[rows] for w in part) for part in (weights, step))
+                norms = tuple(row_norms(w[rows]) for w in initial)
                 chunk = (
-                    torch.cat([old[rows].to(new.dtype), new[rows]], 1)[:, source]
+                    torch.cat([old[rows, :early].to(new.dtype), new[rows, start:at]], 1)
                     for old, new in ((state.k, k), (state.v, v), (state.rates, rates))
                 )
-                mine = (tuple(w[rows] for w in part) for part in (weights, step, norms))
-                new = self._learn(*mine, *chunk)
+                new = self._learn(weights_now, step_now, norms, *chunk)
                 weights, step = (
                     tuple(w.index_copy(0, rows, n) for w, n in zip(old, part))
                     for old, part in zip((weights, step), new)

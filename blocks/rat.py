@@ -216,7 +216,7 @@ class RAT(Block):
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x, in_proj's rows, gate and decay, inputs and results of the scan, q and k rotated, o, merged and gated
-        return batch_size * seq_len * 16 * self.dim
+        return batch_size * seq_len * 22 * self.dim
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(context="gather_kv", reason="in_proj also makes the q and k that all heads share")
