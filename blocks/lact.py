@@ -294,7 +294,9 @@ class LaCT(Block):
         still = step = self._still(weights)
         norms = tuple(map(row_norms, weights))
         out = F.pad(read(initial, q), (0, 0, 0, 0, 0, 1))  # and a place for tokens that are nobody's
-        for last in (~full).long().argsort(dim=1, stable=True)[:, : T // C].split(1, 1):
+        ends = (~full).long().argsort(dim=1, stable=True)
+        for n in range(T // C):
+            last = ends[:, n : n + 1]
             first = (order[row, last] == C - 1)[..., None, None]  # chunk of its document
             weights = tuple(torch.where(first, w0, w) for w0, w in zip(initial, weights))
             step = tuple(torch.where(first, g0, g) for g0, g in zip(still, step))

@@ -31,6 +31,7 @@ SHRINK = {
         "define.full.mla.v_head_dim=16", "define.experts.moe.num_experts=8", "define.experts.moe.top_k=2",
         "define.experts.moe.hidden_dim=32",
     ],
+    "lact_small": ["define.layer[0].lact.chunk_size=8"],
     "llama_1b": ["trunk[0].repeat=2", "define.layer[0].attention.num_heads=4",
                  "define.layer[0].attention.num_kv_heads=2", "define.layer[0].attention.head_dim=16",
                  "define.layer[1].swiglu.hidden_dim=96"],
