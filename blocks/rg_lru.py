@@ -157,8 +157,8 @@ class RecurrentBlock(Block):
         carried = None if state is None else state.conv
         u, newest = short_conv(u, self.conv_1d.weight[:, 0], self.conv_1d.bias, state=carried, doc_ids=doc_ids)
         before = None if state is None else previous(state.h)
-        log_a, written = self.rg_lru(u, order == 0)
-        h, last = diagonal_scan(log_a, written, initial_state=before, doc_ids=doc_ids, backend=self.kernel)
+        log_a, written = self.rg_lru(u, order == 0)  # a = 0 parts the documents
+        h, last = diagonal_scan(log_a, written, initial_state=before, backend=self.kernel)
         if state is not None:
             state.conv.copy_(newest.detach())
             state.h.copy_(last.detach())
@@ -168,7 +168,7 @@ class RecurrentBlock(Block):
     def _step(self, u: Tensor, state: RGLRUState) -> Tensor:
         """The same for one token, in fewer operations: a decode step of a small model is nothing but their number."""
         window = torch.cat([state.conv.to(u.dtype), u], 1)
-        u = (window * self.conv_1d.weight[:, 0].t()).sum(1, keepdim=True) + self.conv_1d.bias
+        u = (window * self.conv_1d.weight[:, 0].t()).sum(1, keepdim=True) + self.conv_1d.bias  # type: ignore[operator]
         log_a, written = self.rg_lru(u, state.length[:, None] == 0)
         h = torch.addcmul(written, log_a.exp(), previous(state.h)[:, None])
         state.conv.copy_(window[:, 1:].detach())

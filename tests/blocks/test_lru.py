@@ -101,6 +101,7 @@ def test_rg_lru_starts_in_its_ring():
     assert 0.9 - 1e-6 < a.min() < 0.901 and 0.998 < a.max() < 0.999 + 1e-6
     # uniform over the area: a^2 is uniform
     assert abs(a.square().mean() - (0.9**2 + 0.999**2) / 2) < 0.005
+    assert RecurrentBlock(8, lru_width=2048, num_heads=64, dtype=torch.bfloat16).rg_lru.recurrent_param.isfinite().all()
 
 
 @pytest.mark.parametrize("param", [-200.0, -40.0, 40.0])
