@@ -143,14 +143,10 @@ class RecurrentBlock(Block):
         doc_ids: Tensor | None = None,
     ) -> Tensor:
         refuse_packed_streaming(state, doc_ids)
-        u = self.linear_x(x)
-        if state is not None and x.shape[1] == 1:
-            h = self._step(u, state)
-        else:
-            h = self._scan(u, state, doc_ids)
+        h = self._recur(self.linear_x(x), state, doc_ids)
         return self.linear_out(h.to(x.dtype) * F.gelu(self.linear_y(x), approximate="tanh"))
 
-    def _scan(self, u: Tensor, state: RGLRUState | None, doc_ids: Tensor | None) -> Tensor:
+    def _recur(self, u: Tensor, state: RGLRUState | None, doc_ids: Tensor | None) -> Tensor:
         """h [B, T, C] from u before its convolution."""
         B, T, _ = u.shape
         order = positions_from(doc_ids, B, T, u.device) if state is None else segment_index(state.length, T)
@@ -163,17 +159,6 @@ class RecurrentBlock(Block):
             state.conv.copy_(newest.detach())
             state.h.copy_(last.detach())
             state.length.add_(T)
-        return h
-
-    def _step(self, u: Tensor, state: RGLRUState) -> Tensor:
-        """The same for one token, in fewer operations: a decode step of a small model is nothing but their number."""
-        window = torch.cat([state.conv.to(u.dtype), u], 1)
-        u = (window * self.conv_1d.weight[:, 0].t()).sum(1, keepdim=True) + self.conv_1d.bias  # type: ignore[operator]
-        log_a, written = self.rg_lru(u, state.length[:, None] == 0)
-        h = torch.addcmul(written, log_a.exp(), previous(state.h)[:, None])
-        state.conv.copy_(window[:, 1:].detach())
-        state.h.copy_(h[:, 0].detach())
-        state.length.add_(1)
         return h
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> RGLRUState:
