@@ -117,7 +117,7 @@ class FlowAttention(Block):
             (None, None, None) if state is None else (state.flow, state.conserved, state.competition)
         )
         q, k, v = (wide(p(x)).unflatten(-1, (-1, self.head_dim)) for p in self.projections()[:3])
-        count = positions_from(doc_ids, *x.shape[:2], x.device) + 1
+        count = positions_from(doc_ids, x.shape[0], x.shape[1], x.device) + 1
         if state is not None:
             count = count + state.length[:, None]
             state.length.copy_(count[:, -1])
