@@ -51,9 +51,9 @@ class ParallelLSTM(Block):
     C_t = T_t C_{t-1} + (S_t v_t) k_t^T: the past is read before the token is written.
 
     A head holds J = `tracking_dim` slots of Dk x Dv, a token brings J values of width Dv = Dk / J and reads J outputs.
-    From c = conv(x): source S, mark M and direct D [J, J] are sigmoid(W c + b), b = -5; the transition is T = U diag(e) V
-    with eigenvalues e = tanh(5 (w c + b)), b = 1, and rotations U = exp(A - A^T), V likewise, A linear in c. So T has
-    norm below 1 and may permute, reflect and rotate slots: a head can track the state of a finite group.
+    From c = conv(x): source S, mark M and direct D [J, J] are sigmoid(W c + b), b = -5; the transition is
+    T = U diag(e) V, e = tanh(5 (w c + b)), b = 1, with rotations U = exp(A - A^T) and V likewise, A linear in c. So T
+    has norm below 1 and may rotate, reflect and permute slots: a head can track the state of a finite group.
     q and k come from c, v from x; y = W_o RMSNorm_head(o) + p * c. With J = 1 the op runs on linear attention.
     As in the released layer, but for: projections are not separate for each head; the matrix exponential is exact,
     not a series of 16 terms; and gate weights start small, not at zero, where equal slots would stay equal for ever.
