@@ -56,7 +56,7 @@ class ParallelLSTM(Block):
     has norm below 1 and may rotate, reflect and permute slots: a head can track the state of a finite group.
     q and k come from c, v from x; y = W_o RMSNorm_head(o) + p * c. With J = 1 the op runs on linear attention.
     As in the released layer, but for: projections are not separate for each head; the matrix exponential is exact,
-    not a series of 16 terms; and gate weights start small, not at zero, where equal slots would stay equal for ever.
+    not a series of 16 terms; and gate weights start small, not at zero, where all slots have the same gradient.
     x: [B, T, D] -> y: [B, T, D]; time O(T), state D^2 / H numbers for any J, and W - 1 inputs.
     With all gates 1 and J = 1 the core is causal linear attention.
     """
@@ -199,11 +199,11 @@ class ParallelLSTM(Block):
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x, its convolution, q, k, v, o and the norm; gates with their sigmoids and rotations; then what a chunk forms:
-        # weights of pairs of tokens, keys and queries for each slot, and a state for each chunk
+        # weights of pairs of tokens, keys and queries once a slot, and a state for each chunk
         J, H = self.tracking_dim, self.num_heads
         row = 10 * self.dim + 18 * H * J * J
         if J > 1:
-            row += 3 * H * self.chunk_size * J * J + 2 * self.dim * J * J
+            row += 3 * H * self.chunk_size * J * J + 2 * self.dim * (J + 1)
         states = -(-seq_len // (self.chunk_size if J > 1 else 64)) * self.dim * self.key_dim
         return batch_size * (seq_len * row + states)
 

@@ -70,14 +70,13 @@ def _chunks(
     weights = (
         (W.unflatten(-1, (L, V)).unflatten(-3, (L, R)) * scores[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
     )
-    v = v.flatten(3, 4)  # [B, N, H, chunk * V, Dv]
-    write = S.unflatten(-1, (L, V))[..., None, :, :] * k.transpose(-1, -2)[..., None, :, :, None]
-    update = write.flatten(-2).flatten(-3, -2) @ v  # [B, N, H, J * Dk, Dv]
+    written = S.unflatten(-1, (L, V)).transpose(3, 4) @ v  # [B, N, H, L, J, Dv]
+    update = k.transpose(-1, -2).unsqueeze(3) @ written.transpose(3, 4)  # [B, N, H, J, Dk, Dv]
     before, C = [], C.reshape(B, H, J, Dk * Dv)
-    for keep, new in zip(T.unbind(1), update.view(B, N, H, J, Dk * Dv).unbind(1)):
+    for keep, new in zip(T.unbind(1), update.flatten(-2).unbind(1)):
         before.append(C)
         C = keep @ C + new
-    read = M.unflatten(-2, (L, R))[..., None] * q[..., :, None, None, :]
-    past = read.flatten(-2).flatten(-3, -2) @ torch.stack(before, 1).view(B, N, H, J * Dk, Dv)
-    o = (weights @ v + past).unflatten(3, (L, R)).transpose(2, 3).flatten(1, 2)
+    past = q.unsqueeze(3) @ torch.stack(before, 1).unflatten(-1, (Dk, Dv))  # [B, N, H, J, L, Dv]
+    o = (weights @ v.flatten(3, 4)).unflatten(3, (L, R)) + M.unflatten(-2, (L, R)) @ past.transpose(3, 4)
+    o = o.transpose(2, 3).flatten(1, 2)
     return o[:, : span.end - span.start], C.view(B, H, J, Dk, Dv)

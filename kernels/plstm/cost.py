@@ -31,6 +31,6 @@ def flops(
             merges += L // (2 * c) * 2 * J * (c * R * c * V + J * c * V + c * R * J + J * J)
             c *= 2
         pairs = 2 * L * L * Dk + 2 * L * R * L * V * Dv
-        states = 2 * J * Dk * L * V * Dv + 2 * J * J * Dk * Dv + 2 * L * R * J * Dk * Dv
+        states = 2 * J * (L * V * Dv + L * Dk * Dv + J * Dk * Dv + L * Dk * Dv + L * R * Dv)
         total += (span.end - span.start + span.pad) // L * (merges + pairs + states)
     return B * H * total

@@ -97,7 +97,7 @@ def test_a_closed_direct_gate_leaves_only_the_past():
 
 
 def test_fresh_slots_learn_different_things():
-    """With equal gates for all slots, as the released layer starts, their gradients are equal too, and stay so."""
+    """With equal gates for all slots, as the released layer starts, their gradients are equal too."""
     block = ParallelLSTM(DIM, num_heads=2).double()
     block(tokens()).square().sum().backward()
     for gradient in (block.source.bias.grad, block.eigenvalues.bias.grad):
