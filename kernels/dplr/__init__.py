@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
+from zoo.kernels import native as native_core
 from zoo.kernels.dispatch import call, register_row
-from zoo.kernels.dplr import chunked, reference
+from zoo.kernels.dplr import chunked, native, reference
 from zoo.kernels.dplr.cost import flops
 
 __all__ = ["dplr", "flops"]
 
+register_row(
+    "dplr", "native", native.dplr, priority=20, devices=("cpu",),
+    missing=functools.partial(native_core.missing, "dplr"), refuse=native.refuse,
+)  # fmt: skip
 register_row("dplr", "chunked", chunked.dplr, priority=10)
 register_row("dplr", "reference", reference.dplr, priority=0)
 
