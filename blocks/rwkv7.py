@@ -99,6 +99,8 @@ class RWKV7(Block):
     With a = 0 it is linear attention with a decay per key channel.
     """
 
+    x_v: nn.Parameter
+
     def __init__(
         self,
         dim: int,

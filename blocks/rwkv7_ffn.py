@@ -36,8 +36,8 @@ class RWKV7FeedForward(Block):
     """RWKV-7 channel mix: y = W_value relu(W_key (x + (x_prev - x) * x_k))^2.
 
     x: [B, T, D] -> y: [B, T, D]; state: the last token; 4 D F FLOPs a token with F = hidden_dim (default 4 D).
-    Names and shapes are those of flash-linear-attention. W_value starts at zero; layer_index of num_layers only sets
-    the initial x_k. With x_k = 0 it is the squared-ReLU network `mlp`.
+    Names and shapes are those of flash-linear-attention. W_value starts at zero; layer_index (mixers before it) of
+    num_layers only sets the initial x_k. With x_k = 0 it is the squared-ReLU network `mlp`.
     """
 
     def __init__(
@@ -51,10 +51,11 @@ class RWKV7FeedForward(Block):
         dtype=None,
     ):
         super().__init__(dim)
-        if layer_index >= num_layers:
-            raise ValueError(f"layer_index={layer_index} must be below num_layers={num_layers}")
+        if layer_index > num_layers:
+            raise ValueError(f"layer_index={layer_index} must be at most num_layers={num_layers}")
         self.hidden_dim = hidden_dim or 4 * dim
-        self.layer_index, self.num_layers = layer_index, num_layers
+        # layer_index counts the mixers in front, its own layer's among them
+        self.depth = max(layer_index - 1, 0) / num_layers
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.x_k = nn.Parameter(torch.empty(dim, **factory))
         self.key = Linear(dim, self.hidden_dim, bias=False, **factory)
@@ -62,7 +63,7 @@ class RWKV7FeedForward(Block):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            self.x_k.copy_(mixing_weights(self.dim, (1 - self.layer_index / self.num_layers) ** 4, self.x_k))
+            self.x_k.copy_(mixing_weights(self.dim, (1 - self.depth) ** 4, self.x_k))
         nn.init.uniform_(self.key.weight, -0.5 * self.dim**-0.5, 0.5 * self.dim**-0.5)
         nn.init.zeros_(self.value.weight)
 

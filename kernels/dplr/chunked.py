@@ -40,7 +40,7 @@ def dplr(
     outputs = []
     for span in spans(T, chunk_size, binary=True):
         docs = None if doc_ids is None else span.documents(doc_ids)
-        o, S = _chunks(*(span.take(x) for x in (q, k, v, a, b, g)), S, docs, span.chunk)
+        o, S = _chunks(*(span.take(x) for x in (q, k, v, a, b, g)), S=S, docs=docs, C=span.chunk)
         outputs.append(o[:, : -span.pad] if span.pad else o)
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     return o.to(out_dtype), S

@@ -94,13 +94,13 @@ _forward.register_autograd(_gradient, setup_context=_keep)
 
 @register_flop_formula(torch.ops.zoo.dplr)
 def _(q, k, v, a, b, log_decay, initial_state, doc_ids, scale, chunk_size, *args, **kwargs) -> int:
-    return flops(*q, v[3], chunk_size=chunk_size)
+    return flops(*q, value_dim=v[3], chunk_size=chunk_size)
 
 
 @register_flop_formula(torch.ops.zoo.dplr_backward)
 def _(grad_o, grad_final, q, k, v, a, b, log_decay, doc_ids, states, scale, chunk_size, *args, **kwargs) -> int:
     # the forward pass again, and two products for each of its products
-    return flops(*q, v[3], chunk_size=chunk_size) * 3
+    return flops(*q, value_dim=v[3], chunk_size=chunk_size) * 3
 
 
 @torch.library.custom_op("zoo::dplr_step", mutates_args=())
@@ -118,7 +118,7 @@ def _(q, k, v, a, b, log_decay, initial_state, scale, engine):
 
 @register_flop_formula(torch.ops.zoo.dplr_step)
 def _(q, k, v, *args, **kwargs) -> int:
-    return flops(*q, v[3])
+    return flops(*q, value_dim=v[3])
 
 
 def dplr(
