@@ -99,7 +99,7 @@ class RWKV7(Block):
     With a = 0 it is linear attention with a decay per key channel.
     """
 
-    x_v: nn.Parameter
+    x_v: nn.Parameter  # set by name, with its five like
 
     def __init__(
         self,

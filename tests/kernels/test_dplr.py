@@ -9,11 +9,12 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.kernels import dispatch
+from zoo.kernels import dispatch, native
 from zoo.kernels.delta_rule import delta_rule
 from zoo.kernels.dplr import dplr, flops
 from zoo.kernels.linear_attention import linear_attention
 
+needs_core = pytest.mark.skipif(native.missing("dplr") is not None, reason="needs a C compiler")
 NAMES = "q k v a b log_decay state"
 
 
@@ -144,3 +145,24 @@ def test_wrong_shapes_are_refused():
         dplr(q, k, v, a, b, g[..., 0])
     with pytest.raises(ValueError, match="v \\[B, T, H, Dv\\]"):
         dplr(q, k, v[:, :5], a, b, g)
+
+
+@needs_core
+def test_operator_keeps_its_promises():
+    *given, S = (x.contiguous() for x in draw(T=21))
+    leaves = [x.requires_grad_() for x in given]
+    torch.library.opcheck(torch.ops.zoo.dplr.default, (*leaves, None, packed(2, [9, 12]), 0.5, 16, 32, True, "native"))
+    one = [x.detach()[:, :1].contiguous() for x in given]
+    torch.library.opcheck(torch.ops.zoo.dplr_step.default, (*one, S, 0.5, "native"))
+
+
+@needs_core
+def test_gradients_of_gradients():
+    results = []
+    for backend in ("native", "reference"):
+        *given, S = (x.requires_grad_() for x in draw(T=9, Dk=3, Dv=2))
+        o, final = dplr(*given, initial_state=S, backend=backend)
+        first = torch.autograd.grad(o.square().sum() + final.square().sum(), (*given, S), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), (*given, S)))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
