@@ -6,6 +6,7 @@ import functools
 
 from torch import Tensor
 
+from zoo.kernels import gpu
 from zoo.kernels import native as native_core
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.dplr import chunked, native, reference
@@ -13,6 +14,8 @@ from zoo.kernels.dplr.cost import flops
 
 __all__ = ["dplr", "flops"]
 
+# above the chunked torch form, which a chunked kernel would beat on long sequences
+gpu.register_triton_row("dplr", "zoo.kernels.dplr.triton:dplr", priority=15, refuse=native.refuse)
 register_row(
     "dplr", "native", native.dplr, priority=20, devices=("cpu",),
     missing=functools.partial(native_core.missing, "dplr"), refuse=native.refuse,

@@ -29,12 +29,12 @@ def examples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[s
         return name, (*(x.to(device, dtype) for x in (q, k, v, -kappa, b)), g.to(device), 0.5, S, ids, 64)
 
     yield case("odd length", 65, state=True)
-    yield case("two rows, no state", 63, B=2)
-    yield case("odd sizes", 130, Dk=24, Dv=40, state=True)
-    yield case("three heads, wide values", 37, H=3, Dk=5, Dv=130)
+    yield case("two rows, no state", 33, B=2)
+    yield case("odd sizes", 130, H=1, Dk=24, Dv=40, state=True)
+    yield case("three heads, wide values", 19, H=3, Dk=5, Dv=70)
     # a document of one token, borders at and inside chunks and sub-chunks
     yield case("documents", 100, docs=[3, 1, 28, 32, 1, 35], state=True)
-    yield case("documents at chunk borders", 130, B=2, docs=[1, 63, 64, 1, 1])
+    yield case("documents at chunk borders", 130, H=1, docs=[1, 63, 64, 1, 1])
     yield case("everything is forgotten", 66, strength=60.0, state=True)
     yield case("nothing is erased", 33, erase=0.0, state=True)
     yield case("little is forgotten, much is erased", 70, strength=0.01, erase=2.0, state=True)
