@@ -7,7 +7,7 @@
    q, k [B, T, G, Dk], v [B, T, H, Dv], beta [B, T, H]; g: log-decays, NULL, [B, T, H] or [B, T, H, Dk] by kind 0 to 2;
    s0, final [B, H, Dk, Dv]; doc [B, T] or NULL; states [B, ceil(T / interval), H, Dk, Dv]. A document that begins at t
    is a_t = 0. The columns of a state are cut into panels of up to 4 vectors, whose sums stay in registers. */
-#include "gemm.h"
+#include "panels.h"
 
 typedef struct {
     const real *q, *k, *v, *beta, *g, *s0;
@@ -20,9 +20,6 @@ typedef struct { /* one token of one head; v and what is like it padded to Vp */
     const real *k;
     real *q, *a, *v, beta; /* q times scale, a [Dk] */
 } Token;
-
-#define EACH(j, NV) _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++)
-#define AT(x, j) (*(vec *)((x) + (j) * LANES))
 
 /* S becomes the state after the token; S' (in `decayed`, which may be S itself), e and o are left behind. */
 static inline __attribute__((always_inline)) void forward_panel(const int NV, int64_t Dk, int64_t ld, const Token *x,
@@ -49,10 +46,9 @@ static inline __attribute__((always_inline)) void forward_panel(const int NV, in
 }
 
 static void forward_token(int64_t Dk, int64_t Vp, const Token *x, real *S, real *decayed, real *error, real *o) {
-    int64_t e = 0;
-    for (; e + 4 * LANES <= Vp; e += 4 * LANES) forward_panel(4, Dk, Vp, x, S + e, decayed + e, x->v + e, error + e, o + e);
-    for (; e + 2 * LANES <= Vp; e += 2 * LANES) forward_panel(2, Dk, Vp, x, S + e, decayed + e, x->v + e, error + e, o + e);
-    for (; e < Vp; e += LANES) forward_panel(1, Dk, Vp, x, S + e, decayed + e, x->v + e, error + e, o + e);
+#define PANEL(NV, e) forward_panel(NV, Dk, Vp, x, S + e, decayed + e, x->v + e, error + e, o + e)
+    PANELS(Vp, PANEL);
+#undef PANEL
 }
 
 /* rq, rk, rg [Dk, LANES]: sums over columns of what dq, dk and dg are made of, one vector per row. Returns dw . e, the
@@ -96,14 +92,10 @@ static inline __attribute__((always_inline)) real backward_panel(const int NV, i
 
 static real backward_token(int64_t Dk, int64_t Vp, const Token *x, real *G, const real *decayed, const real *error,
                            const real *dout, real *de, real *rq, real *rk, real *rg) {
-    int64_t e = 0;
     real sum = 0;
-    for (; e + 4 * LANES <= Vp; e += 4 * LANES)
-        sum += backward_panel(4, Dk, Vp, x, G + e, decayed + e, error + e, dout + e, de + e, rq, rk, rg);
-    for (; e + 2 * LANES <= Vp; e += 2 * LANES)
-        sum += backward_panel(2, Dk, Vp, x, G + e, decayed + e, error + e, dout + e, de + e, rq, rk, rg);
-    for (; e < Vp; e += LANES)
-        sum += backward_panel(1, Dk, Vp, x, G + e, decayed + e, error + e, dout + e, de + e, rq, rk, rg);
+#define PANEL(NV, e) sum += backward_panel(NV, Dk, Vp, x, G + e, decayed + e, error + e, dout + e, de + e, rq, rk, rg)
+    PANELS(Vp, PANEL);
+#undef PANEL
     return sum;
 }
 
@@ -130,15 +122,6 @@ static void load(const Call *c, int64_t b, int64_t h, int64_t t, int64_t ahead, 
     }
 }
 
-static void read_state(const real *from, int64_t Dk, int64_t Dv, int64_t Vp, real *S) {
-    memset(S, 0, sizeof(real) * Dk * Vp);
-    for (int64_t d = 0; d < Dk && from; d++) memcpy(S + d * Vp, from + d * Dv, sizeof(real) * Dv);
-}
-
-static void write_state(const real *S, int64_t Dk, int64_t Dv, int64_t Vp, real *to) {
-    for (int64_t d = 0; d < Dk; d++) memcpy(to + d * Dv, S + d * Vp, sizeof(real) * Dv);
-}
-
 static int64_t token_size(const Call *c) { return 2 * round_lanes(c->Dk) + round_lanes(c->Dv); }
 
 static Token token(const Call *c, real *pool) {
@@ -160,14 +143,6 @@ static void forward_head(const Call *c, int64_t b, int64_t h, real *pool, real *
         memcpy(o + ((b * c->T + t) * c->H + h) * Dv, out, sizeof(real) * Dv);
     }
     write_state(S, Dk, Dv, Vp, final + (b * c->H + h) * Dk * Dv);
-}
-
-static void sum_lanes(const real *rows, int64_t count, real factor, real *out) {
-    for (int64_t d = 0; d < count; d++) {
-        real sum = 0;
-        for (int l = 0; l < LANES; l++) sum += rows[d * LANES + l];
-        out[d] = sum * factor;
-    }
 }
 
 static void backward_head(const Call *c, int64_t b, int64_t h, real *pool, const real *grad_o, const real *grad_final,
