@@ -63,6 +63,7 @@ CASES: tuple[Case, ...] = (
         ),
         step_peers=(("transformers recurrent_kimi_delta_attention", HF + "kimi_delta_rule_step"),),
     ),
+    Case("dplr", "", problems.dplr, step=True, linear=True),
     Case(
         "diagonal_scan", "", problems.diagonal_scan, step=True, linear=True,
         peers=(("transformers RecurrentGemma scan", HF + "rglru_scan"),),
@@ -98,6 +99,7 @@ CASES: tuple[Case, ...] = (
     Case("pool_blocks", "mean of 64", problems.pool_blocks, seq=4096),
     Case("prefix_topk", "64 of each prefix", problems.prefix_topk, seq=4096, backward=False),
     Case("merge_lse", "two sets", problems.merge_lse),
+    Case("linear", "512 to 2048", problems.linear, step=True),
     Case("grouped_mm", "8 experts, 2 a token", problems.grouped_mm),
     Case("block_linear", "Monarch, 32x32 blocks", problems.monarch),
     Case("block_linear", "BLAST, 8x8 blocks of rank 128", problems.blast),

@@ -15,7 +15,9 @@ from zoo.kernels import block_linear as block_linear_op
 from zoo.kernels import block_scores as block_scores_op
 from zoo.kernels import delta_rule as delta_rule_op
 from zoo.kernels import diagonal_scan as diagonal_scan_op
+from zoo.kernels import dplr as dplr_op
 from zoo.kernels import grouped_mm as grouped_mm_op
+from zoo.kernels import linear as linear_op
 from zoo.kernels import linear_attention as linear_attention_op
 from zoo.kernels import merge_lse as merge_lse_op
 from zoo.kernels import pool_blocks as pool_blocks_op
@@ -110,6 +112,34 @@ def delta_rule(channel: bool) -> Callable[..., Problem]:
         return Problem(call, inputs, delta_rule_op.flops(B, n, H, D, D, channel_decay=channel))
 
     return make
+
+
+def dplr(draw: Draw, T: int, step: bool) -> Problem:
+    """As RWKV-7 runs it: a and b replace part of what is stored under a key of unit length."""
+    n, B, H, D = 1 if step else T, draw.batch, 8, draw.head_dim
+    q, k, v = (draw(B, n, H, D) for _ in range(3))
+    a = F.normalize(draw(B, n, H, D).float(), dim=-1)
+    b = -a * draw.uniform(B, n, H, D)
+    inputs = [q, k, v, a.to(draw.dtype), b.to(draw.dtype), draw.decay(B, n, H, D)]
+    if step:
+        inputs.append(draw(B, H, D, D, dtype=draw.wide))
+
+    def call(backend: str, q, k, v, a, b, g, state=None):
+        o, last = dplr_op.dplr(q, k, v, a, b, g, initial_state=state, backend=backend)
+        return (o, last) if step else o
+
+    return Problem(call, inputs, dplr_op.flops(B, n, H, D, D))
+
+
+def linear(draw: Draw, T: int, step: bool) -> Problem:
+    """The widest layer of a feed-forward network of width 512."""
+    K, N = 8 * draw.head_dim, 32 * draw.head_dim
+    rows = draw.batch * (1 if step else T)
+
+    def call(backend: str, x, weight):
+        return linear_op.linear(x, weight, backend=backend)
+
+    return Problem(call, [draw(rows, K), draw(N, K, scale=K**-0.5)], 2 * rows * K * N)
 
 
 def diagonal_scan(draw: Draw, T: int, step: bool) -> Problem:
