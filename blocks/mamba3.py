@@ -40,7 +40,7 @@ STEPS = (1e-3, 1e-1)  # delta at initialisation, log-uniform
 
 @dataclass
 class Mamba3State(State):
-    """angle: [B, H, S] in [0, 2 pi); ssm: [B, H, N, P]; B: [B, R, H, N], rotated, and x: [B, H, P] of the last token."""
+    """angle: [B, H, S] in [0, 2 pi); ssm: [B, H, N, P]; the last token's B (rotated): [B, R, H, N], x: [B, H, P]."""
 
     angle: Tensor
     ssm: Tensor
@@ -251,10 +251,8 @@ class Mamba3(Block):
         total = linear_flops(batch_size * seq_len, self.in_proj, self.out_proj) + linear_attention_flops(
             batch_size, seq_len * R, H, N, P, chunk_size=self.chunk_size
         )
-        if R > 1:
-            total += 2 * batch_size * seq_len * H * R * R * (N + P)
-        if streaming:
-            total += 2 * batch_size * H * R * N * P
+        if R > 1:  # pairs within a token, and the last token's part in the next step; elementwise at R = 1
+            total += 2 * batch_size * H * R * (seq_len * R * (N + P) + streaming * N * P)
         return total
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
