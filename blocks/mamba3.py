@@ -217,7 +217,7 @@ class Mamba3(Block):
         read = torch.ones(self.rank, self.rank, dtype=gamma.dtype, device=gamma.device).tril()
         missed = gamma[..., None, None] - (gamma + ahead)[..., None, None] * read
         pairs = C.transpose(2, 3) @ B.permute(0, 1, 3, 4, 2)  # [B, T, H, R, R]
-        return D[:, None] * v + ((missed * pairs) @ v.transpose(2, 3)).transpose(2, 3)
+        return torch.addcmul(((missed * pairs) @ v.transpose(2, 3)).transpose(2, 3), D[:, None], v)
 
     def _read_out(self, y: Tensor, z: Tensor) -> Tensor:
         """[B, T, E] of the R outputs y [B, T, R, H, P] and the gate z [B, T, E]."""
@@ -257,9 +257,11 @@ class Mamba3(Block):
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         H, R, N, S = self.num_heads, self.rank, self.state_dim, self.num_angles
-        # x and in_proj; B and C twice and their norms; v weighted, o, y, gate
-        row = self.dim + sum(self.rows) + 4 * R * N * H + 2 * R * N * self.num_groups + (3 + 3 * R) * self.inner
-        row += 12 * H + 4 * H * S
+        # x, in_proj, B and C normed; then per head B and C, before their rotation, and once more for pairs of ranks
+        row = self.dim + sum(self.rows) + 2 * R * N * self.num_groups
+        row += 2 * R * N * H * (1 + (S > 0) + (R > 1)) + H * (4 * S + 12)
+        # inputs, outputs, gate of each rank; x, and what out_proj takes
+        row += (2 + R * (4 + 2 * (R > 1) + (self.norm is not None))) * self.inner
         return batch_size * (seq_len * row + -(-seq_len * R // INTERVAL) * self.inner * N)
 
     def parallel_plan(self) -> ParallelPlan:
@@ -273,7 +275,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool) -> Tensor:
     """Turn the first S pairs of channels of x [..., N] by angles of cosines and sines [..., S]; the others pass.
     Pair i is (2 i, 2 i + 1) with `neighbours`, else (i, i + N / 2)."""
     S = cos.shape[-1]
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if neighbours else x.chunk(2, -1)
-    first, second = a[..., :S] * cos - b[..., :S] * sin, a[..., :S] * sin + b[..., :S] * cos
-    turned = (torch.cat([first, a[..., S:]], -1), torch.cat([second, b[..., S:]], -1))
-    return torch.stack(turned, -1).flatten(-2) if neighbours else torch.cat(turned, -1)
+    if neighbours:
+        pairs = torch.view_as_complex(x[..., : 2 * S].unflatten(-1, (S, 2)))
+        turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+        return torch.cat([turned, x[..., 2 * S :]], -1)
+    a, b = x.chunk(2, -1)
+    first = torch.addcmul(a[..., :S] * cos, b[..., :S], sin, value=-1)
+    second = torch.addcmul(b[..., :S] * cos, a[..., :S], sin)
+    return torch.cat([first, a[..., S:], second, b[..., S:]], -1)
