@@ -10,7 +10,8 @@ With E = expand D channels in H heads of P, N states, rank R and * elementwise:
 A token thus enters the memory twice: in its own step and, as the left end of the trapezoid, in the next one, by the
 decay of that step. So S_t + (1 - lambda_{t+1}) delta_{t+1} B_t x_t^T is a plain decayed sum, linear attention with
 every token weighted by lambda_t delta_t + (1 - lambda_{t+1}) delta_{t+1}; what a token has read too much of itself is
-taken off again. The R pairs of a token are R tokens of that recurrence, of which only the first decays.
+taken off again, so that token t + 1 shows in y_t by rounding at most. The R pairs of a token are R tokens of that
+recurrence, of which only the first decays.
 """
 
 from __future__ import annotations
