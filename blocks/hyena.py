@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from zoo.blocks.recurrent import ShortConv, previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming
 from zoo.kernels.dispatch import check_backend
-from zoo.kernels.fft_conv import fft_conv
+from zoo.kernels.fft_conv import fft_conv, transform_length
 from zoo.kernels.fft_conv import flops as fft_conv_flops
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
@@ -211,10 +211,13 @@ class Hyena(Block):
         )
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x, in_proj, short convolution, v * x_0; for each long one u, v and the spectrum of 2 T; the filter's layers
         taps, longs = min(seq_len, self.filter_len), self.order - 1
-        token = self.dim * (2 + 2 * (self.order + 1) + 4 * longs)
-        return batch_size * seq_len * token + taps * (6 * self.filter_fn.bias.numel() // longs * longs)
+        # x, in_proj, short convolution, v * x_0; for each long one v * x_i twice
+        token = self.dim * (2 + 2 * (self.order + 1) + 2 * longs)
+        # of each long one and of its filter, what goes into a transform and what comes out
+        circle = 2 * transform_length(seq_len + taps - 1) * longs * self.dim
+        layers = taps * (longs * self.dim + 9 * self.filter_fn.linears()[0].out_features)
+        return batch_size * (seq_len * token + circle) + circle + layers
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(

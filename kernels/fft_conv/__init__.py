@@ -6,9 +6,9 @@ from torch import Tensor
 
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.fft_conv import fft, reference
-from zoo.kernels.fft_conv.cost import flops
+from zoo.kernels.fft_conv.cost import flops, transform_length
 
-__all__ = ["fft_conv", "flops"]
+__all__ = ["fft_conv", "flops", "transform_length"]
 
 register_row("fft_conv", "fft", fft.fft_conv, priority=10)
 register_row("fft_conv", "reference", reference.fft_conv, priority=0)

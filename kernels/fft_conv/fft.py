@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.kernels.chunking import wide
+from zoo.kernels.fft_conv.cost import transform_length
 
 BLOCK = 8  # tokens of a block whose pairs are summed lag by lag
 
@@ -37,11 +38,6 @@ def fft_conv(u: Tensor, k: Tensor, state: Tensor | None, doc_ids: Tensor | None)
         y = torch.fft.irfft(spectrum, n)[..., x.shape[1] - T : x.shape[1]].transpose(1, 2)
     before = with_past if state is not None else F.pad(u, (0, 0, L - 1, 0))
     return y.to(u.dtype), before[:, T:]
-
-
-def transform_length(n: int) -> int:
-    """The least length >= n that is 1, 3 or 5 times a power of two: quick for every library of transforms."""
-    return min(factor << max(-(-n // factor) - 1, 0).bit_length() for factor in (1, 3, 5))
 
 
 def packed(u: Tensor, k: Tensor, doc_ids: Tensor) -> Tensor:
