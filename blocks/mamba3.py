@@ -41,7 +41,8 @@ STEPS = (1e-3, 1e-1)  # delta at initialisation, log-uniform
 
 @dataclass
 class Mamba3State(State):
-    """angle: [B, H, S] in [0, 2 pi); ssm: [B, H, N, P]; the last token's B (rotated): [B, R, H, N], x: [B, H, P]."""
+    """angle: [B, H, S] in [0, 2 pi); ssm: [B, H, N, P]; the last token's B: [B, R, H, N] and x: [B, H, P]. The N
+    channels are rotated and in the order of `rotate`."""
 
     angle: Tensor
     ssm: Tensor
@@ -260,7 +261,7 @@ class Mamba3(Block):
         H, R, N, S = self.num_heads, self.rank, self.state_dim, self.num_angles
         # x, in_proj, B and C normed; then per head B and C, before their rotation, and once more for pairs of ranks
         row = self.dim + sum(self.rows) + 2 * R * N * self.num_groups
-        row += 2 * R * N * H * (1 + (S > 0) + (R > 1)) + H * (4 * S + 12)
+        row += 2 * R * N * H * (1 + (S > 0) + (R > 1)) + H * (2 * S + 12)
         # inputs, outputs, gate of each rank; x, and what out_proj takes
         row += (2 + R * (4 + 2 * (R > 1) + (self.norm is not None))) * self.inner
         return batch_size * (seq_len * row + -(-seq_len * R // INTERVAL) * self.inner * N)
@@ -273,14 +274,15 @@ class Mamba3(Block):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool) -> Tensor:
-    """Turn the first S pairs of channels of x [..., N] by angles of cosines and sines [..., S]; the others pass.
-    Pair i is (2 i, 2 i + 1) with `neighbours`, else (i, i + N / 2)."""
+    """Turn S pairs of channels of x [..., N] by angles of cosines and sines [..., S]; the other channels pass.
+
+    Pair i is (i, i + N / 2), or (2 i, 2 i + 1) with `neighbours`. Neighbours are left apart, all first ones before all
+    second ones: B and C alike, so that no product of theirs changes, and nothing is interleaved.
+    """
     S = cos.shape[-1]
     if neighbours:
-        pairs = torch.view_as_complex(x[..., : 2 * S].unflatten(-1, (S, 2)))
-        turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
-        return torch.cat([turned, x[..., 2 * S :]], -1)
-    a, b = x.chunk(2, -1)
-    first = torch.addcmul(a[..., :S] * cos, b[..., :S], sin, value=-1)
-    second = torch.addcmul(b[..., :S] * cos, a[..., :S], sin)
-    return torch.cat([first, a[..., S:], second, b[..., S:]], -1)
+        a, b = x[..., : 2 * S].unflatten(-1, (S, 2)).unbind(-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * S :]], -1)
+    left, right = x.chunk(2, -1)
+    a, b = left[..., :S], right[..., :S]
+    return torch.cat([a * cos - b * sin, left[..., S:], a * sin + b * cos, right[..., S:]], -1)
