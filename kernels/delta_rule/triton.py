@@ -1,9 +1,12 @@
-"""The gated delta rule in Triton, token by token: a program owns a tile of value channels of one head and walks over
-time with its state S [KP, BV] in registers. Backward walks over intervals of 16 tokens from the last to the first: it
-rebuilds every S' and error of an interval into a scratch that stays in the second-level cache, then goes back through
-them (the equations are in native.c). Sums over value channels (dq, dk, dbeta, dg) are partial sums of a tile, added up
-afterwards in one order. No products of matrices: right for short heads and decoding, slower than a chunked form on long
-sequences.
+"""The gated delta rule in Triton, forward (backward: triton_backward.py; a few tokens: triton_step.py). Chunks of 64
+tokens in the WY form of chunked.py, in this order:
+
+    factors   b, P, w, u: see triton_factors.py, all chunks at once
+    states    written = u - w S;  S <- e^{b_C} S + (k e^{b_C - b})^T written, sequential over the chunks
+    output    o = scale (P written + (q e^b) S)
+
+The state before a chunk belongs to the document of the token before it, the state after it to the document of its
+last token: tokens of other documents neither read the one nor write the other.
 
 DECAY is 0 for none, 1 per head [B, T, H], 2 per channel [B, T, H, K]; R heads share q and k.
 """
@@ -11,7 +14,7 @@ DECAY is 0 for none, 1 per head [B, T, H], 2 per channel [B, T, H, K]; R heads s
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -20,172 +23,147 @@ from torch import Tensor
 
 from zoo.kernels import gpu
 from zoo.kernels.chunking import wide
-from zoo.kernels.delta_rule import fused
+from zoo.kernels.delta_rule import fused, triton_step
+from zoo.kernels.delta_rule.triton_factors import factors
+from zoo.kernels.linear_attention.triton import CHUNK, chunk_ends, fit, kind, shapes
 
-INTERVAL = 16
-FORWARD = [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}]
-BACKWARD = [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}]
+FEW = 16  # fewer tokens go one by one
+STATES = [{"BV": 32, "num_warps": 4, "num_stages": 2}, {"BV": 64, "num_warps": 8, "num_stages": 2}]
+OUTPUT = [
+    {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},
+    {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
+]
 
 
 @triton.jit
-def multiplier(
-    g, docs, row, t, h, d, T, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, DECAY: tl.constexpr,
-    DOCS: tl.constexpr,
+def delta_rule_states(
+    tail, w, u, b, start, docs, states, written, final, T, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr,
+    START: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """exp(g_t) [KP], 0 where a document begins."""
-    a = tl.full((KP,), 1.0, tl.float32)
-    if DECAY == 1:
-        a = a * tl.exp(tl.load(g + (row * T + t) * H + h))
-    if DECAY == 2:
-        a = tl.exp(tl.load(g + ((row * T + t) * H + h) * K + d, mask=d < K, other=0.0))
-    if DOCS:
-        new = tl.load(docs + row * T + t) != tl.load(docs + row * T + tl.maximum(t - 1, 0))
-        a = tl.where(new, 0.0, a)
-    return a
-
-
-@triton.jit(do_not_specialize=["scale"])
-def delta_rule_forward(
-    q, k, v, beta, g, start, docs, o, final, states, scale, T, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, INTERVAL: tl.constexpr, DECAY: tl.constexpr,
-    DOCS: tl.constexpr, START: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """A tile of value channels, token by token."""
-    row, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    d, e = tl.arange(0, KP), tl.program_id(0) * BV + tl.arange(0, BV)
-    inside = (d < K)[:, None] & (e < V)[None, :]
+    """Some value channels of the states of one head, chunk after chunk, and of what its tokens write. R heads share
+    tail: the keys, decayed to the end of their chunk if the decay is per channel."""
+    bh = tl.program_id(1)
+    row, h = (bh // H).to(tl.int64), bh % H
+    i, d, e = tl.arange(0, BT), tl.arange(0, KP), tl.program_id(0) * BV + tl.arange(0, BV)
     here = d[:, None] * V + e[None, :]
-    S = tl.zeros((KP, BV), tl.float32)
+    inside = (d < K)[:, None] & (e < V)[None, :]
+    N = tl.cdiv(T, BT)
     if START:
         S = tl.load(start + (row * H + h) * (K * V) + here, mask=inside, other=0.0)
-    count = tl.cdiv(T, INTERVAL)
-    for m in range(0, count):
-        if KEEP:
-            tl.store(states + ((row * count + m) * H + h) * (K * V) + here, S, mask=inside)
-        for t in range(m * INTERVAL, tl.minimum(m * INTERVAL + INTERVAL, T)):
-            token = row * T + t
-            key = tl.load(k + (token * (H // R) + h // R) * K + d, mask=d < K, other=0.0).to(tl.float32)
-            query = tl.load(q + (token * (H // R) + h // R) * K + d, mask=d < K, other=0.0).to(tl.float32) * scale
-            value = tl.load(v + (token * H + h) * V + e, mask=e < V, other=0.0).to(tl.float32)
-            S *= multiplier(g, docs, row, t, h, d, T, H, K, KP, DECAY, DOCS)[:, None]
-            write = tl.load(beta + token * H + h) * (value - tl.sum(S * key[:, None], 0))
-            S += key[:, None] * write[None, :]
-            out = tl.sum(S * query[:, None], 0)
-            tl.store(o + (token * H + h) * V + e, out.to(o.dtype.element_ty), mask=e < V)
+    else:
+        S = tl.zeros((KP, BV), tl.float32)
+    dtype = w.dtype.element_ty
+    for n in range(0, N):
+        t = n * BT + i
+        token = row * T + t
+        last = row * T + tl.minimum(n * BT + BT, T) - 1
+        tl.store(states + ((row * N + n) * H + h) * (K * V) + here, S, mask=inside)
+        reader = tl.load(
+            w + (token * H + h)[:, None] * K + d[None, :], mask=(t < T)[:, None] & (d < K)[None, :], other=0.0
+        )
+        key = tl.load(
+            tail + (token * (H // R) + h // R)[None, :] * K + d[:, None],
+            mask=(t < T)[None, :] & (d < K)[:, None], other=0.0,
+        )  # fmt: skip
+        here_v = (token * H + h)[:, None] * V + e[None, :]
+        inside_v = (t < T)[:, None] & (e < V)[None, :]
+        value = tl.load(u + here_v, mask=inside_v, other=0.0).to(tl.float32)
+        value -= tl.dot(reader, S.to(dtype), input_precision=PRECISION)
+        tl.store(written + here_v, value, mask=inside_v)
+        if DECAY == 1:
+            total = tl.load(b + token * H + h, mask=t < T, other=0.0)
+            end = tl.load(b + last * H + h)
+            value *= tl.exp(tl.minimum(end - total, 0.0))[:, None]
+            S *= tl.exp(end)
+        if DECAY == 2:
+            S *= tl.exp(tl.load(b + (last * H + h) * K + d, mask=d < K, other=0.0))[:, None]
+        if DOCS:
+            before, final_doc = chunk_ends(docs, row, n, T, BT)
+            doc = tl.load(docs + token, mask=t < T, other=0)
+            value = tl.where((doc == final_doc)[:, None], value, 0.0)
+            S = tl.where(before == final_doc, S, 0.0)
+        S = tl.dot(key, value.to(dtype), S, input_precision=PRECISION)
     tl.store(final + (row * H + h) * (K * V) + here, S, mask=inside)
 
 
 @triton.jit(do_not_specialize=["scale"])
-def delta_rule_backward(
-    grad_o, grad_final, q, k, v, beta, g, docs, states, scratch, errors, dq, dk, dv, dbeta, dg, dstart, scale, batch, T,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
-    INTERVAL: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr, END: tl.constexpr,
+def delta_rule_output(
+    q, b, P, docs, states, written, o, scale, T, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of value channels, interval by interval from the end. scratch [B, H, INTERVAL, K, V], errors
-    [B, H, INTERVAL, V]; dq, dk, dg [tiles, B, T, H, K], dbeta [tiles, B, T, H]."""
-    tile = tl.program_id(0)
-    row, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    d, e = tl.arange(0, KP), tile * BV + tl.arange(0, BV)
-    inside = (d < K)[:, None] & (e < V)[None, :]
-    here = d[:, None] * V + e[None, :]
-    G = tl.zeros((KP, BV), tl.float32)
-    if END:
-        G = tl.load(grad_final + (row * H + h) * (K * V) + here, mask=inside, other=0.0)
-    count = tl.cdiv(T, INTERVAL)
-    mine, own = scratch + (row * H + h) * INTERVAL * (K * V), errors + (row * H + h) * INTERVAL * V
-    for back in range(0, count):
-        m = count - 1 - back
-        first, end = m * INTERVAL, tl.minimum(m * INTERVAL + INTERVAL, T)
-        S = tl.load(states + ((row * count + m) * H + h) * (K * V) + here, mask=inside, other=0.0)
-        for t in range(first, end):
-            token = row * T + t
-            key = tl.load(k + (token * (H // R) + h // R) * K + d, mask=d < K, other=0.0).to(tl.float32)
-            value = tl.load(v + (token * H + h) * V + e, mask=e < V, other=0.0).to(tl.float32)
-            S *= multiplier(g, docs, row, t, h, d, T, H, K, KP, DECAY, DOCS)[:, None]
-            tl.store(mine + (t - first) * (K * V) + here, S, mask=inside)
-            error = value - tl.sum(S * key[:, None], 0)
-            tl.store(own + (t - first) * V + e, error, mask=e < V)
-            S += key[:, None] * (tl.load(beta + token * H + h) * error)[None, :]
-        tl.debug_barrier()  # what is read back may have been written by another thread
-        for i in range(0, end - first):
-            t = end - 1 - i
-            token = row * T + t
-            key = tl.load(k + (token * (H // R) + h // R) * K + d, mask=d < K, other=0.0).to(tl.float32)
-            query = tl.load(q + (token * (H // R) + h // R) * K + d, mask=d < K, other=0.0).to(tl.float32) * scale
-            grad = tl.load(grad_o + (token * H + h) * V + e, mask=e < V, other=0.0).to(tl.float32)
-            rate = tl.load(beta + token * H + h)
-            S = tl.load(mine + (t - first) * (K * V) + here, mask=inside, other=0.0)
-            error = tl.load(own + (t - first) * V + e, mask=e < V, other=0.0)
-            write = rate * error
-            part = ((tile * batch + row) * T + t) * H + h
-            G += query[:, None] * grad[None, :]
-            grad_q = tl.sum((S + key[:, None] * write[None, :]) * grad[None, :], 1) * scale
-            tl.store(dq + part * K + d, grad_q, mask=d < K)
-            dw = tl.sum(G * key[:, None], 0)
-            grad_k = tl.sum(G * write[None, :], 1)
-            tl.store(dbeta + part, tl.sum(dw * error, 0))
-            de = rate * dw
-            tl.store(dv + (token * H + h) * V + e, de.to(dv.dtype.element_ty), mask=e < V)
-            G -= key[:, None] * de[None, :]
-            tl.store(dk + part * K + d, grad_k - tl.sum(S * de[None, :], 1), mask=d < K)
-            if DECAY > 0:
-                tl.store(dg + part * K + d, tl.sum(G * S, 1), mask=d < K)
-            G *= multiplier(g, docs, row, t, h, d, T, H, K, KP, DECAY, DOCS)[:, None]
-        tl.debug_barrier()
-    tl.store(dstart + (row * H + h) * (K * V) + here, G, mask=inside)
+    """Some columns of the output of one chunk and head."""
+    n, bh = tl.program_id(1), tl.program_id(2)
+    row, h = (bh // H).to(tl.int64), bh % H
+    i, e = tl.arange(0, BT), tl.program_id(0) * BV + tl.arange(0, BV)
+    t = n * BT + i
+    token = row * T + t
+    state = states + ((row * tl.cdiv(T, BT) + n) * H + h) * (K * V)
+    out = tl.zeros((BT, BV), tl.float32)
+    for tile in range(0, (K + BK - 1) // BK):
+        d = tile * BK + tl.arange(0, BK)
+        inside = (t < T)[:, None] & (d < K)[None, :]
+        query = tl.load(q + (token * (H // R) + h // R)[:, None] * K + d[None, :], mask=inside, other=0.0)
+        S = tl.load(state + d[:, None] * V + e[None, :], mask=(d < K)[:, None] & (e < V)[None, :], other=0.0)
+        if DECAY == 2:
+            total = tl.load(b + (token * H + h)[:, None] * K + d[None, :], mask=inside, other=0.0)
+            query = (query * tl.exp(total)).to(query.dtype)
+        out = tl.dot(query, S.to(query.dtype), out, input_precision=PRECISION)
+    if DECAY == 1:
+        out *= tl.exp(tl.load(b + token * H + h, mask=t < T, other=0.0))[:, None]
+    if DOCS:
+        before, _ = chunk_ends(docs, row, n, T, BT)
+        out = tl.where((tl.load(docs + token, mask=t < T, other=0) == before)[:, None], out, 0.0)
+    weights = tl.load(P + (token * H + h)[:, None] * BT + i[None, :], mask=(t < T)[:, None], other=0.0)
+    here = (token * H + h)[:, None] * V + e[None, :]
+    inside_v = (t < T)[:, None] & (e < V)[None, :]
+    value = tl.load(written + here, mask=inside_v, other=0.0)
+    out = tl.dot(weights, value, out, input_precision=PRECISION)
+    tl.store(o + here, out * scale, mask=inside_v)
 
 
-def _constants(q: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None) -> dict[str, int | bool]:
-    (H, V), (G, K) = v.shape[2:], q.shape[2:]
-    return {
-        "H": H, "R": H // G, "K": K, "V": V, "KP": max(16, triton.next_power_of_2(K)),
-        "DECAY": 0 if log_decay is None else log_decay.ndim - 2, "DOCS": doc_ids is not None,
-    }  # fmt: skip
+# ------------------------------------------------------------------------------------------------------- launches
 
 
-def forward(q, k, v, beta, log_decay, initial_state, doc_ids, scale, interval, o, final, states) -> None:
-    """Fill o, final and (unless None) states. Gates and states: float32; q, k, v, o of one dtype; all contiguous."""
-    B, T, H, V = v.shape
-    config = gpu.options("delta_rule_forward", v, FORWARD, K=q.shape[3], V=V)
-    none = final  # a pointer that is not read
-    with gpu.launching(v):
-        delta_rule_forward[(triton.cdiv(V, config["BV"]), B * H)](
-            q, k, v, beta, none if log_decay is None else log_decay, none if initial_state is None else initial_state,
-            none if doc_ids is None else doc_ids, o, final, none if states is None else states, scale, T,
-            INTERVAL=interval, START=initial_state is not None, KEEP=states is not None,
-            **_constants(q, v, log_decay, doc_ids), **config,
+def lean(options: dict[str, int], q: Tensor) -> dict[str, int]:
+    """Options of a kernel that holds whole rows of keys: wide ones are not loaded ahead, or shared memory overflows."""
+    return options | {"num_stages": 1} if q.shape[3] * q.element_size() > 256 else options
+
+
+def forward(q, k, v, beta, log_decay, initial_state, docs, scale, interval, o, final, states) -> None:
+    """Fill o, final and (unless None) states [B, chunks, H, K, V]. Gates and states: float32; q, k, v, o of one dtype;
+    all contiguous."""
+    (B, T, H, V), K, s = v.shape, q.shape[3], shapes(q, v)
+    if states is None and T < FEW:
+        return triton_step.forward(q, k, v, beta, log_decay, initial_state, docs, scale, o, final)
+    N = triton.cdiv(T, CHUNK)
+    states = final.new_empty(B, N, H, K, V) if states is None else states
+    modes, written = {"DECAY": kind(log_decay), "DOCS": docs is not None}, torch.empty_like(v)
+    with gpu.launching(q):
+        f = factors(q, k, v, beta, log_decay, docs, read=False)
+        options = lean(fit(gpu.options("delta_rule_states", q, STATES, K=K, V=V), BV=V), q)
+        delta_rule_states[triton.cdiv(V, options["BV"]), B * H](
+            f.tail, f.w, f.u, f.b, initial_state, docs, states, written, final, T, START=initial_state is not None,
+            KP=triton_step.padded(K), **modes, **(s | {"R": H // f.tail.shape[2]}), **options,
         )  # fmt: skip
+        options = fit(gpu.options("delta_rule_output", q, OUTPUT, K=K, V=V), BK=K, BV=V)
+        grid = (triton.cdiv(V, options["BV"]), N, B * H)
+        delta_rule_output[grid](q, f.b, f.P, docs, states, written, o, scale, T, **modes, **s, **options)
 
 
-def backward(grad_o, grad_final, q, k, v, beta, log_decay, doc_ids, states, scale, interval) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, beta, log_decay and the initial state."""
-    (B, T, H, V), (G, K) = v.shape, q.shape[2:]
-    config = gpu.options("delta_rule_backward", v, BACKWARD, K=K, V=V)
-    tiles = triton.cdiv(V, config["BV"])
-    dq, dk = states.new_empty(tiles, B, T, H, K), states.new_empty(tiles, B, T, H, K)
-    dg = dq if log_decay is None else states.new_empty(tiles, B, T, H, K)
-    dv, dbeta, dstart = torch.empty_like(v), states.new_empty(tiles, B, T, H), states.new_empty(B, H, K, V)
-    scratch, errors = states.new_empty(B, H, interval, K, V), states.new_empty(B, H, interval, V)
-    none = dstart
-    with gpu.launching(v):
-        delta_rule_backward[(tiles, B * H)](
-            grad_o, none if grad_final is None else grad_final, q, k, v, beta, none if log_decay is None else log_decay,
-            none if doc_ids is None else doc_ids, states, scratch, errors, dq, dk, dv, dbeta, dg, dstart, scale, B, T,
-            INTERVAL=interval, END=grad_final is not None, **_constants(q, v, log_decay, doc_ids), **config,
-        )  # fmt: skip
-    dq, dk = (x.sum(0).unflatten(2, (G, H // G)).sum(3).to(q.dtype) for x in (dq, dk))
-    if log_decay is None:
-        dg = states.new_empty(0)
-    else:
-        dg = dg.sum(0) if log_decay.ndim == 4 else dg.sum((0, 4))
-    return dq, dk, dv, dbeta.sum(0), dg, dstart
+def backward(*args) -> tuple[Tensor, ...]:
+    """See triton_backward.py."""
+    from zoo.kernels.delta_rule import triton_backward
+
+    return triton_backward.backward(*args)
 
 
 def step(q, k, v, beta, log_decay, initial_state, scale) -> tuple[Tensor, Tensor]:
-    """Output and state after one token: the state is read and written once."""
+    """Output and state after one token."""
     B, _, H, V = v.shape
-    o, final = torch.empty_like(v), v.new_empty(B, H, q.shape[3], V, dtype=torch.float32)
-    forward(q, k, v, beta, log_decay, initial_state, None, scale, INTERVAL, o, final, None)
+    o, final = torch.empty_like(v), v.new_empty(B, H, q.shape[3], V, dtype=wide(v.dtype))
+    triton_step.forward(q, k, v, beta, log_decay, initial_state, None, scale, o, final)
     return o, final
 
 
@@ -193,14 +171,14 @@ def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float,
     initial_state: Tensor | None, doc_ids: Tensor | None, chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `zoo.kernels.delta_rule.delta_rule`."""
-    q, k, beta = q.to(v.dtype), k.to(v.dtype), beta.to(wide(v.dtype))
+    """See `zoo.kernels.delta_rule.delta_rule`. Products are formed in the dtype of v."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
     return fused.delta_rule(
-        q, k, v, beta, log_decay, float(scale), initial_state, doc_ids, chunk_size, INTERVAL, sys.modules[__name__]
+        q, k, v, beta, log_decay, float(scale), initial_state, doc_ids, chunk_size, CHUNK, sys.modules[__name__]
     )
 
 
-def launches() -> Iterator[tuple[str, callable]]:
+def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     """What tools/aot.py compiles: realistic calls on meta tensors, forward, backward and one token."""
 
     def call(name, G, H, K, V, decay, docs=False):
@@ -210,13 +188,16 @@ def launches() -> Iterator[tuple[str, callable]]:
         beta = state.new_empty(B, T, H)
         g = None if decay is None else state.new_empty((B, T, H, K)[: 3 if decay == "head" else 4])
         ids = q.new_empty(B, T, dtype=torch.int64) if docs else None
-        states = state.new_empty(B, T // INTERVAL, H, K, V)
+        states = state.new_empty(B, T // CHUNK, H, K, V)
 
         def both():
-            forward(q, q, v, beta, g, state, ids, 0.5, INTERVAL, torch.empty_like(v), state, states)
-            backward(v, state, q, q, v, beta, g, ids, states, 0.5, INTERVAL)
+            forward(q, q, v, beta, g, state, ids, 0.5, CHUNK, torch.empty_like(v), state, states)
+            backward(v, state, q, q, v, beta, g, ids, states, 0.5, CHUNK)
 
         yield f"{name} {K}x{V}", both
+        one = [x if x is None else x[:, :1] for x in (q, q, v, beta, g)]
+        yield f"{name} {K}x{V} step", lambda: step(*one, state, 0.5)
 
     yield from call("head", 4, 8, 128, 128, "head")
-    yield from call("channel, documents", 4, 4, 64, 64, "channel", docs=True)
+    yield from call("channel, documents", 4, 4, 128, 128, "channel", docs=True)
+    yield from call("head, documents", 4, 4, 64, 64, "head", docs=True)
