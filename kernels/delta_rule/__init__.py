@@ -15,9 +15,17 @@ from zoo.kernels.dispatch import call, register_row
 
 __all__ = ["delta_rule", "flops"]
 
+
+def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, *options) -> str | None:
+    """Why the Triton kernels should not do this call, or None."""
+    if q.shape[3] * v.element_size() > 512:
+        return "keys of more than 512 bytes: their states do not fit the registers"
+    return native_core.untraceable()
+
+
 register_row("delta_rule", "fla", fla.delta_rule, refuse=fla.delta_rule_refuses, **fla.constraints("delta_rule"))
 # below fla's chunked kernels, above the chunked torch form
-gpu.register_triton_row("delta_rule", "zoo.kernels.delta_rule.triton:delta_rule", priority=15, refuse=native.refuse)
+gpu.register_triton_row("delta_rule", "zoo.kernels.delta_rule.triton:delta_rule", priority=15, refuse=_triton_refuses)
 register_row(
     "delta_rule", "native", native.delta_rule, priority=20, devices=("cpu",),
     missing=functools.partial(native_core.missing, "delta_rule"), refuse=native.refuse,

@@ -24,8 +24,8 @@ from torch import Tensor
 from zoo.kernels import gpu
 from zoo.kernels.chunking import wide
 from zoo.kernels.delta_rule import fused, triton_step
-from zoo.kernels.delta_rule.triton_factors import factors
-from zoo.kernels.linear_attention.triton import CHUNK, chunk_ends, fit, kind, shapes
+from zoo.kernels.delta_rule.triton_factors import constants, factors
+from zoo.kernels.linear_attention.triton import CHUNK, chunk_ends, fit, kind
 
 FEW = 16  # fewer tokens go one by one
 STATES = [{"BV": 32, "num_warps": 4, "num_stages": 2}, {"BV": 64, "num_warps": 8, "num_stages": 2}]
@@ -127,14 +127,14 @@ def delta_rule_output(
 
 
 def lean(options: dict[str, int], q: Tensor) -> dict[str, int]:
-    """Options of a kernel that holds whole rows of keys: wide ones are not loaded ahead, or shared memory overflows."""
+    """Options of a kernel that holds whole keys: wide ones are not loaded ahead, there is no shared memory for it."""
     return options | {"num_stages": 1} if q.shape[3] * q.element_size() > 256 else options
 
 
 def forward(q, k, v, beta, log_decay, initial_state, docs, scale, interval, o, final, states) -> None:
     """Fill o, final and (unless None) states [B, chunks, H, K, V]. Gates and states: float32; q, k, v, o of one dtype;
     all contiguous."""
-    (B, T, H, V), K, s = v.shape, q.shape[3], shapes(q, v)
+    (B, T, H, V), K, s = v.shape, q.shape[3], constants(q, v)
     if states is None and T < FEW:
         return triton_step.forward(q, k, v, beta, log_decay, initial_state, docs, scale, o, final)
     N = triton.cdiv(T, CHUNK)

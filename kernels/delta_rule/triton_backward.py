@@ -4,11 +4,11 @@ gradient -beta y of what the solve was given.
 
 written   written = u - w S;  scale P^T do, what the chunk's own queries want of it
 states    d written = that + (k e^{b_C - b}) dS;  dS <- e^{b_C} dS + scale (q e^b)^T do - w^T d written, in reverse
-pairs     y = X^T d written;  dv = beta y;  dP = scale do written^T;  dA / beta = -y written^T
-keys      dq = (dP D) k + scale e^b (do S^T);  dk as a reader = -beta z, z = (y written^T D) k + e^b (y S^T);
-          dk as what is read = (dP D)^T q - (y written^T D)^T (beta k) + e^{b_C - b} (written dS^T), D the decays of the
-          pairs;  dbeta = y v - k z. The gradient of the log-decay of token t is what crosses from before t to t or
-          later: pairs, from the state before the chunk, into the state after it, and from one to the other.
+pairs     y = X^T d written;  dv = beta y;  dP = scale do written^T;  Y = y written^T, which is -dA
+keys      dq = (dP D) k + scale e^b (do S^T);  dk as a reader = -beta z, z = (Y D) k + e^b (y S^T);
+          dk as what is read = (dP D)^T q - (Y D)^T (beta k) + e^{b_C - b} (written dS^T), D the decays of the pairs;
+          dbeta = y v - k z. The gradient of the log-decay of token t is what crosses from before t to t or later:
+          pairs, from the state before the chunk, into the state after it, and from one to the other.
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ from torch import Tensor
 
 from zoo.kernels import gpu
 from zoo.kernels.delta_rule.triton import lean
-from zoo.kernels.delta_rule.triton_factors import factors
+from zoo.kernels.delta_rule.triton_factors import constants, factors
 from zoo.kernels.delta_rule.triton_step import padded
-from zoo.kernels.linear_attention.triton import CHUNK, LEVELS, chunk_ends, fit, kind, shapes
+from zoo.kernels.linear_attention.triton import CHUNK, LEVELS, chunk_ends, fit, kind
 
-WRITTEN = [
-    {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},
-    {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
-]
+WRITTEN = [{"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2}]
 STATES = [{"BV": 32, "num_warps": 4, "num_stages": 2}, {"BV": 64, "num_warps": 8, "num_stages": 2}]
-PAIRS = [{"BV": 32, "num_warps": 4, "num_stages": 2}, {"BV": 64, "num_warps": 8, "num_stages": 2}]
-KEYS = [{"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}, {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
+PAIRS = [{"BV": 32, "num_warps": 4, "num_stages": 2}]
+KEYS = [{"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}, {"BK": 16, "BV": 32, "num_warps": 4, "num_stages": 1}]
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -227,18 +224,21 @@ def delta_rule_keys_backward(
                 mask=(border < T)[:, None] & (d < K)[None, :], other=0.0,
             )  # fmt: skip
             decay = tl.exp(tl.minimum(tl.where(late, total - middle, middle - total), 0.0))
-            same = half[:, None] == half[None, :]
+            same = (half[:, None] == half[None, :]) & (t < T)[:, None]
             right = tl.where(late, 0.0, key * decay).to(dtype)
-            part = tl.where(same, reads, 0.0).to(dtype)
+            part = tl.load(dP + pair, mask=same, other=0.0)  # again at each level: registers are scarce here
             past += tl.where(late, decay, 0.0) * tl.dot(part, right, input_precision=PRECISION)
             left = tl.where(late, query * decay, 0.0).to(dtype)
             early = tl.dot(tl.trans(part), left, input_precision=PRECISION)
-            part = tl.where(same, solves, 0.0).to(dtype)
+            part = tl.load(Y + pair, mask=same, other=0.0)
             z += tl.where(late, decay, 0.0) * tl.dot(part, right, input_precision=PRECISION)
             left = tl.where(late, -rate * key * decay, 0.0).to(dtype)
             early = tl.dot(tl.trans(part), left, early, input_precision=PRECISION)
             held += tl.where(late, 0.0, decay) * early
     else:
+        below = i[:, None] > i[None, :]  # the diagonal has no decay: it stays out of what dg is made of
+        reads = tl.load(dP + pair, mask=below & (t < T)[:, None], other=0.0)
+        solves = tl.load(Y + pair, mask=below & (t < T)[:, None], other=0.0)
         if DECAY == 1:
             total = tl.load(b + token * H + h, mask=t < T, other=0.0)
             end = tl.load(b + last * H + h)
@@ -246,7 +246,6 @@ def delta_rule_keys_backward(
             z *= tl.exp(total)[:, None]
             future *= tl.exp(tl.minimum(end - total, 0.0))[:, None]
             across *= tl.exp(end)
-            below = i[:, None] > i[None, :]
             decays = tl.exp(tl.where(below, tl.minimum(total[:, None] - total[None, :], 0.0), -float("inf")))
             reads, solves = (reads * decays).to(dtype), (solves * decays).to(dtype)
         past = tl.dot(reads, key, past, input_precision=PRECISION)
@@ -263,8 +262,8 @@ def delta_rule_keys_backward(
         if DECAY == 2:  # sums over later and over earlier tokens as products with triangles of ones
             later = (i[:, None] <= i[None, :]).to(tl.float32)
             earlier = (i[:, None] > i[None, :]).to(tl.float32)
-            dg_here = tl.dot(later, reaching, input_precision="tf32x3")
-            dg_here = tl.dot(earlier, leaving, dg_here, input_precision="tf32x3") + across[None, :]
+            dg_here = tl.dot(later, reaching, input_precision=PRECISION)
+            dg_here = tl.dot(earlier, leaving, dg_here, input_precision=PRECISION) + across[None, :]
             tl.store(dg + here_k, dg_here, mask=inside)
         else:
             later = tl.where(i[:, None] >= i[None, :], tl.sum(reaching, 1)[:, None], 0.0)
@@ -274,7 +273,7 @@ def delta_rule_keys_backward(
 
 def backward(grad_o, grad_final, q, k, v, beta, log_decay, docs, states, scale, interval) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, beta, log_decay (empty without one) and the initial state."""
-    (B, T, H, V), (G, K), s = v.shape, q.shape[2:], shapes(q, v)
+    (B, T, H, V), (G, K), s = v.shape, q.shape[2:], constants(q, v)
     N, decay, modes = triton.cdiv(T, CHUNK), kind(log_decay), {"DOCS": docs is not None}
     written, grads, y, dv = (torch.empty_like(v) for _ in range(4))
     grad_states, start = torch.empty_like(states), states.new_empty(B, H, K, V)

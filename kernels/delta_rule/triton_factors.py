@@ -26,10 +26,7 @@ BLOCK = 16  # diagonal blocks of a chunk that are inverted row by row
 
 PAIRS = [{"BK": 32, "num_warps": 4, "num_stages": 1}, {"BK": 64, "num_warps": 8, "num_stages": 1}]
 SOLVE = [{"num_warps": 4, "num_stages": 1}]
-FACTORS = [
-    {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},
-    {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
-]
+FACTORS = [{"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2}]
 
 
 @triton.jit
@@ -171,6 +168,12 @@ def delta_rule_factors(
         tl.store(u + here, tl.dot(x, (value * rate[:, None]).to(dtype), input_precision=PRECISION), mask=inside)
 
 
+def constants(q: Tensor, v: Tensor) -> dict[str, int | str]:
+    """What the kernels are compiled for. Products of float32 are three of TF32, which is as exact and, unlike one by
+    scalar instructions, fits the registers; half precision is not concerned."""
+    return shapes(q, v) | {"PRECISION": "tf32x3"}
+
+
 class Factors(NamedTuple):
     """What forward and backward share; tail and read as they stand in `delta_rule_factors`, or k and q."""
 
@@ -187,7 +190,7 @@ def factors(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, docs: Tensor | None, read: bool
 ) -> Factors:
     """All that can be had of each chunk without the state before it."""
-    (B, T, H, V), K, s = v.shape, q.shape[3], shapes(q, v)
+    (B, T, H, V), K, s = v.shape, q.shape[3], constants(q, v)
     keys_only = {name: n for name, n in s.items() if name != "V"}
     modes = {"DECAY": kind(g), "DOCS": docs is not None}
     grid = (triton.cdiv(T, CHUNK), B * H)
@@ -196,10 +199,8 @@ def factors(
     b = sums(g)
     options = fit(gpu.options("delta_rule_pairs", q, PAIRS, K=K), BK=K)
     delta_rule_pairs[grid](q, k, b, beta, docs, A, P, T, LEVELS=LEVELS, **modes, **keys_only, **options)
-    precision = "ieee" if q.dtype == torch.float32 else "tf32x3"
-    delta_rule_solve[grid](
-        A, X, T, H=H, BT=CHUNK, BS=BLOCK, PRECISION=precision, **gpu.options("delta_rule_solve", q, SOLVE)
-    )
+    solve = {"H": H, "BT": CHUNK, "BS": BLOCK, "PRECISION": s["PRECISION"]}
+    delta_rule_solve[grid](A, X, T, **solve, **gpu.options("delta_rule_solve", q, SOLVE))
     channels = kind(g) == 2
     tail, looking = torch.empty_like(w) if channels else k, torch.empty_like(w) if channels and read else q
     options = fit(gpu.options("delta_rule_factors", q, FACTORS, K=K, V=V), BK=K, BV=V)

@@ -11,7 +11,7 @@ import triton.language as tl
 from zoo.kernels import gpu
 from zoo.kernels.linear_attention.triton import fit, kind, shapes
 
-TOKENS = [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}]
+TOKENS = [{"BV": 32, "num_warps": 4}]
 
 
 @triton.jit(do_not_specialize=["scale"])

@@ -265,7 +265,7 @@ def sums(g: Tensor | None) -> Tensor | None:
     """Cumulative log-decays of each chunk."""
     if g is None:
         return None
-    b, (B, T), W = torch.empty_like(g), g.shape[:2], g[0, 0].numel()
+    b, (B, T), W = torch.empty_like(g), g.shape[:2], g.shape[2:].numel()
     options = gpu.options("linear_attention_sums", g, SUMS)
     grid = (triton.cdiv(W, options["BW"]), triton.cdiv(T, CHUNK), B)
     linear_attention_sums[grid](g, b, T, W, BT=CHUNK, **options)
