@@ -32,10 +32,10 @@ def load_metrics(counts: Tensor) -> dict[str, Tensor]:
 def balance_loss(probabilities: Tensor, counts: Tensor) -> Tensor:
     """E sum_i f_i P_i: f the share of assignments an expert got, P its mean probability; 1 where uniform.
 
-    probabilities: [N, E], rows summing to 1; counts: [E] over the same tokens.
+    probabilities: [..., N, E], rows summing to 1; counts: [..., E] over the same tokens; mean over what leads.
     """
-    share = counts / counts.sum().clamp(min=1)
-    return len(counts) * (share.to(probabilities.dtype) * probabilities.mean(0)).sum()
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return counts.shape[-1] * (share.to(probabilities.dtype) * probabilities.mean(-2)).sum(-1).mean()
 
 
 def chunk_level_sparsity(active: Tensor, span: int, doc_ids: Tensor | None = None) -> Tensor:

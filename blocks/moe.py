@@ -1,12 +1,14 @@
 """Token-choice mixture of experts (Mixtral; DeepSeek-V3, arXiv:2412.19437; loss-free balance, arXiv:2408.15664).
 
-s = softmax(W_g x) or sigmoid(W_g x) in fp32; selected: the k best of s + b, if wanted among the best groups of
+s = softmax(z) or sigmoid(z) in fp32, z = W_g x or, on X-MoE's hypersphere (arXiv:2204.09179), the cosines of a
+projection of x with one vector per expert; selected: the k best of s + b, if wanted among the best groups of
 experts only; w = s[selected], renormalised, times route_scale; y = sum_i w_i FFN_i(x) + FFN_shared(x).
 b (only with balance: bias) steers the selection alone and learns from the loads, not from a gradient.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -16,8 +18,18 @@ from torch.nn import functional as F
 from zoo.blocks.experts import SwiGLUExperts
 from zoo.blocks.measure import balance_loss, group_counts, load_metrics, recording
 from zoo.blocks.swiglu import SwiGLU, swiglu_width
-from zoo.contract import Block, Cost, Mode, ParallelPlan, State, add_auxiliary_loss
+from zoo.contract import (
+    Block,
+    Cost,
+    Mode,
+    ParallelPlan,
+    State,
+    add_auxiliary_loss,
+    init_linear_,
+    linear_flops,
+)
 from zoo.kernels.dispatch import check_backend
+from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -48,9 +60,8 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x: [N, D] -> logits [N, E], scores [N, E], indices [N, k], weights [N, k]; floats fp32 or wider."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         with no_autocast(x.device):
-            logits = F.linear(x.to(wide), self.weight.to(wide))
+            logits = self._logits(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
         wanted = scores.detach()
         if self.e_score_correction_bias is not None:
@@ -63,6 +74,12 @@ class TopKRouter(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return logits, scores, indices, weights if self.route_scale == 1 else weights * self.route_scale
 
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.weight.numel()
+
     def _within_best_groups(self, wanted: Tensor) -> Tensor:
         groups = wanted.unflatten(-1, (self.num_groups, -1))
         # a group is as good as its best expert (DeepSeek-V2), with sigmoid scores its best two (V3)
@@ -70,6 +87,31 @@ class TopKRouter(nn.Module):
         kept = groups.topk(best, dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
         out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, kept, False)
         return groups.masked_fill(out[..., None], float("-inf")).flatten(1)
+
+
+class HypersphereRouter(TopKRouter):
+    """X-MoE: z_i = cos(W x, e_i) / tau with W [d, D], e_i [d] and a learned tau = exp(log_temperature).
+
+    Both sides are normalised and tau is learned, as in the paper (the released code does neither for the token).
+    """
+
+    def __init__(self, dim, num_experts, *, router_dim, device, dtype, **options):
+        super().__init__(router_dim, num_experts, device=device, dtype=dtype, **options)  # weight: the e_i
+        self.proj = Linear(dim, router_dim, bias=False, device=device, dtype=dtype)
+        self.log_temperature = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init_linear_(self.proj)
+        nn.init.constant_(self.log_temperature, math.log(0.3))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        token = F.normalize(F.linear(x, self.proj.weight.to(x.dtype)), dim=-1)
+        expert = F.normalize(self.weight.to(x.dtype), dim=-1)
+        return F.linear(token, expert) * torch.exp(-self.log_temperature.to(x.dtype))
+
+    def flops(self, tokens: int) -> int:
+        return super().flops(tokens) + linear_flops(tokens, self.proj)
 
 
 @register(
@@ -87,20 +129,24 @@ class TopKRouter(nn.Module):
         {"hidden_dim": 32, "score": "sigmoid", "balance": "bias", "num_shared_experts": 1, "route_scale": 2.5},
         {"hidden_dim": 32, "score": "sigmoid", "num_groups": 4, "top_groups": 2, "z_loss_coef": 0.001},
         {"hidden_dim": 24, "num_experts": 4, "top_k": 1, "renormalize": False, "balance": "none"},
+        {"hidden_dim": 32, "router": "hypersphere", "sequence_aux_coef": 0.01},
     ),
 )
 class MixtureOfExperts(Block):
     """Token-choice mixture of SwiGLU experts: y = sum_{i in top-k} w_i FFN_i(x) + FFN_shared(x).
 
-    s = softmax | sigmoid of W_g x; the top_k best of s (+ b) are chosen, with num_groups > 1 only inside the
-    top_groups best groups; w = s[chosen] (renormalised to sum 1) * route_scale. Dropless, so neither batch nor
-    segment changes a token's route. Balance in training: `aux` adds aux_coef * E sum f_i P_i over the tokens of
-    the call, `bias` moves the selection bias b by bias_update_rate * sign(mean load - load) at each
-    `update_bias()`, `none` nothing; z_loss_coef * mean(logsumexp(logits)^2) comes on top.
+    s = softmax | sigmoid of W_g x (router: linear) or of cos(W x, e) / tau with vectors of router_dim channels
+    (hypersphere); the top_k best of s (+ b) are chosen, with num_groups > 1 only inside the top_groups best
+    groups; w = s[chosen] (renormalised to sum 1) * route_scale. Dropless, so neither batch nor segment changes a
+    token's route. Balance in training: `aux` adds aux_coef * E sum f_i P_i over the tokens of the call, `bias`
+    moves the selection bias b by bias_update_rate * sign(mean load - load) at each `update_bias()`, `none`
+    nothing; sequence_aux_coef * the aux loss of each row alone and z_loss_coef * mean(logsumexp(logits)^2) come
+    on top. DeepSeek-V3: score sigmoid, balance bias, sequence_aux_coef 1e-4, bias_update_rate 1e-3 (0 at the end).
 
     x: [B, T, D] -> y: [B, T, D]; no state. hidden_dim is the width of one expert (default: top_k experts are as
     wide as one SwiGLU), shared experts are one SwiGLU of num_shared_experts * hidden_dim. Active parameters and
-    FLOPs a token: (top_k + num_shared_experts) 3 D hidden_dim + D E, twice that. With one expert: SwiGLU.
+    FLOPs a token: (top_k + num_shared_experts) 3 D hidden_dim + D E, twice that (hypersphere: (D + E) router_dim
+    for D E, router_dim E / 2 by default). With one expert: SwiGLU.
     """
 
     def __init__(
@@ -111,6 +157,8 @@ class MixtureOfExperts(Block):
         top_k: PositiveInt = 2,
         hidden_dim: PositiveInt | None = None,
         num_shared_experts: NonNegativeInt = 0,
+        router: Literal["linear", "hypersphere"] = "linear",
+        router_dim: PositiveInt | None = None,
         score: Literal["softmax", "sigmoid"] = "softmax",
         renormalize: bool = True,
         route_scale: PositiveFloat = 1.0,
@@ -118,6 +166,7 @@ class MixtureOfExperts(Block):
         top_groups: PositiveInt = 1,
         balance: Literal["aux", "bias", "none"] = "aux",
         aux_coef: NonNegativeFloat = 0.01,
+        sequence_aux_coef: NonNegativeFloat = 0.0,
         z_loss_coef: NonNegativeFloat = 0.0,
         bias_update_rate: NonNegativeFloat = 1e-3,
         kernel: str = "auto",
@@ -139,16 +188,23 @@ class MixtureOfExperts(Block):
                 f"top_k={top_k} experts do not fit into top_groups={top_groups} groups of "
                 f"{num_experts // num_groups}; raise top_groups"
             )
+        if router_dim is not None and router == "linear":
+            raise ValueError(f"router_dim={router_dim} is the width of the hypersphere; set router: hypersphere")
         check_backend("grouped_mm", kernel)
         factory = {"device": device, "dtype": dtype}
         self.num_experts, self.top_k, self.num_shared_experts = num_experts, top_k, num_shared_experts
         self.hidden_dim = hidden_dim or -(-swiglu_width(dim) // (16 * top_k)) * 16
         self.balance, self.aux_coef, self.z_loss_coef = balance, aux_coef, z_loss_coef
-        self.bias_update_rate = bias_update_rate
-        self.gate = TopKRouter(
-            dim, num_experts, top_k=top_k, score=score, renormalize=renormalize, route_scale=route_scale,
-            num_groups=num_groups, top_groups=top_groups, bias=balance == "bias", **factory,
-        )  # fmt: skip
+        self.sequence_aux_coef, self.bias_update_rate = sequence_aux_coef, bias_update_rate
+        choice = {
+            "top_k": top_k, "score": score, "renormalize": renormalize, "route_scale": route_scale,
+            "num_groups": num_groups, "top_groups": top_groups, "bias": balance == "bias",
+        }  # fmt: skip
+        if router == "hypersphere":
+            width = router_dim or max(num_experts // 2, 2)
+            self.gate = HypersphereRouter(dim, num_experts, router_dim=width, **choice, **factory)
+        else:
+            self.gate = TopKRouter(dim, num_experts, **choice, **factory)
         self.experts = SwiGLUExperts(num_experts, dim, self.hidden_dim, kernel, **factory)
         shared = num_shared_experts * self.hidden_dim
         self.shared_experts = SwiGLU(dim, hidden_dim=shared, **factory) if shared else None
@@ -174,15 +230,23 @@ class MixtureOfExperts(Block):
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         if self.training:
-            y = self._balance(y, logits, scores, group_counts(indices, self.num_experts))
+            y = self._balance(y, logits, scores, indices)
         return y
 
-    def _balance(self, y: Tensor, logits: Tensor, scores: Tensor, counts: Tensor) -> Tensor:
+    def _balance(self, y: Tensor, logits: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
         record = recording(self)
+        counts = group_counts(indices, self.num_experts)
         metrics = load_metrics(counts)
+        shares = scores / scores.sum(-1, keepdim=True)
         if self.balance == "aux" and self.aux_coef:
-            loss = balance_loss(scores / scores.sum(-1, keepdim=True), counts)
+            loss = balance_loss(shares, counts)
             y, metrics["balance_loss"] = add_auxiliary_loss(y, self.aux_coef * loss), loss.detach()
+        if self.sequence_aux_coef:
+            rows = y.shape[0]
+            chosen = indices.view(rows, -1)
+            per_row = chosen.new_zeros(rows, self.num_experts).scatter_add_(1, chosen, torch.ones_like(chosen))
+            loss = balance_loss(shares.unflatten(0, (rows, -1)), per_row)
+            y, metrics["sequence_loss"] = add_auxiliary_loss(y, self.sequence_aux_coef * loss), loss.detach()
         if self.z_loss_coef:
             loss = logits.logsumexp(-1).square().mean()
             y, metrics["z_loss"] = add_auxiliary_loss(y, self.z_loss_coef * loss), loss.detach()
@@ -204,7 +268,7 @@ class MixtureOfExperts(Block):
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         tokens = batch_size * seq_len
         shared = self.shared_experts.forward_flops(batch_size, seq_len) if self.shared_experts is not None else 0
-        return 2 * tokens * self.dim * self.num_experts + self.experts.flops(tokens * self.top_k) + shared
+        return self.gate.flops(tokens) + self.experts.flops(tokens * self.top_k) + shared
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         tokens = batch_size * seq_len

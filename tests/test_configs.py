@@ -15,6 +15,13 @@ from golden import FOLDER, golden_text  # noqa: E402
 
 SMALL = ["dim=64", "vocab_size=61"]
 SHRINK = {
+    "deepseek_v3": [
+        "define.attend.mla.num_heads=4", "define.attend.mla.q_lora_rank=24", "define.attend.mla.kv_lora_rank=16",
+        "define.attend.mla.qk_nope_head_dim=16", "define.attend.mla.qk_rope_head_dim=8",
+        "define.attend.mla.v_head_dim=16", "define.dense.swiglu.hidden_dim=96",
+        "define.experts.moe.num_experts=16", "define.experts.moe.hidden_dim=16",
+        "trunk[0].repeat=1", "trunk[1].repeat=2",
+    ],
     "hydra_hybrid": [
         "define.experts.chunk_moe.hidden_dim=16", "define.experts.chunk_moe.chunk_size=8",
         "define.sparse.window_global.window=8", "define.sparse.window_global.num_globals=4",
@@ -164,3 +171,9 @@ def test_kimi_linear_is_transformers_model():
     x = tokens(33)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_deepseek_v3_is_the_size_it_claims():
+    report = zoo.estimate("deepseek_v3", batch_size=1, seq_len=1)
+    assert report.params == 671_026_404_352  # published: 671 billion, 37 of them active
+    assert 36.5e9 < report.active_params < 38e9

@@ -190,6 +190,59 @@ def test_losses_add_their_gradient_and_leave_the_output():
     torch.testing.assert_close(got, want)
 
 
+def test_sequence_loss_is_the_balance_loss_of_each_row():
+    ours = moe(score="sigmoid", balance="bias", sequence_aux_coef=0.4).train()
+    y = ours(X)
+    got = torch.autograd.grad(y.sum(), ours.gate.weight)[0]
+    losses = []
+    for row in X:
+        s = (row @ ours.gate.weight.t()).sigmoid()
+        f = torch.bincount(ours.gate(row)[2].flatten(), minlength=8) * 8 / (2 * len(row))
+        losses.append((f * (s / s.sum(-1, keepdim=True)).mean(0)).sum())
+    loss = torch.stack(losses).mean()
+    torch.testing.assert_close(ours.metrics["sequence_loss"], loss.detach())
+    want = torch.autograd.grad(ours.eval()(X).sum() + 0.4 * loss, ours.gate.weight)[0]
+    torch.testing.assert_close(got, want)
+
+
+def hypersphere(**options):
+    return moe(router="hypersphere", router_dim=3, **options).eval()
+
+
+def test_hypersphere_is_the_cosine_over_the_temperature():
+    ours = hypersphere()
+    logits, _, indices, weights = ours.gate(X.reshape(-1, DIM))
+    assert ours.gate.log_temperature.exp().item() == pytest.approx(0.3)
+    for n, x in enumerate(X.reshape(-1, DIM)):
+        token = ours.gate.proj.weight @ x
+        for e, expert in enumerate(ours.gate.weight):
+            want = token @ expert / (token.norm() * expert.norm()) / 0.3
+            assert logits[n, e].item() == pytest.approx(want.item(), abs=1e-12)
+    chosen = logits.softmax(-1).gather(1, indices)
+    torch.testing.assert_close(weights, chosen / chosen.sum(-1, keepdim=True))
+    torch.testing.assert_close(ours(X), dense(ours, X), rtol=0, atol=1e-10)
+
+
+def test_hypersphere_sees_directions_only():
+    ours, x = hypersphere(), X.reshape(-1, DIM)
+    logits = ours.gate(x)[0]
+    torch.testing.assert_close(ours.gate(7 * x)[0], logits)
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))[0]
+    ours.gate.proj.weight.data = turn @ ours.gate.proj.weight
+    ours.gate.weight.data = 5 * ours.gate.weight @ turn.t()
+    torch.testing.assert_close(ours.gate(x)[0], logits)
+    ours.gate.log_temperature.data.fill_(-12.0)  # cold: the best expert takes all
+    scores = ours.gate(x)[1]
+    torch.testing.assert_close(scores.max(-1).values, torch.ones(len(x), dtype=torch.float64))
+    assert torch.equal(scores.argmax(-1), logits.argmax(-1))
+    assert ours.gate(0 * x)[0].abs().max() == 0  # no direction, no preference, no NaN
+
+
+def test_hypersphere_parameters():
+    xmoe = registry.create("moe", DIM, num_experts=16, router="hypersphere", device="meta")
+    assert sum(p.numel() for p in xmoe.gate.parameters()) == (DIM + 16) * 8 + 1
+
+
 def test_parameters_and_cost():
     ours = moe(num_shared_experts=1, balance="bias")
     one = 3 * DIM * HIDDEN
@@ -216,6 +269,7 @@ def test_backend_can_be_forced_from_outside():
         ({"num_groups": 3}, "num_groups=3 must divide"),
         ({"num_groups": 2, "top_groups": 3}, "top_groups=3 is more than"),
         ({"num_groups": 8, "top_groups": 1}, "do not fit into top_groups=1"),
+        ({"router_dim": 4}, "set router: hypersphere"),
         ({"kernel": "tourch"}, "did you mean torch"),
     ],
 )
