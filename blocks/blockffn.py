@@ -21,6 +21,7 @@ from zoo.contract import (
     init_linear_,
     linear_flops,
     positions_from,
+    state_dtype,
 )
 from zoo.kernels.linear import Linear, linear
 from zoo.kernels.precision import no_autocast
@@ -75,12 +76,12 @@ class BlockFFN(Block):
 
     RMSNorm separates how many experts fire from how strong they are, so two training losses may push for
     sparsity: `locality` (neighbouring tokens use the same experts, coefficient locality_coef) and `sparsity`
-    (few experts in the union of a chunk of chunk_size tokens, sparsity_coef); both respect documents. Metrics:
-    TLS, the share of silent (token, expert) pairs, and CLS8, CLS<chunk_size>, the share of experts that a
-    window of so many tokens leaves alone.
+    (few experts in the union of a chunk of chunk_size tokens, sparsity_coef); both respect documents. A training
+    recipe may set the two coefficients as it goes. Metrics: both losses; TLS, the share of silent (token, expert)
+    pairs; and CLS8, CLS<chunk_size>, the share of experts that a window of so many tokens leaves alone.
 
     x: [B, T, D] -> y: [B, T, D]; no state. E = num_experts of width d_e = expert_dim (default: E d_e about 4 D).
-    Training computes every expert: 2 D E + 4 D E d_e FLOPs a token. `forward_union` reads only the experts in use.
+    `forward` computes every expert: 2 D E + 4 D E d_e FLOPs a token; `forward_union` reads only those in use.
     A constant router makes it a plain MLP.
     """
 
@@ -130,24 +131,30 @@ class BlockFFN(Block):
         return self._sparsify(y, z, doc_ids) if self.training else y
 
     def _sparsify(self, y: Tensor, z: Tensor, doc_ids: Tensor | None) -> Tensor:
+        record, metrics = recording(self), {}
         if self.locality_coef:
-            y = add_auxiliary_loss(y, self.locality_coef * locality_loss(z, doc_ids))
+            loss = locality_loss(z, doc_ids)
+            y, metrics["locality_loss"] = add_auxiliary_loss(y, self.locality_coef * loss), loss.detach()
         if self.sparsity_coef:
-            y = add_auxiliary_loss(y, self.sparsity_coef * chunk_sparsity_loss(z, self.chunk_size, doc_ids))
-        if recording(self):
+            loss = chunk_sparsity_loss(z, self.chunk_size, doc_ids)
+            y, metrics["sparsity_loss"] = add_auxiliary_loss(y, self.sparsity_coef * loss), loss.detach()
+        if record:
             active = z.detach() > 0
             spans = {"TLS": 1, "CLS8": 8, f"CLS{self.chunk_size}": self.chunk_size}
-            self.metrics = {name: chunk_level_sparsity(active, n, doc_ids) for name, n in spans.items()}
+            self.metrics = metrics | {name: chunk_level_sparsity(active, n, doc_ids) for name, n in spans.items()}
         return y
 
     def forward_union(self, x: Tensor) -> Tensor:
         """The same increment for x [B, T, D] in inference, reading only the experts that some token of x uses
         (few tokens: decoding, or the drafts of speculative decoding)."""
         _, a = self._route(x)
-        used = (a != 0).flatten(0, -2).any(0).nonzero().squeeze(1)
-        rows = (used[:, None] * self.expert_dim + torch.arange(self.expert_dim, device=x.device)).flatten()
-        h = ACTIVATIONS[self.activation](linear(x, self.up_proj.weight[rows])).unflatten(-1, (-1, self.expert_dim))
-        return linear((h * a[..., used, None]).flatten(-2), self.down_proj.weight[:, rows])
+        used = (a != 0).flatten(0, -2).any(0).nonzero().squeeze(1).tolist()
+        y = torch.zeros_like(x, dtype=state_dtype(x.dtype))
+        for e in used:  # slices are views: gathering the rows of all would move the weights three times
+            rows = slice(e * self.expert_dim, (e + 1) * self.expert_dim)
+            h = ACTIVATIONS[self.activation](linear(x, self.up_proj.weight[rows]))
+            y += linear(h * a[..., e : e + 1], self.down_proj.weight[:, rows])
+        return y.to(x.dtype)
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, self.router, self.up_proj, self.down_proj)

@@ -52,6 +52,17 @@ def test_scaling_the_logits_changes_nothing():
     torch.testing.assert_close(ours(x), y, rtol=1e-4, atol=1e-4)
 
 
+def test_silent_experts_change_nothing_and_the_union_does_not_read_them():
+    ours, x = block().eval(), draw(1, 2, DIM)
+    y, (_, a) = ours(x), ours._route(x)
+    silent = [e for e in range(E) if not a[..., e].any()]
+    for value, form in ((1e3, ours), (math.nan, ours.forward_union)):
+        for e in silent:
+            ours.up_proj.weight.data[e * WIDTH : (e + 1) * WIDTH] = value
+        torch.testing.assert_close(form(x), y, rtol=0, atol=1e-12)
+    assert silent
+
+
 def test_union_form():
     ours, x = block().eval(), draw(1, 2, DIM)
     _, a = ours._route(x)
@@ -114,10 +125,11 @@ def test_losses_ride_on_the_output_in_training_only():
     ours, x = block(locality_coef=0.3, sparsity_coef=0.7), draw(2, 20, DIM)
     y = ours.train()(x, doc_ids=DOCS)
     got = torch.autograd.grad(y.sum(), ours.router.weight)[0]
-    assert set(ours.metrics) == {"TLS", "CLS8", "CLS4"}
+    assert set(ours.metrics) == {"TLS", "CLS8", "CLS4", "locality_loss", "sparsity_loss"}
     assert 0 <= ours.metrics["CLS8"] <= ours.metrics["CLS4"] <= ours.metrics["TLS"] > 0
     z = x @ ours.router.weight.t()
     loss = 0.3 * locality_loss(z, DOCS) + 0.7 * chunk_sparsity_loss(z, 4, DOCS)
+    assert 0.3 * ours.metrics["locality_loss"] + 0.7 * ours.metrics["sparsity_loss"] == pytest.approx(loss.item())
     want = torch.autograd.grad(ours.eval()(x).sum() + loss, ours.router.weight)[0]
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(ours(x), y)
