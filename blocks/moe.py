@@ -38,6 +38,8 @@ from zoo.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, Positive
 class TopKRouter(nn.Module):
     """Scores of experts and the choice among them; see the module's equations."""
 
+    e_score_correction_bias: Tensor | None
+
     def __init__(
         self, dim, num_experts, *, top_k, score, renormalize, route_scale, num_groups, top_groups, bias, device, dtype
     ):
@@ -148,6 +150,8 @@ class MixtureOfExperts(Block):
     FLOPs a token: (top_k + num_shared_experts) 3 D hidden_dim + D E, twice that (hypersphere: (D + E) router_dim
     for D E, router_dim E / 2 by default). With one expert: SwiGLU.
     """
+
+    expert_counts: Tensor
 
     def __init__(
         self,
@@ -260,9 +264,10 @@ class MixtureOfExperts(Block):
     def update_bias(self) -> None:
         """Move the selection bias against the loads counted since the last call; once per optimiser step. With
         several data-parallel ranks, sum `expert_counts` over them first."""
-        if self.balance == "bias":
-            load = self.expert_counts.to(self.gate.e_score_correction_bias.dtype)
-            self.gate.e_score_correction_bias.add_(torch.sign(load.mean() - load), alpha=self.bias_update_rate)
+        bias = self.gate.e_score_correction_bias
+        if bias is not None:
+            load = self.expert_counts.to(bias.dtype)
+            bias.add_(torch.sign(load.mean() - load), alpha=self.bias_update_rate)
             self.expert_counts.zero_()
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:

@@ -61,6 +61,8 @@ class StructuredFFN(Block):
     At 1 this is SwiGLU; at 0 `merge()` drops the companions and changes nothing. `dense()` multiplies out.
     """
 
+    guide: Tensor | None
+
     def __init__(
         self,
         dim: int,

@@ -34,6 +34,8 @@ class StructuredLinear(nn.Module):
     x: [..., in] -> y: [..., out]. W starts as A, so that at first g changes nothing.
     """
 
+    weight: Tensor | None
+
     def __init__(self, in_features: int, out_features: int, guided: bool, kernel: str, device, dtype):
         super().__init__()
         self.in_features, self.out_features, self.kernel = in_features, out_features, kernel
