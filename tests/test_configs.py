@@ -177,3 +177,42 @@ def test_deepseek_v3_is_the_size_it_claims():
     report = zoo.estimate("deepseek_v3", batch_size=1, seq_len=1)
     assert report.params == 671_026_404_352  # published: 671 billion, 37 of them active
     assert 36.5e9 < report.active_params < 38e9
+
+
+def test_deepseek_v3_is_transformers_model():
+    """Logits of a shrunken one, all weights taken over by name: latent attention with YaRN, groups of experts, biased
+    selection, scale of the routes and the shared expert included."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        hidden_size=64, vocab_size=61, intermediate_size=96, moe_intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=16, num_experts_per_tok=8, n_group=8,
+        topk_group=4, n_shared_experts=1, routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=1,
+        q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, pad_token_id=0,
+        max_position_embeddings=163840, rope_interleave=True, rope_theta=10000.0,
+        rope_scaling={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = DeepseekV3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn(p.shape) / p.shape[-1] ** 0.5 if p.ndim > 1 else 1 + 0.3 * torch.randn(p.shape))
+        for layer in theirs.model.layers[1:]:
+            layer.mlp.gate.e_score_correction_bias.normal_(std=0.2)
+    weights = {}
+    for name, tensor in theirs.state_dict().items():
+        name = name.removeprefix("model.").replace("embed_tokens", "tok_embeddings")
+        if name.startswith("layers."):
+            _, i, part, *rest = name.split(".")
+            place = 2 * int(i) + (part in ("mlp", "post_attention_layernorm"))
+            name = ".".join([f"layers.{place}.items.0", "norm" if "norm" in part else "block", *rest])
+        weights[name] = tensor
+    ours = zoo.build("deepseek_v3", SMALL + SHRINK["deepseek_v3"]).eval()
+    missing = ours.load_state_dict(weights, strict=False)
+    assert not missing.unexpected_keys and all("expert_counts" in n for n in missing.missing_keys)
+    x = tokens(33)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
