@@ -63,7 +63,9 @@ def diagonal_scan(
     decay, wide = chunked.multipliers(log_decay, inputs, doc_ids)
     shape = inputs.shape
     # a copy: streaming writes into the state it gave, and backward still needs what stood there
-    state = None if initial_state is None else initial_state.to(wide).reshape(shape[0], -1).clone()
+    state = None
+    if initial_state is not None:
+        state = initial_state.to(wide).reshape(shape[0], -1).clone(memory_format=torch.contiguous_format)
     given = (*(y.reshape(*shape[:2], -1).contiguous() for y in (decay, inputs.to(wide))), state)
     h = (_forward(*given, engine) if native.watched(*given) else _engine(engine).forward(*given)).view(shape)
     return h if wide.is_complex else h.to(inputs.dtype), h[:, -1]

@@ -68,6 +68,27 @@ def test_in_inference(op, backend, dtype, name, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("op", "backend", "dtype", "name"), list(cases("cpu", (torch.float32,), only="native")))
+@pytest.mark.parametrize("gradients", [True, False])
+def test_in_any_layout(op, backend, dtype, name, gradients):
+    """Cores read memory by pointers: numbers lying the other way round are the same numbers."""
+
+    def reverse(x):
+        dims = [*reversed(range(x.dim()))]
+        return x.permute(dims).contiguous().permute(dims)
+
+    def turned(args):
+        return [reverse(x) if torch.is_tensor(x) else x for x in args]
+
+    def prepared(args):
+        return differentiable(turned(args)) if gradients else turned(args)
+
+    row, args = row_and_arguments(op, backend, dtype, name, "cpu", prepared=prepared)
+    reference = next(r for r in dispatch.rows(op) if r.backend == "reference")
+    with torch.set_grad_enabled(gradients):
+        assert first_difference(row.run, reference.run, turned(args), gradients=gradients) is None
+
+
 @pytest.mark.parametrize(("op", "backend", "dtype", "name"), list(cases("cpu", (torch.float64,))))
 def test_gradients_are_finite_differences(op, backend, dtype, name):
     """Along one random direction of all inputs together, in float64."""
