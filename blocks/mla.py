@@ -125,7 +125,7 @@ class MultiHeadLatentAttention(Block):
         if positions is None:
             in_row = state is not None
             positions = segment_index(state.length, T) if in_row else positions_from(doc_ids, B, T, x.device)
-        q, cached = self.project(x, positions)
+        q, cached = self.project(x, self.query_input(x), positions)
         context = 0
         q_index = k_index = None
         if state is not None:
@@ -137,12 +137,13 @@ class MultiHeadLatentAttention(Block):
         o = attend(q, cached, q_index=q_index, k_index=k_index, doc_ids=doc_ids)
         return self.o_proj(o.flatten(2))
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def query_input(self, x: Tensor) -> Tensor:
+        """What queries are projected from: the latent [B, T, q_lora_rank], or x itself."""
+        return x if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
+
+    def project(self, x: Tensor, query_input: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, T, H, nope + rope] and what is cached of each token [B, T, 1, kv_lora_rank + rope]."""
-        if self.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = (self.q_proj if self.q_lora_rank is None else self.q_b_proj)(query_input)
         q_nope, q_rope = q.unflatten(-1, (-1, self.qk_head_dim)).split([self.nope, self.rope_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x)[:, :, None].split([self.kv_lora_rank, self.rope_dim], -1)
         if self.rope:
@@ -169,16 +170,26 @@ class MultiHeadLatentAttention(Block):
         self, q: Tensor, cached: Tensor, *, q_index: Tensor | None, k_index: Tensor | None, doc_ids: Tensor | None
     ) -> Tensor:
         """The same outputs from the latents themselves: W_UK joins the queries, W_UV the outputs."""
-        q_nope, q_rope = q.split([self.nope, self.rope_dim], -1)
-        up = self.kv_b_proj.weight.unflatten(0, (-1, self.nope + self.v_head_dim))
-        w_k, w_v = up.split([self.nope, self.v_head_dim], 1)
-        q = torch.cat([torch.einsum("bthn,hnr->bthr", q_nope, w_k), q_rope], -1)
         # the rotary keys ride along as values, so that keys and values are one tensor of one width
         o, _ = attention(
-            q, cached, cached, scale=self.scale, q_index=q_index, k_index=k_index, q_doc_ids=doc_ids,
+            self.absorb(q), cached, cached, scale=self.scale, q_index=q_index, k_index=k_index, q_doc_ids=doc_ids,
             k_doc_ids=doc_ids, backend=self.kernel,
         )  # fmt: skip
-        return torch.einsum("bthr,hvr->bthv", o[..., : self.kv_lora_rank], w_v)
+        return self.expand(o)
+
+    def absorb(self, q: Tensor) -> Tensor:
+        """Queries [B, T, H, kv_lora_rank + rope] that score what is cached itself."""
+        q_nope, q_rope = q.split([self.nope, self.rope_dim], -1)
+        return torch.cat([torch.einsum("bthn,hnr->bthr", q_nope, self._up_weight[:, : self.nope]), q_rope], -1)
+
+    def expand(self, o: Tensor) -> Tensor:
+        """Outputs [B, T, H, v] of attention whose values are what is cached."""
+        return torch.einsum("bthr,hvr->bthv", o[..., : self.kv_lora_rank], self._up_weight[:, self.nope :])
+
+    @property
+    def _up_weight(self) -> Tensor:
+        """W_UK over W_UV of each head, [H, nope + v, kv_lora_rank]."""
+        return self.kv_b_proj.weight.unflatten(0, (-1, self.nope + self.v_head_dim))
 
     def _attend_flops(self, seq_len: int, context_len: int, absorbed: bool) -> int:
         """Per row, everything between the projections of the new tokens and o_proj."""

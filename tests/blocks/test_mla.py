@@ -56,7 +56,7 @@ def test_absorbed_equals_expanded(rope_dim, kernel):
     block = zoo.create_block("mla", DIM, num_heads=HEADS, kernel=kernel, dtype=torch.float64, **sizes)
     redraw(block)
     x = torch.randn(2, T, DIM, dtype=torch.float64)
-    q, cached = block.project(x, torch.arange(T).expand(2, T))
+    q, cached = block.project(x, block.query_input(x), torch.arange(T).expand(2, T))
     doc_ids = (torch.arange(T) > 7).long().expand(2, T)
     given = dict(q_index=None, k_index=None, doc_ids=doc_ids)
     results = []
