@@ -102,7 +102,9 @@ class ContextualPositionAttention(Block):
         mask = Mask(True, None, 0, q_index, k_index, doc_ids, doc_ids)
         outputs = []
         for tile in tiles(q.shape[1], k.shape[1], True, None, 0, mask.plain, fused=False):
-            given = (tile.queries(q), tile.keys(k), tile.keys(v), mask.visible(tile, x.device))
+            seen = mask.visible(tile, x.device)
+            assert seen is not None  # causal
+            given = (tile.queries(q), tile.keys(k), tile.keys(v), seen)
             recompute = q.shape[1] > QUERY_TILE and torch.is_grad_enabled()
             outputs.append(checkpoint(self._tile, *given, use_reentrant=False) if recompute else self._tile(*given))
         return self.o_proj(torch.cat(outputs, 1).flatten(2))

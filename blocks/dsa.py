@@ -201,11 +201,11 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             index_k = self.indexer.keys(x.detach(), positions)
         if state is not None:
             cached, index_k, k_index, _ = state.append(cached, index_k)
-        listed = index_q = w = None
+        index = None
         if choose or learn:
-            index_q, w = self.indexer.queries(x.detach(), query_input.detach(), positions)
-            listed = self._choose(index_q, w, index_k[:, :, 0], q_index, k_index, doc_ids)
-        if choose:
+            index = (*self.indexer.queries(x.detach(), query_input.detach(), positions), index_k[:, :, 0])
+        listed = None if index is None else self._choose(*index, q_index, k_index, doc_ids)
+        if choose and listed is not None:
             o, _ = sparse_attention(
                 self.absorb(q), cached, cached, BlockList(listed[:, None]), scale=self.scale, q_index=q_index,
                 k_index=k_index, q_doc_ids=doc_ids, k_doc_ids=doc_ids, backend=self.sparse_kernel,
@@ -216,9 +216,9 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             attend = self.attend_absorbed if self._absorbs(T, context) else self.attend_expanded
             o = attend(q, cached, doc_ids=doc_ids, **order)
         y = self.o_proj(o.flatten(2))
-        if not learn:
+        if not learn or index is None or listed is None:
             return y
-        loss = self._distillation_loss(q.detach(), cached.detach()[:, :, 0], index_q, w, index_k[:, :, 0], listed)
+        loss = self._distillation_loss(q.detach(), cached.detach()[:, :, 0], *index, listed)
         if recording(self):
             self.metrics = {"index_kl": loss.detach()}
         return add_auxiliary_loss(y, self.index_coef * loss)

@@ -9,6 +9,7 @@ Yang et al. 2025, arXiv:2505.16381.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ class PaTHAttention(Block):
             raise ValueError(f"num_heads={self.num_heads} does not divide dim={dim}: change it or give head_dim")
         self.head_dim = head_dim or dim // self.num_heads
         self.conv_size, self.chunk_size = conv_size, chunk_size
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = Linear(dim, q_width, bias=False, **factory)
         self.k_proj = Linear(dim, kv_width, bias=False, **factory)
@@ -197,17 +198,19 @@ class PaTHAttention(Block):
             far = (rows - through @ a_far) @ keys.mT
             near = rows @ k.mT - through @ a_near
             s = torch.cat([far, near], -1).unflatten(2, (G, C)) * D**-0.5
-            if gate is not None:
+            sums = None
+            if gate is not None and forgotten is not None:
                 total = gate.cumsum(-1)
                 since = torch.cat([forgotten, -total], -1)  # of each key, up to the chunk's start
                 s = s + (total[..., None] + since[..., None, :])
+                sums = since + total[..., -1:]
             seen = (owner[:, S:, None] == owner[:, None]) & owner.new_ones(C, S + C).tril(S).bool()
             p = s.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
             o = (p.flatten(2, 3) @ values).unflatten(2, (G, C))
             if not more:
                 return o, keys, forgotten
             keys = torch.cat([keys - (keys @ a_far.mT) @ w, k - a_near.mT @ w], 2)
-            return o, keys, None if gate is None else since + total[..., -1:]
+            return o, keys, sums
 
     def _store(self, state: PaTHState, past: int, keys: Tensor, v: Tensor, forgotten: Tensor | None) -> None:
         """Rewrite what the cache holds and append the segment."""
