@@ -47,9 +47,10 @@ def rotation(x: Tensor) -> Tensor:
     ),
 )
 class ParallelLSTM(Block):
-    """pLSTM in one dimension: o_t = (M_t C_{t-1} q_t + D_t v_t (q_t . k_t)) / sqrt(Dk),
-    C_t = T_t C_{t-1} + (S_t v_t) k_t^T: the past is read before the token is written.
+    """pLSTM in one dimension: a recurrence of matrices under source, transition, mark and direct gates.
 
+    o_t = (M_t C_{t-1} q_t + D_t v_t (q_t . k_t)) / sqrt(Dk), C_t = T_t C_{t-1} + (S_t v_t) k_t^T: the past is read
+    before the token is written.
     A head holds J = `tracking_dim` slots of Dk x Dv, a token brings J values of width Dv = Dk / J and reads J outputs.
     From c = conv(x): source S, mark M and direct D [J, J] are sigmoid(W c + b), b = -5; the transition is
     T = U diag(e) V, e = tanh(5 (w c + b)), b = 1, with rotations U = exp(A - A^T) and V likewise, A linear in c. So T

@@ -25,13 +25,15 @@ WHATS: tuple[What, ...] = ("forward", "forward+backward", "step")
 @dataclass(frozen=True)
 class LayerCase:
     """A block of ours, the function that builds its peer from it, and the peer's settings worth trying (the first
-    is its default). wanted: the ratios to reach on one CPU thread in float32, forward, forward+backward, step."""
+    is its default). wanted: the ratios to reach on one CPU thread in float32, forward, forward+backward, step.
+    unrolled: the peer is a Python loop over tokens, which torch.compile would unroll for hours."""
 
     block: str
     options: dict[str, Any]
     peer: str
     wanted: tuple[float | None, float, float]
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    unrolled: bool = False
 
 
 LAYERS = (
@@ -55,7 +57,7 @@ LAYERS = (
         "moe", {"num_experts": 8, "top_k": 2, "hidden_dim": 1024}, "moe", (1.0, 1.2, 2.0),
         {"": {}, "eager experts": {"experts_implementation": "eager"}},
     ),
-    LayerCase("rg_lru", {"num_heads": 8}, "rg_lru", (None, 2.0, 2.0)),
+    LayerCase("rg_lru", {"num_heads": 8}, "rg_lru", (None, 2.0, 2.0), unrolled=True),
 )  # fmt: skip
 
 
@@ -107,7 +109,10 @@ def contest(layer: LayerCase, what: What, seq: int, settings: Settings) -> Conte
             candidates.append(
                 Candidate(name, "peer", _theirs(peer, peer.module, x, what, seq), growing=what == "forward+backward")
             )
-            if settings.compiled:
+            if settings.compiled and layer.unrolled and what != "step":
+                why = "a Python loop over tokens, which torch.compile would unroll"
+                candidates.append(Candidate.refused(f"{name}, compiled", "peer", why))
+            elif settings.compiled:
                 torch._dynamo.reset()  # or the limit on recompilations sends it back to eager
                 compiled = torch.compile(peer.module)
                 candidates.append(Candidate(f"{name}, compiled", "peer", _theirs(peer, compiled, x, what, seq)))

@@ -60,7 +60,13 @@ def command(
         return _tune(what, settings, seqs, as_json)
     with output.stdout_kept_for_json(as_json), machine.threads(threads), output.progress("now") as bar:
         task = bar.add_task(f"bench {what}", total=session.steps(what, settings, seqs, words), now="")
-        document = session.run(what, settings, seqs, words, lambda now, done: bar.update(task, advance=done, now=now))
+
+        def tell(now: str, done: int) -> None:
+            bar.update(task, advance=done, now=now)
+            if bar.disable and not done:  # a log of a long run
+                print(now, file=sys.stderr, flush=True)
+
+        document = session.run(what, settings, seqs, words, tell)
     document["command"] = "zoo " + " ".join(sys.argv[1:])
     if peer and what != "scaling" and not any(g["peer"] for g in document["groups"]):
         print(f"no row called {peer!r} was timed, so there are no ratios", file=sys.stderr)
