@@ -92,7 +92,9 @@ def stabiliser(log_f: Tensor, log_i: Tensor, before: Tensor, starts: Tensor) -> 
     ),
 )
 class MatrixLSTM(Block):
-    """mLSTM of xLSTM-7B: C_t = f_t C_{t-1} + i_t k_t v_t^T, n_t = f_t n_{t-1} + i_t k_t,
+    """mLSTM of xLSTM-7B: a matrix memory with an exponential input gate and a normaliser.
+
+    C_t = f_t C_{t-1} + i_t k_t v_t^T, n_t = f_t n_{t-1} + i_t k_t,
     h_t = C_t^T q_t / max(|n_t . q_t|, 1), y = W_out (sigmoid(W_o x) * LayerNorm_head(h)), q scaled by Dk^-1/2.
 
     i = exp(cap(W_i x + b_i)), f = sigmoid(cap(W_f x + b_f)), one each per head, cap(z) = c tanh(z / c). An exponential
