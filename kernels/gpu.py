@@ -160,7 +160,9 @@ def checked(op: str, backend: str, device: torch.device) -> str | None:
     """Compare a row with the definition on this GPU once; the verdict is kept for this card, source and compiler."""
     if device.type != "cuda":
         return None
-    source = b"".join(p.read_bytes() for p in (*sorted((_HERE / op).glob("*.py")), *sorted(_HERE.glob("*.py"))))
+    # the op's own files, what all share, and the kernels it may have from another op
+    files = {*(_HERE / op).glob("*.py"), *_HERE.glob("*.py"), *_HERE.glob("*/triton*.py")}
+    source = b"".join(p.read_bytes() for p in sorted(files))
     identity = (torch.cuda.get_device_name(device), torch.__version__, _triton_version(), _ptxas_version())
     key = f"{op} {backend} {hashlib.sha256(repr(identity).encode() + source).hexdigest()[:24]}"
     path = cache_dir() / "verified.json"

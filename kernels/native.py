@@ -144,6 +144,12 @@ def untraceable() -> str | None:
     return None
 
 
+def better_fused(tokens: int) -> str | None:
+    """Why a core should not do so few tokens of a graph that torch.compile makes: an opaque operator costs more than
+    the equation of one token, which the compiler melts into what stands around it."""
+    return "torch.compile fuses one token better" if tokens == 1 and torch.compiler.is_compiling() else None
+
+
 def watched(*tensors: Tensor | None) -> str | None:
     """What differentiates, traces, counts or fakes operators here, or None: then a core may be called without an
     operator around it, whose cost is above that of a decode step."""

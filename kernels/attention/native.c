@@ -188,9 +188,14 @@ static void few_part(const Call *c, const Few *f, int64_t b, int64_t from, int64
             const real *k = f->k + b * f->k_batch + k0 * f->k_row + g * f->k_head;
             const real *v = f->v + b * f->v_batch + k0 * f->v_row + g * f->v_head;
             real best = top[i], sum = 0, *restrict out = o + i * Dv;
+            /* a head's pieces lie too far apart for the processor to foresee them: the first to read a head asks for
+               the next tile's */
+            const int64_t ahead = i < H && i % R == 0 && k0 + KT < to ? KT : 0;
             for (int64_t j = 0; j < nk; j++) {
                 const real *restrict key = k + j * f->k_row;
                 real dot = 0;
+                for (int64_t d = 0; ahead && d < D; d += LANES) __builtin_prefetch(key + ahead * f->k_row + d);
+                for (int64_t d = 0; ahead && d < Dv; d += LANES) __builtin_prefetch(v + (j + ahead) * f->v_row + d);
                 for (int64_t d = 0; d < D; d++) dot += q[d] * key[d];
                 dot *= (real)c->scale;
                 if (c->softcap > 0) dot = capped(dot, (real)c->softcap);

@@ -18,7 +18,7 @@ def refuse(
     initial_state: Tensor | None, doc_ids: Tensor | None, chunk_size: int,
 ) -> str | None:  # fmt: skip
     """Why the core should not do this call, or None."""
-    return native.untraceable()
+    return native.untraceable() or native.better_fused(v.shape[1])
 
 
 def _sizes(q: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[int, ...]:

@@ -91,13 +91,17 @@ def _group(layer: LayerCase, what: What, seq: int, settings: Settings, wanted: f
 
 
 def contest(layer: LayerCase, what: What, seq: int, settings: Settings) -> Contest:
-    """Our block, and every variant of its peer, eager and (if wanted) compiled, with the block's weights."""
+    """Our block and every variant of its peer, with the block's weights, eager and (if wanted) compiled."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         block = registry.create(layer.block, DIM, **layer.options)
     block = block.to(settings.device, settings.dtype).eval()
     x = Draw(settings.device, settings.dtype)(1, seq + (STEPS if what == "step" else 0), DIM)
-    candidates = [Candidate("zoo", "zoo", _ours(block, x, what, seq), row=True)]
+    candidates = [Candidate("zoo", "zoo", _ours(block, block, x, what, seq), row=True)]
+    if settings.compiled:
+        torch._dynamo.reset()  # or the limit on recompilations sends it back to eager
+        compiled = torch.compile(block)
+        candidates.append(Candidate("zoo, compiled", "zoo", _ours(block, compiled, x, what, seq), row=True))
     build = peers.find(HF + layer.peer, settings.device)
     for variant, changes in layer.variants.items():
         name = f"transformers{f', {variant}' if variant else ''}"
@@ -113,19 +117,18 @@ def contest(layer: LayerCase, what: What, seq: int, settings: Settings) -> Conte
                 why = "a Python loop over tokens, which torch.compile would unroll"
                 candidates.append(Candidate.refused(f"{name}, compiled", "peer", why))
             elif settings.compiled:
-                torch._dynamo.reset()  # or the limit on recompilations sends it back to eager
                 compiled = torch.compile(peer.module)
                 candidates.append(Candidate(f"{name}, compiled", "peer", _theirs(peer, compiled, x, what, seq)))
         except Exception as error:  # their caches and configurations change between versions
             candidates.append(Candidate.refused(name, "peer", complaint(error)))
     if what == "step":
         cost = block.cost(1, 1, seq, "decode")
-        return Contest(candidates, cost.flops, cost.bytes_read)
+        return Contest(candidates, cost.flops, cost.bytes_read, best=True)
     cost = block.cost(1, seq, 0, "train" if what == "forward+backward" else "prefill")
-    return Contest(candidates, cost.flops, cost.bytes_read + cost.bytes_written)
+    return Contest(candidates, cost.flops, cost.bytes_read + cost.bytes_written, best=True)
 
 
-def _ours(block: Block, x: Tensor, what: What, context: int) -> Runner:
+def _ours(block: Block, module: Any, x: Tensor, what: What, context: int) -> Runner:
     if what == "step":
         state = block.init_state(1, x.shape[1])
         with torch.no_grad():
@@ -136,11 +139,11 @@ def _ours(block: Block, x: Tensor, what: What, context: int) -> Runner:
         def steps() -> Tensor:
             with torch.no_grad():
                 for token in tokens:
-                    y = block(token, state=state)
+                    y = module(token, state=state)
             return y
 
         return Runner(steps, lambda: state.restore(filled), calls=len(tokens))
-    return _passes(block, lambda module, x: module(x), x, what)
+    return _passes(module, lambda module, x: module(x), x, what)
 
 
 def _theirs(peer: peers.Peer, module: Any, x: Tensor, what: What, context: int) -> Runner:
