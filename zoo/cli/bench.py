@@ -116,8 +116,8 @@ def _print_groups(document: dict[str, Any]) -> None:
         if group["bound_ms"]:
             rows.append((*head, "(bound)", _ms(group["bound_ms"]), "", "", "", "", "", ""))
     output.table(columns, rows)
-    print("* ours: what kernel: auto runs, of a layer the quicker of eager and compiled. x peer: the peer's time over this")
-    print("one. bound: FLOPs or bytes at the speeds below")
+    print("* ours: what kernel: auto runs, of a layer the quicker of eager and compiled. x peer: the peer's time over")
+    print("this one. bound: FLOPs or bytes at the speeds below")
     for line in _left_out(document["groups"]):
         print(line)
 
