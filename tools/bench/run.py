@@ -85,9 +85,9 @@ def table(folder: Path) -> str:
     if wanted:
         lines += ["", "## What is wanted", "", *head, *wanted]
     if growth:
-        lines += ["", "## Growth for twice the length, the largest", "", 
-                  "Freed memory was kept for the next call (glibc's `MALLOC_TRIM_THRESHOLD_`).", "", "| op | what | lengths | time | memory |",
-                  "|" + "---|" * 5, *growth]  # fmt: skip
+        note = "Freed memory was kept for the next call (glibc's `MALLOC_TRIM_THRESHOLD_`)."
+        lines += ["", "## Growth for twice the length, the largest", "", note, ""]
+        lines += ["| op | what | lengths | time | memory |", "|" + "---|" * 5, *growth]
     if rest:
         lines += ["", "## Everything else", "", *head, *rest]
     return "\n".join(lines) + "\n"
