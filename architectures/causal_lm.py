@@ -28,7 +28,8 @@ class ModelState(State):
 class CausalLM(nn.Module):
     """tokens [B, T] int64 -> logits [B, T, V]; every layer a node of the graph it was built from.
 
-    `layers` are ordinary modules; `config` is the resolved configuration as plain values.
+    `layers` are ordinary modules; `config` is the resolved configuration as plain values. Embeddings are multiplied
+    by `embedding_scale`; logits are cap tanh(logit_scale W h / cap), or without the cap logit_scale W h.
     """
 
     def __init__(self, graph: Graph, *, device: Any = None, dtype: torch.dtype | None = None):
@@ -36,6 +37,11 @@ class CausalLM(nn.Module):
         builder = Builder(graph.dim, graph.num_layers, device, dtype)
         self.config: Mapping[str, Any] = graph.document
         self.dim, self.vocab_size = graph.dim, graph.vocab_size
+        self.embedding_scale, self.logit_scale, self.logit_cap = (
+            graph.embedding_scale,
+            graph.logit_scale,
+            graph.logit_cap,
+        )
         # given its weight, nn.Embedding draws none; on meta that draw would load torch's compiler, seconds
         table = torch.empty(graph.vocab_size, graph.dim, **builder.factory)
         self.tok_embeddings = nn.Embedding(graph.vocab_size, graph.dim, _weight=table)
@@ -79,7 +85,7 @@ class CausalLM(nn.Module):
     # ------------------------------------------------------------------------------------ forward
     def forward(self, tokens: Tensor, state: ModelState | None = None, doc_ids: Tensor | None = None) -> Tensor:
         """Logits [B, T, V]. state: from `init_state`, updated in place. doc_ids: [B, T], packed documents."""
-        return self.lm_head(self.hidden(tokens, state, doc_ids))
+        return self.head(self.hidden(tokens, state, doc_ids))
 
     def hidden(self, tokens: Tensor, state: ModelState | None = None, doc_ids: Tensor | None = None) -> Tensor:
         """The normed stream [B, T, D] in front of the head."""
@@ -87,6 +93,8 @@ class CausalLM(nn.Module):
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tuple(tokens.shape)}")
         x = self.tok_embeddings(tokens)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
         positions = None
         if state is not None:
             positions = state.seen[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
@@ -97,6 +105,13 @@ class CausalLM(nn.Module):
         if state is not None:
             state.seen += tokens.shape[1]
         return x if self.norm is None else self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of the normed stream."""
+        logits = self.lm_head(hidden)
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> ModelState:
         """Streaming state for rows of up to `max_len` tokens (None: grows as needed)."""
@@ -141,7 +156,7 @@ class CausalLM(nn.Module):
             self.eval()
             try:
                 with torch.no_grad():
-                    tokens = _draw(self.lm_head(self.hidden(tokens, state)[:, -1]), temperature, top_k, generator)
+                    tokens = _draw(self.head(self.hidden(tokens, state)[:, -1]), temperature, top_k, generator)
             finally:
                 self.train(was_training)
             yield tokens

@@ -6,19 +6,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.blocks.swiglu import SwiGLU
-from zoo.contract import State
 from zoo.registry import register
 
 
 @register("geglu", kind="ffn", paper="arXiv:2002.05202", examples=({"hidden_dim": 96}, {"bias": True}))
 class GeGLU(SwiGLU):
-    """Gated feed-forward network: y = W_down (gelu(W_gate x) * (W_up x)), gelu by its tanh formula as in Gemma.
+    """Gated feed-forward network: y = W_down (gelu(W_gate x) * (W_up x)).
 
     x: [B, T, D] -> y: [B, T, D]; no state; 6 D F FLOPs a token with F = hidden_dim (default 8/3 D rounded up to
-    16). Parameters and sizes are those of `swiglu`. A constant gate degenerates it to a linear map.
+    16). gelu is its tanh formula, as in Gemma. Parameters and sizes are those of `swiglu`. A constant gate degenerates
+    it to a linear map.
     """
 
-    def forward(
-        self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
-    ) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+    @staticmethod
+    def activation(gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh")

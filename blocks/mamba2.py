@@ -56,6 +56,14 @@ class GatedGroupNorm(nn.Module):
         {"state_dim": 16, "chunk_size": 16},
         {"num_heads": 4, "num_groups": 2, "state_dim": 8, "chunk_size": 16, "time_step_limit": [0.01, 0.5]},
         {"head_dim": 8, "expand": 1, "conv_size": 2, "state_dim": 16, "chunk_size": 16},
+        {
+            "expand": 1.5,
+            "num_heads": 4,
+            "state_dim": 8,
+            "chunk_size": 16,
+            "gated_norm": False,
+            "multipliers": [0.5, 0.4, 0.3, 0.7, 0.6],
+        },
     ),
 )
 class Mamba2(Block):
@@ -65,7 +73,8 @@ class Mamba2(Block):
     delta is clamped to time_step_limit where given, in every mode. Time O(T), as matrix products in chunks; state
     E N + (E + 2 G N)(W - 1) numbers, the recurrent part as [B, H, N, P] (transposed against other codes).
     expand * D = num_heads * head_dim; of the two, one follows from the other, and head_dim is 64 where both are
-    left out (less where 64 does not divide expand * D). chunk_size changes speed only.
+    left out (less where 64 does not divide expand * D). chunk_size changes speed only. As in Falcon-H1,
+    `multipliers` scale z, x, B, C and dt as in_proj gives them, and gated_norm=False leaves y * silu(z) without a norm.
     As delta -> 0 it is the skip D x; it is Mamba with A shared over the states and delta over a head.
     """
 
@@ -77,9 +86,11 @@ class Mamba2(Block):
         head_dim: PositiveInt | None = None,
         state_dim: PositiveInt = 128,
         num_groups: PositiveInt = 1,
-        expand: PositiveInt = 2,
+        expand: PositiveFloat = 2,
         conv_size: PositiveInt = 4,
         time_step_limit: tuple[float, float] | None = None,
+        multipliers: tuple[float, float, float, float, float] | None = None,
+        gated_norm: bool = True,
         norm_eps: PositiveFloat = 1e-5,
         chunk_size: PositiveInt = 64,
         kernel: str = "auto",
@@ -88,7 +99,9 @@ class Mamba2(Block):
     ):
         super().__init__(dim)
         check_backend("linear_attention", kernel)
-        self.inner, self.state_dim, self.num_groups = expand * dim, state_dim, num_groups
+        self.inner, self.state_dim, self.num_groups = round(expand * dim), state_dim, num_groups
+        if self.inner != expand * dim:
+            raise ValueError(f"expand={expand} times dim={dim} is no whole number of channels")
         self.num_heads, self.head_dim = _heads(self.inner, num_heads, head_dim)
         if self.num_heads % num_groups:
             raise ValueError(f"num_groups={num_groups} must divide the number of heads, {self.num_heads}")
@@ -97,6 +110,9 @@ class Mamba2(Block):
         ):
             raise ValueError(f"time_step_limit must be [low, high] with 0 <= low < high, got {list(time_step_limit)}")
         self.time_step_limit = None if time_step_limit is None else tuple(time_step_limit)
+        if multipliers is not None and len(multipliers) != 5:
+            raise ValueError(f"multipliers are five numbers, of z, x, B, C and dt, got {list(multipliers)}")
+        self.multipliers = multipliers
         self.conv_size, self.chunk_size, self.kernel = conv_size, chunk_size, kernel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv_channels = self.inner + 2 * num_groups * state_dim
@@ -105,14 +121,15 @@ class Mamba2(Block):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, **factory))
         self.A_log = nn.Parameter(torch.empty(self.num_heads, **factory))
         self.D = nn.Parameter(torch.empty(self.num_heads, **factory))
-        self.norm = GatedGroupNorm(self.inner, num_groups, eps=norm_eps, **factory)
+        self.norm = GatedGroupNorm(self.inner, num_groups, eps=norm_eps, **factory) if gated_norm else None
         self.out_proj = Linear(self.inner, dim, bias=False, **factory)
 
     def reset_parameters(self) -> None:
         for linear in (self.in_proj, self.out_proj):
             init_linear_(linear)
         for module in (self.conv1d, self.norm):
-            module.reset_parameters()
+            if module is not None:
+                module.reset_parameters()
         reset_softplus_decay_(self.A_log, self.dt_bias, 1.0, 16.0)
         nn.init.ones_(self.D)
 
@@ -125,9 +142,13 @@ class Mamba2(Block):
         doc_ids: Tensor | None = None,
     ) -> Tensor:
         refuse_packed_streaming(state, doc_ids)
-        z, xBC, dt = self.in_proj(x).split([self.inner, self.conv_channels, self.num_heads], -1)
-        xBC = self.conv1d(xBC, None if state is None else state.conv, doc_ids)
         states = self.num_groups * self.state_dim
+        projected = self.in_proj(x)
+        if self.multipliers is not None:
+            parts = projected.split([self.inner, self.inner, states, states, self.num_heads], -1)
+            projected = torch.cat([m * part for m, part in zip(self.multipliers, parts, strict=True)], -1)
+        z, xBC, dt = projected.split([self.inner, self.conv_channels, self.num_heads], -1)
+        xBC = self.conv1d(xBC, None if state is None else state.conv, doc_ids)
         u, B, C = xBC.split([self.inner, states, states], -1)
         u = wide(u).unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (t.unflatten(-1, (self.num_groups, self.state_dim)) for t in (B, C))
@@ -147,7 +168,8 @@ class Mamba2(Block):
         if state is not None:
             state.ssm.copy_(ssm.detach())
         y = torch.addcmul(y, wide(self.D)[:, None], u)
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        y = y.flatten(-2)
+        return self.out_proj((y * F.silu(wide(z))).to(z.dtype) if self.norm is None else self.norm(y, z))
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> MambaState:
         like, shape = self.in_proj.weight, (batch_size, self.num_heads, self.state_dim, self.head_dim)

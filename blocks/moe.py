@@ -18,16 +18,7 @@ from torch.nn import functional as F
 from zoo.blocks.experts import SwiGLUExperts
 from zoo.blocks.measure import balance_loss, group_counts, load_metrics, recording
 from zoo.blocks.swiglu import SwiGLU, swiglu_width
-from zoo.contract import (
-    Block,
-    Cost,
-    Mode,
-    ParallelPlan,
-    State,
-    add_auxiliary_loss,
-    init_linear_,
-    linear_flops,
-)
+from zoo.contract import Block, Cost, Mode, ParallelPlan, State, add_auxiliary_loss, init_linear_, linear_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
@@ -130,6 +121,7 @@ class HypersphereRouter(TopKRouter):
         {"hidden_dim": 32},
         {"hidden_dim": 32, "score": "sigmoid", "balance": "bias", "num_shared_experts": 1, "route_scale": 2.5},
         {"hidden_dim": 32, "score": "sigmoid", "num_groups": 4, "top_groups": 2, "z_loss_coef": 0.001},
+        {"hidden_dim": 16, "num_shared_experts": 1, "shared_gate": True},
         {"hidden_dim": 24, "num_experts": 4, "top_k": 1, "renormalize": False, "balance": "none"},
         {"hidden_dim": 32, "router": "hypersphere", "sequence_aux_coef": 0.01},
     ),
@@ -146,9 +138,10 @@ class MixtureOfExperts(Block):
     on top. DeepSeek-V3: score sigmoid, balance bias, sequence_aux_coef 1e-4, bias_update_rate 1e-3 (0 at the end).
 
     x: [B, T, D] -> y: [B, T, D]; no state. hidden_dim is the width of one expert (default: top_k experts are as
-    wide as one SwiGLU), shared experts are one SwiGLU of num_shared_experts * hidden_dim. Active parameters and
-    FLOPs a token: (top_k + num_shared_experts) 3 D hidden_dim + D E, twice that (hypersphere: (D + E) router_dim
-    for D E, router_dim E / 2 by default). With one expert: SwiGLU.
+    wide as one SwiGLU), shared experts are one SwiGLU of num_shared_experts * hidden_dim, with `shared_gate` times
+    sigmoid(w x) (Qwen2-MoE, Qwen3-Next). Active parameters and FLOPs a token: (top_k + num_shared_experts)
+    3 D hidden_dim + D E, twice that (hypersphere: (D + E) router_dim for D E, router_dim E / 2 by default). With
+    one expert: SwiGLU.
     """
 
     expert_counts: Tensor
@@ -161,6 +154,7 @@ class MixtureOfExperts(Block):
         top_k: PositiveInt = 2,
         hidden_dim: PositiveInt | None = None,
         num_shared_experts: NonNegativeInt = 0,
+        shared_gate: bool = False,
         router: Literal["linear", "hypersphere"] = "linear",
         router_dim: PositiveInt | None = None,
         score: Literal["softmax", "sigmoid"] = "softmax",
@@ -194,6 +188,8 @@ class MixtureOfExperts(Block):
             )
         if router_dim is not None and router == "linear":
             raise ValueError(f"router_dim={router_dim} is the width of the hypersphere; set router: hypersphere")
+        if shared_gate and not num_shared_experts:
+            raise ValueError("shared_gate=true gates the shared experts: give num_shared_experts, or shared_gate=false")
         check_backend("grouped_mm", kernel)
         factory = {"device": device, "dtype": dtype}
         self.num_experts, self.top_k, self.num_shared_experts = num_experts, top_k, num_shared_experts
@@ -212,6 +208,7 @@ class MixtureOfExperts(Block):
         self.experts = SwiGLUExperts(num_experts, dim, self.hidden_dim, kernel, **factory)
         shared = num_shared_experts * self.hidden_dim
         self.shared_experts = SwiGLU(dim, hidden_dim=shared, **factory) if shared else None
+        self.shared_expert_gate = Linear(dim, 1, bias=False, **factory) if shared_gate else None
         if balance == "bias":
             counts = torch.empty(num_experts, dtype=torch.int64, device=device)
             self.register_buffer("expert_counts", counts, persistent=False)
@@ -222,6 +219,8 @@ class MixtureOfExperts(Block):
         self.experts.reset_parameters()
         if self.shared_experts is not None:
             self.shared_experts.reset_parameters()
+        if self.shared_expert_gate is not None:
+            init_linear_(self.shared_expert_gate)
         if self.balance == "bias":
             self.expert_counts.zero_()
 
@@ -232,7 +231,10 @@ class MixtureOfExperts(Block):
         logits, scores, indices, weights = self.gate(flat)
         y = self.experts(flat, indices, weights).view_as(x)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
+            shared = self.shared_experts(x)
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(x).sigmoid()
+            y = y + shared
         if self.training:
             y = self._balance(y, logits, scores, indices)
         return y
@@ -273,11 +275,15 @@ class MixtureOfExperts(Block):
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         tokens = batch_size * seq_len
         shared = self.shared_experts.forward_flops(batch_size, seq_len) if self.shared_experts is not None else 0
+        if self.shared_expert_gate is not None:
+            shared += linear_flops(tokens, self.shared_expert_gate)
         return self.gate.flops(tokens) + self.experts.flops(tokens * self.top_k) + shared
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         tokens = batch_size * seq_len
         shared = self.shared_experts.activation_elements(batch_size, seq_len) if self.shared_experts is not None else 0
+        if self.shared_expert_gate is not None:
+            shared += tokens * (self.dim + 1)
         routing = tokens * (self.dim + 3 * self.num_experts + 4 * self.top_k)
         return routing + self.experts.activation_elements(tokens * self.top_k) + shared
 
@@ -298,4 +304,6 @@ class MixtureOfExperts(Block):
         if self.shared_experts is not None:
             inner = self.shared_experts.parallel_plan().tensor
             plan |= {f"shared_experts.{name}": how for name, how in inner.items()}
+        if self.shared_expert_gate is not None:
+            plan["shared_expert_gate"] = "replicate"
         return ParallelPlan(plan, units=self.num_experts, context="token")

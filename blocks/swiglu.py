@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops
 from zoo.kernels.linear import Linear
 from zoo.registry import register
-from zoo.schema import PositiveInt
+from zoo.schema import PositiveFloat, PositiveInt
 
 
 def swiglu_width(dim: int, multiple_of: int = 16) -> int:
@@ -16,17 +16,30 @@ def swiglu_width(dim: int, multiple_of: int = 16) -> int:
     return -(-8 * dim // (3 * multiple_of)) * multiple_of
 
 
-@register("swiglu", kind="ffn", paper="arXiv:2002.05202", examples=({"hidden_dim": 96}, {"bias": True}))
+@register(
+    "swiglu", kind="ffn", paper="arXiv:2002.05202", examples=({"hidden_dim": 96}, {"bias": True, "gate_scale": 0.5})
+)
 class SwiGLU(Block):
-    """Gated feed-forward network: y = W_down (silu(W_gate x) * (W_up x)).
+    """Gated feed-forward network: y = W_down (silu(c W_gate x) * (W_up x)), c = gate_scale.
 
     x: [B, T, D] -> y: [B, T, D]; no state; 6 D F FLOPs a token with F = hidden_dim (default 8/3 D rounded
-    up to 16). A constant gate degenerates it to a linear map.
+    up to 16). gate_scale is 1 but in Falcon-H1. A constant gate degenerates it to a linear map.
     """
 
-    def __init__(self, dim: int, *, hidden_dim: PositiveInt | None = None, bias: bool = False, device=None, dtype=None):
+    activation = staticmethod(F.silu)
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        hidden_dim: PositiveInt | None = None,
+        bias: bool = False,
+        gate_scale: PositiveFloat = 1.0,
+        device=None,
+        dtype=None,
+    ):
         super().__init__(dim)
-        self.hidden_dim = hidden_dim or swiglu_width(dim)
+        self.hidden_dim, self.gate_scale = hidden_dim or swiglu_width(dim), gate_scale
         factory = {"device": device, "dtype": dtype}
         self.gate_proj = Linear(dim, self.hidden_dim, bias=bias, **factory)
         self.up_proj = Linear(dim, self.hidden_dim, bias=bias, **factory)
@@ -39,7 +52,10 @@ class SwiGLU(Block):
     def forward(
         self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
     ) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        if self.gate_scale != 1:
+            gate = self.gate_scale * gate
+        return self.down_proj(self.activation(gate) * self.up_proj(x))
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, self.gate_proj, self.up_proj, self.down_proj)

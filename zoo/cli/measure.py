@@ -138,7 +138,7 @@ def _inference(model: CausalLM, tokens: torch.Tensor, report: CostReport) -> Cal
 
     def work() -> None:
         with torch.no_grad():
-            model.lm_head(model.hidden(after, filled)[:, -1])
+            model.head(model.hidden(after, filled)[:, -1])
 
     return lambda: (lambda: filled.restore(snapshot), work)
 

@@ -17,7 +17,7 @@ from zoo.errors import ConfigError, Problem, did_you_mean, one_of
 from zoo.graph.parse import Parser, graph_of
 from zoo.graph.reading import MAX_VALUES, Source, read_file, read_text, scalar
 from zoo.graph.spec import Graph
-from zoo.schema import PositiveInt, check_type
+from zoo.schema import PositiveFloat, PositiveInt, check_type
 from zoo.sections import DataSection, TrainSection
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -39,6 +39,9 @@ class TopLevel:
     final_norm: Any = "rms"
     residual: Any = "pre"
     tie_embeddings: bool = True
+    embedding_scale: PositiveFloat = 1.0
+    logit_scale: PositiveFloat = 1.0
+    logit_cap: PositiveFloat | None = None
     train: TrainSection | None = None
     data: DataSection | None = None
 

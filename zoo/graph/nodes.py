@@ -84,14 +84,16 @@ class Builder:
 
 
 class ResidualBlock(Node):
-    """A block in its residual branch: x + scale * block(norm(x)) and its variants."""
+    """A block in its residual branch: x + scale * block(norm(x)) and its variants. `post` norms the sum instead,
+    norm(skip * x + scale * block(x)); `normed` adds to what the block reads, skip * n + scale * block(n), n = norm(x).
+    """
 
     def __init__(
         self, block: Block, norm: nn.Module | None, out_norm: nn.Module | None, residual: Residual, name: str, **factory
     ):
         super().__init__()
         self.block, self.norm, self.out_norm = block, norm, out_norm
-        self.style, self.block_name = residual.style, name
+        self.style, self.skip, self.block_name = residual.style, residual.skip, name
         self.fixed_scale = residual.scale if residual.learn == "none" else None
         self.scale_start = residual.scale
         shape = {"none": None, "scalar": (), "channel": (block.dim,)}[residual.learn]
@@ -109,18 +111,25 @@ class ResidualBlock(Node):
             nn.init.constant_(self.scale, self.scale_start)
 
     def increment(self, x, *, state: Any = None, positions=None, doc_ids=None):
-        if self.style == "post":
+        if self.style in ("post", "normed"):
             return self(x, state=state, positions=positions, doc_ids=doc_ids) - x
-        return self._branch(x, state, positions, doc_ids)
+        return self._branch(self._normed(x), state, positions, doc_ids)
 
     def forward(self, x, *, state: Any = None, positions=None, doc_ids=None):
-        y = self._branch(x, state, positions, doc_ids)
+        h = self._normed(x)
+        y = self._branch(h, state, positions, doc_ids)
         if self.style == "none":
             return y
-        return self.norm(x + y) if self.style == "post" and self.norm is not None else x + y
+        if self.style == "normed":
+            x = h
+        y = y + (x if self.skip == 1 else self.skip * x)
+        return self.norm(y) if self.style == "post" and self.norm is not None else y
 
-    def _branch(self, x, state, positions, doc_ids):
-        h = x if self.norm is None or self.style == "post" else self.norm(x)
+    def _normed(self, x):
+        """What the block reads."""
+        return x if self.norm is None or self.style == "post" else self.norm(x)
+
+    def _branch(self, h, state, positions, doc_ids):
         y = self.block(h, state=state, positions=positions, doc_ids=doc_ids)
         if self.out_norm is not None:
             y = self.out_norm(y)

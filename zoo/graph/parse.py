@@ -214,7 +214,7 @@ class Parser:
         return Spec(name, path, kind, self.options(name, options or {}, (*path, name)))
 
     def residual(self, value: Any, path: Path_) -> Residual:
-        """`pre`, `post`, `sandwich`, `none`, or a mapping {style, scale, learn}."""
+        """`pre`, `post`, `normed`, `sandwich`, `none`, or a mapping {style, scale, learn, skip}."""
         given = {"style": value} if isinstance(value, str) else value
         if not isinstance(given, Mapping):
             self.complain(path, f"must be a style or a mapping, got {value!r}")
@@ -222,7 +222,10 @@ class Parser:
         values = self.section(Residual, given, path)
         if values.get("learn", "none") != "none" and values.get("scale") is None:
             values["scale"] = 1.0
-        return Residual(**values)
+        residual = Residual(**values)
+        if residual.skip != 1 and residual.style not in ("post", "normed"):
+            self.complain((*path, "skip"), f"goes with style: post or normed, not {residual.style}")
+        return residual
 
     def section(self, cls: type, given: Any, path: Path_) -> dict[str, Any]:
         """Check a mapping against a dataclass; return the good values."""
@@ -390,6 +393,9 @@ def graph_of(parser: Parser, top: Mapping[str, Any], document: Mapping[str, Any]
         trunk=tuple(items),
         norm=final_norm,
         tie_embeddings=top.get("tie_embeddings", True),
+        embedding_scale=top.get("embedding_scale", 1.0),
+        logit_scale=top.get("logit_scale", 1.0),
+        logit_cap=top.get("logit_cap"),
         num_layers=max(1, sum(s.kind == "mixer" for i in items for s in i.walk())),
         document=document,
     )

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Residual:
-    """How a block's output joins the stream. `scale` multiplies it, fixed or learned from that start."""
+    """How a block's output joins the stream. `scale` multiplies it, fixed or learned from that start; `skip`
+    multiplies the stream beside it, in the styles that norm it again: post (DeepNorm) and normed (MiniMax-01)."""
 
-    style: Literal["pre", "post", "sandwich", "none"] = "pre"
+    style: Literal["pre", "post", "normed", "sandwich", "none"] = "pre"
     scale: float | None = None
     learn: Literal["none", "scalar", "channel"] = "none"
+    skip: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class Graph:
     trunk: tuple[Spec, ...]
     norm: Spec | None
     tie_embeddings: bool = True
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
     num_layers: int = 1
     document: Mapping[str, Any] = field(default_factory=dict)
 
