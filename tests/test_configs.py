@@ -22,6 +22,11 @@ SHRINK = {
         "define.experts.moe.num_experts=16", "define.experts.moe.hidden_dim=16",
         "trunk[0].repeat=1", "trunk[1].repeat=2",
     ],
+    "falcon_h1_500m": [
+        "trunk[0].repeat=2", "define.full[0].attention.num_heads=4", "define.full[0].attention.head_dim=16",
+        "define.full[0].attention.scale=0.09765625", "define.ssm[0].mamba2.num_heads=6",
+        "define.ssm[0].mamba2.head_dim=16", "define.ssm[0].mamba2.state_dim=8", "define.dense[0].swiglu.hidden_dim=96",
+    ],
     "hydra_hybrid": [
         "define.experts.chunk_moe.hidden_dim=16", "define.experts.chunk_moe.chunk_size=8",
         "define.sparse.window_global.window=8", "define.sparse.window_global.num_globals=4",
@@ -30,6 +35,11 @@ SHRINK = {
         "define.facts.product_key.value_dim=16", "define.facts.product_key.top_k=4",
         "define.thoughts.workspace.slots=8", "define.thoughts.workspace.active=4",
         "define.thoughts.workspace.rank=8", "define.thoughts.workspace.chunk_size=8",
+    ],
+    "jamba_52b": [
+        "trunk[0].repeat=1", "define.ssm.mamba.state_dim=4", "define.ssm.mamba.dt_rank=8",
+        "define.full.attention.num_heads=4", "define.full.attention.num_kv_heads=2",
+        "define.dense.swiglu.hidden_dim=96", "define.experts.moe.num_experts=4", "define.experts.moe.hidden_dim=32",
     ],
     "kimi_linear_48b": [
         "trunk[0][1].swiglu.hidden_dim=96", "trunk[2].repeat=1", "define.rec.kda.num_heads=4",
@@ -42,8 +52,26 @@ SHRINK = {
     "llama_1b": ["trunk[0].repeat=2", "define.layer[0].attention.num_heads=4",
                  "define.layer[0].attention.num_kv_heads=2", "define.layer[0].attention.head_dim=16",
                  "define.layer[1].swiglu.hidden_dim=96"],
+    "minimax_text_01": [
+        "trunk[0].repeat=1", "define.linear.lightning.num_heads=4", "define.linear.lightning.head_dim=16",
+        "define.full.attention.num_heads=4", "define.full.attention.num_kv_heads=2",
+        "define.full.attention.head_dim=16", "define.full.attention.rotary_dim=8", "define.experts.moe.num_experts=4",
+        "define.experts.moe.hidden_dim=32",
+    ],
+    "nemotron_h_8b": [
+        "trunk[0].repeat=1", "trunk[2].repeat=1", "trunk[3].repeat=1", "trunk[2].of[0].repeat=1",
+        "define.ssm.mamba2.num_heads=8", "define.ssm.mamba2.head_dim=16", "define.ssm.mamba2.num_groups=2",
+        "define.ssm.mamba2.state_dim=8", "define.full.attention.num_heads=4", "define.full.attention.num_kv_heads=2",
+        "define.full.attention.head_dim=16", "define.mlp_.mlp.hidden_dim=96",
+    ],
+    "qwen3_next_80b": [
+        "trunk[0].repeat=1", "define.delta.gated_deltanet.num_heads=2", "define.delta.gated_deltanet.num_v_heads=4",
+        "define.delta.gated_deltanet.head_dim=16", "define.full.attention.num_heads=4",
+        "define.full.attention.head_dim=16", "define.full.attention.rotary_dim=4", "define.experts.moe.num_experts=8",
+        "define.experts.moe.top_k=2", "define.experts.moe.hidden_dim=32",
+    ],
     "mamba2_130m": ["trunk[0].repeat=2", "trunk[0].of.mamba2.head_dim=32", "trunk[0].of.mamba2.state_dim=16"],
-    "recurrentgemma_2b": ["trunk[0].repeat=3", "define.recurrent[0].rg_lru.num_heads=4",
+    "recurrentgemma_2b": ["embedding_scale=8", "trunk[0].repeat=3", "define.recurrent[0].rg_lru.num_heads=4",
                           "define.recurrent[1].geglu.hidden_dim=96", "define.local[1].geglu.hidden_dim=96",
                           "define.local[0].attention.head_dim=16", "define.local[0].attention.rotary_dim=8",
                           "define.local[0].attention.window=8"],

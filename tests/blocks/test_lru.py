@@ -122,9 +122,9 @@ def test_rg_lru_sizes():
 
 @torch.no_grad()
 def test_recurrentgemma_is_that_of_hugging_face():
-    """The shipped configuration, made small: their layers on our embeddings, which theirs multiply by sqrt(dim)."""
+    """The shipped configuration, made small: logits, so scaled embeddings and the cap too."""
     from transformers import RecurrentGemmaConfig
-    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaModel
+    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaForCausalLM
 
     config = RecurrentGemmaConfig(
         hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=1, vocab_size=61,
@@ -132,24 +132,24 @@ def test_recurrentgemma_is_that_of_hugging_face():
     )  # fmt: skip
     ours = build(
         "recurrentgemma_2b",
-        ["dim=64", "vocab_size=61", "trunk[0].repeat=3", "define.recurrent[0].rg_lru.num_heads=4",
+        ["dim=64", "vocab_size=61", "embedding_scale=8", "trunk[0].repeat=3", "define.recurrent[0].rg_lru.num_heads=4",
          "define.recurrent[1].geglu.hidden_dim=96", "define.local[1].geglu.hidden_dim=96",
          "define.local[0].attention.num_heads=4", "define.local[0].attention.head_dim=16",
          "define.local[0].attention.rotary_dim=8", "define.local[0].attention.window=8"],
     ).double()  # fmt: skip
-    theirs, weights = redraw(RecurrentGemmaModel(config)), {}
+    theirs, weights = redraw(RecurrentGemmaForCausalLM(config)), {}
     places = {"temporal_block": "items.0.block", "temporal_pre_norm": "items.0.norm",
               "mlp_block": "items.1.block", "channel_pre_norm": "items.1.norm"}  # fmt: skip
     for name, w in theirs.state_dict().items():
-        w = 1 + w if "norm" in name else w
+        name, w = name.removeprefix("model."), 1 + w if "norm" in name else w
         for their_name, our_name in places.items():
             name = name.replace(their_name, our_name)
         weights[name.replace("embed_tokens", "tok_embeddings").replace("final_norm", "norm")] = w
-    weights["tok_embeddings.weight"] = weights["lm_head.weight"] = weights["tok_embeddings.weight"] * 64**0.5
     ours.load_state_dict(weights, strict=True)
     ids = torch.randint(61, (2, 30), generator=torch.Generator().manual_seed(0))
-    want = theirs(ids, use_cache=False).last_hidden_state
-    assert (ours.hidden(ids) - want).norm() / want.norm() < 3e-6
+    want = theirs(ids, use_cache=False).logits
+    assert want.abs().max() > 5  # the cap of 30 bends them
+    assert (ours(ids) - want).norm() / want.norm() < 3e-6
 
 
 # ------------------------------------------------------------------------------------------------- lru
