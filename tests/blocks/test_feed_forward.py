@@ -26,6 +26,14 @@ def test_swiglu_is_llamas():
     torch.testing.assert_close(ours(X), theirs(X))
 
 
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_gate_scale_is_that_of_the_weight(name):
+    plain, scaled = block(name), block(name, gate_scale=0.3)
+    with torch.no_grad():
+        plain.gate_proj.weight.mul_(0.3)
+    torch.testing.assert_close(scaled(X), plain(X))
+
+
 def test_swiglu_width_has_the_parameters_of_a_fourfold_mlp():
     assert [swiglu_width(d) for d in (32, 48, 768)] == [96, 128, 2048]
     assert 3 * 768 * swiglu_width(768) == 8 * 768**2

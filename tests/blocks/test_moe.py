@@ -56,12 +56,25 @@ def deepseek_v3():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", [mixtral, qwen3, deepseek_v3])
+def qwen3_next():
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMoeBlock
+
+    config = Qwen3NextConfig(
+        hidden_size=DIM, moe_intermediate_size=HIDDEN, shared_expert_intermediate_size=HIDDEN, num_experts=8,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    module = Qwen3NextSparseMoeBlock(config)
+    module.shared_experts = module.shared_expert  # our name for it
+    return module, {"num_shared_experts": 1, "shared_gate": True}
+
+
+@pytest.mark.parametrize("family", [mixtral, qwen3, deepseek_v3, qwen3_next])
 def test_is_hugging_faces(family):
     theirs, options = family()
     theirs = redraw(theirs)
     ours = moe(**options).eval()
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if "shared_expert." not in k})
     want = theirs(X)
     want = want[0] if isinstance(want, tuple) else want
     # their routers compute in fp32
@@ -266,6 +279,7 @@ def test_backend_can_be_forced_from_outside():
     [
         ({"top_k": 9}, "top_k=9 is more than num_experts=8"),
         ({"top_k": 1}, "set renormalize: false"),
+        ({"shared_gate": True}, "give num_shared_experts"),
         ({"num_groups": 3}, "num_groups=3 must divide"),
         ({"num_groups": 2, "top_groups": 3}, "top_groups=3 is more than"),
         ({"num_groups": 8, "top_groups": 1}, "do not fit into top_groups=1"),

@@ -97,6 +97,16 @@ def test_mamba2_is_the_recurrence_of_the_paper():
     torch.testing.assert_close(block(x), block.out_proj(y), atol=1e-10, rtol=1e-10)
 
 
+def test_mamba2_multipliers_are_those_of_the_rows_of_in_proj():
+    options = {"expand": 1.5, "num_heads": 3, "state_dim": 8, "gated_norm": False}
+    scales = (0.5, 0.4, 0.3, 0.7, 0.6)
+    plain, scaled = redraw(Mamba2(DIM, **options)), redraw(Mamba2(DIM, multipliers=scales, **options))
+    with torch.no_grad():
+        rows = plain.in_proj.weight.split([48, 48, 8, 8, 3])  # z, x, B, C, dt
+        plain.in_proj.weight.copy_(torch.cat([m * w for m, w in zip(scales, rows, strict=True)]))
+    torch.testing.assert_close(scaled(tokens()), plain(tokens()), atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("readout", ["pre", "post"])
 def test_diag_ssm_is_its_recurrence(readout):
     block = redraw(DiagonalSSM(DIM, readout=readout))
@@ -192,6 +202,8 @@ def test_sizes_of_the_published_models():
         ({"num_heads": 4, "num_groups": 3}, "num_groups"),
         ({"time_step_limit": (0.1, 0.01)}, "time_step_limit"),
         ({"time_step_limit": (0.1,)}, "time_step_limit"),
+        ({"expand": 1.3}, "no whole number"),
+        ({"multipliers": (1.0, 2.0)}, "five numbers"),
         ({"kernel": "chunkd"}, "chunked"),
     ],
 )

@@ -228,16 +228,26 @@ def test_parallel_norm_is_shared_and_blocks_get_none_of_their_own():
 
 def test_residual_styles():
     x = stream()
-    for style in ("pre", "post", "sandwich", "none"):
-        node = build({"swiglu": {}, "residual": {"style": style, "scale": 0.5}}).layers[0]
+    for style in ("pre", "post", "normed", "sandwich", "none"):
+        skip = 3.0 if style in ("post", "normed") else 1.0
+        node = build({"swiglu": {}, "residual": {"style": style, "scale": 0.5, "skip": skip}}).layers[0]
         inner = node.block(x if style == "post" else node.norm(x))
         if style == "post":
-            expected = node.norm(x + 0.5 * inner)
+            expected = node.norm(3 * x + 0.5 * inner)
+        elif style == "normed":
+            expected = 3 * node.norm(x) + 0.5 * inner
         elif style == "sandwich":
             expected = x + 0.5 * node.out_norm(inner)
         else:
             expected = 0.5 * inner + (x if style == "pre" else 0)
         torch.testing.assert_close(node(x), expected, rtol=0, atol=1e-12)
+        increment = expected - x if style != "none" else expected
+        torch.testing.assert_close(node.increment(x), increment, rtol=0, atol=1e-12)
+
+
+def test_skip_goes_with_styles_that_norm_again():
+    with pytest.raises(zoo.ConfigError, match="goes with style: post or normed, not pre"):
+        build({"swiglu": {}, "residual": {"skip": 2.0}})
 
 
 MODELS = {
