@@ -75,6 +75,12 @@ SHRINK = {
                           "define.recurrent[1].geglu.hidden_dim=96", "define.local[1].geglu.hidden_dim=96",
                           "define.local[0].attention.head_dim=16", "define.local[0].attention.rotary_dim=8",
                           "define.local[0].attention.window=8"],
+    "zamba2_7b": [
+        "trunk[0].revisit.at=1,2,4", "trunk[0].revisit.attention.num_heads=4",
+        "trunk[0].revisit.attention.scale=0.25", "trunk[0].revisit.hidden_dim=96", "trunk[0].revisit.rank=8",
+        "trunk[0].revisit.of.repeat=6", "trunk[0].revisit.of.of.mamba2.num_heads=8",
+        "trunk[0].revisit.of.of.mamba2.state_dim=8",
+    ],
 }  # fmt: skip
 
 
@@ -151,6 +157,15 @@ def test_hydra_is_the_size_it_claims():
     assert 0.90e9 < report.active_params < 1.00e9
 
 
+def assert_generates_as(ours, theirs, tokens):
+    """With a cache, token by token, the same continuation as transformers' model."""
+    theirs.generation_config.eos_token_id = None
+    mask = torch.ones_like(tokens)
+    assert torch.equal(
+        ours.generate(tokens, 8), theirs.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    )
+
+
 def test_kimi_linear_is_the_published_one():
     """The number of parameters that transformers' KimiLinearForCausalLM has on the meta device, and the layers of the
     checkpoint that are full attention."""
@@ -199,6 +214,7 @@ def test_kimi_linear_is_transformers_model():
     x = tokens(33)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
+    assert_generates_as(ours, theirs, x[:, :7])
 
 
 def test_deepseek_v3_is_the_size_it_claims():
@@ -244,3 +260,4 @@ def test_deepseek_v3_is_transformers_model():
     x = tokens(33)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
+    assert_generates_as(ours, theirs, x[:, :7])

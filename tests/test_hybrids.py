@@ -2,27 +2,40 @@
 
 import pytest
 import torch
-from test_configs import SHRINK, SMALL
+from test_configs import SHRINK, SMALL, assert_generates_as
 
 import zoo
+from zoo.graph.loader import find_config
 from zoo.graph.nodes import ResidualBlock
 from zoo.graph.parallel import Parallel
 
 # what transformers' model of the published configuration counts on the meta device
 PARAMS = {
+    "deepseek_v3": 671_026_404_352,
     "falcon_h1_500m": 521_411_104,
     "jamba_52b": 51_570_323_328,
+    "kimi_linear_48b": 49_122_675_072,
     "minimax_text_01": 456_089_655_296,
     "nemotron_h_8b": 8_100_852_736,
     "qwen3_next_80b": 79_674_391_296,
+    "recurrentgemma_2b": 2_682_862_080,
+    "zamba2_7b": 7_356_749_648,
 }
+# in billions, where what was published with the weights (model card, size of the checkpoint) tells more than the name
+PUBLISHED = {
+    "deepseek_v3": 671, "jamba_52b": 51.57, "minimax_text_01": 456, "qwen3_next_80b": 80, "recurrentgemma_2b": 2.683,
+    "zamba2_7b": 7.355,
+}  # fmt: skip
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES = {"hidden_size": 64, "vocab_size": 61, "pad_token_id": 0, **HEADS}
 
 
 @pytest.mark.parametrize("name", PARAMS)
 def test_parameters_are_the_published_ones(name):
-    assert zoo.estimate(name, batch_size=1, seq_len=1).params == PARAMS[name]
+    params = zoo.estimate(name, batch_size=1, seq_len=1).params
+    assert params == PARAMS[name]
+    assert params == pytest.approx(1e9 * PUBLISHED.get(name, params / 1e9), rel=0.005)
+    assert len(find_config(name).read_text().splitlines()) < 60
 
 
 def test_active_parameters_are_those_of_the_names():
@@ -53,9 +66,9 @@ def part(module, **renamed):
     return weights
 
 
-def compare(name, theirs, blocks, norms, *, embedding, final_norm, overrides=()):
+def compare(name, theirs, blocks, norms, *, embedding, final_norm, overrides=(), extra=None):
     """Logits of ours with the weights of theirs: one entry of `blocks` for each residual block, of `norms` for each
-    norm in front of one."""
+    norm in front of one, `extra` for the first layer beside these."""
     ours = zoo.build(name, [*SMALL, *SHRINK[name], *overrides]).eval()
     mine = [m for m in ours.layers.modules() if isinstance(m, ResidualBlock)]
     for node, weights in zip(mine, blocks, strict=True):
@@ -63,6 +76,9 @@ def compare(name, theirs, blocks, norms, *, embedding, final_norm, overrides=())
     mine = [m.norm for m in ours.layers.modules() if isinstance(m, (ResidualBlock, Parallel)) and m.norm is not None]
     for norm, weight in zip(mine, norms, strict=True):
         norm.load_state_dict({"weight": weight})
+    if extra:
+        missing = ours.layers[0].load_state_dict(extra, strict=False)
+        assert not missing.unexpected_keys and all(n.startswith("items.") for n in missing.missing_keys)
     ours.norm.load_state_dict({"weight": final_norm})
     ours.tok_embeddings.load_state_dict({"weight": embedding.weight})
     ours.lm_head.load_state_dict({"weight": theirs.lm_head.weight})
@@ -71,6 +87,7 @@ def compare(name, theirs, blocks, norms, *, embedding, final_norm, overrides=())
         want = theirs(x, use_cache=False).logits
         assert want.std() > 0.01
         torch.testing.assert_close(ours(x), want, atol=1e-4, rtol=1e-4)
+    assert_generates_as(ours, theirs, x[:, :7])
 
 
 def test_jamba():
@@ -183,4 +200,28 @@ def test_qwen3_next():
     compare(
         "qwen3_next_80b", theirs, blocks, norms, embedding=theirs.model.embed_tokens,
         final_norm=1 + theirs.model.norm.weight,
+    )  # fmt: skip
+
+
+def test_zamba2():
+    from transformers import Zamba2Config, Zamba2ForCausalLM
+
+    sites = [1, 2, 4]
+    theirs = redraw(Zamba2ForCausalLM(Zamba2Config(
+        **SIZES | {"num_key_value_heads": 4}, num_hidden_layers=6, intermediate_size=96, adapter_rank=8,
+        layers_block_type=["hybrid" if i in sites else "linear_attention" for i in range(6)], n_mamba_heads=8,
+        mamba_ngroups=2, mamba_d_state=8, num_mem_blocks=2, use_mem_rope=True, time_step_min=1e-9,
+    )))  # fmt: skip
+    layers = theirs.model.layers
+    plain = [getattr(layer, "mamba_decoder", layer) for layer in layers]
+    extra = {}
+    for n, i in enumerate(sites):
+        shared, place = layers[i].shared_transformer, f"transformers.{n % 2}."
+        adapter = shared.feed_forward.gate_up_proj_adapter_list[n]
+        extra |= {place + k.replace("feed_forward.", ""): v for k, v in part(shared).items() if "adapter" not in k}
+        extra |= {f"visits.{n}.adapter_down.weight": adapter[0].weight, f"visits.{n}.adapter_up.weight":
+                  adapter[1].weight, f"visits.{n}.linear.weight": layers[i].linear.weight}  # fmt: skip
+    compare(
+        "zamba2_7b", theirs, [part(layer.mamba) for layer in plain], [layer.input_layernorm.weight for layer in plain],
+        embedding=theirs.model.embed_tokens, final_norm=theirs.model.final_layernorm.weight, extra=extra,
     )  # fmt: skip

@@ -150,6 +150,9 @@ def test_recurrentgemma_is_that_of_hugging_face():
     want = theirs(ids, use_cache=False).logits
     assert want.abs().max() > 5  # the cap of 30 bends them
     assert (ours(ids) - want).norm() / want.norm() < 3e-6
+    theirs.generation_config.eos_token_id, start = None, ids[:, :9]
+    want = theirs.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=8, do_sample=False)
+    assert torch.equal(ours.generate(start, 8), want)
 
 
 # ------------------------------------------------------------------------------------------------- lru

@@ -250,6 +250,42 @@ def test_skip_goes_with_styles_that_norm_again():
         build({"swiglu": {}, "residual": {"skip": 2.0}})
 
 
+def revisit(**fields):
+    body = {"repeat": 5, "of": LAYER}
+    return {"revisit": {"at": "1,2,4", "hidden_dim": 24, "attention": {"num_heads": 4}, "of": body, **fields}}
+
+
+def test_revisit_without_what_the_sites_say_is_its_body():
+    node, x = build(revisit(rank=4)).layers[0], stream()
+    for visit in node.visits:
+        torch.nn.init.zeros_(visit.linear.weight)
+    expected = x
+    for item in node.items:
+        expected = item(expected)
+    torch.testing.assert_close(node(x), expected, rtol=0, atol=1e-12)
+
+
+def test_revisit_is_heard_by_the_body_alone():
+    """One site, written out: what the shared transformer says enters the body's layer, not the stream beside it."""
+    node, x = build(revisit(at=1, rank=4, of=[["swiglu"], ["swiglu"]])).layers[0], stream()
+    shared, visit = node.transformers[0], node.visits[0]
+    y = node.items[0](x)
+    h = shared.pre_ff_layernorm(shared.self_attn(shared.input_layernorm(torch.cat([y, x], -1))))
+    first = shared.gate_up_proj.weight + visit.adapter_up.weight @ visit.adapter_down.weight
+    gate, up = (h @ first.T).chunk(2, -1)
+    said = visit.linear(shared.down_proj(torch.nn.functional.gelu(gate) * up))
+    branch = node.items[1].items[0]
+    expected = y + branch.block(branch.norm(y + said))
+    torch.testing.assert_close(node(x), expected, rtol=0, atol=1e-12)
+
+
+def test_revisit_takes_its_transformers_in_turn_and_adapts_from_zero():
+    node = zoo.build({"dim": DIM, "vocab_size": VOCAB, "trunk": [revisit(copies=2, rank=4)]}).layers[0]
+    assert [node.transformers[i] for i in (0, 1, 0)] == [node._shared(n) for n in range(3)]
+    assert node.sites == [1, 2, 4] and len(node.visits) == 3
+    assert all(not v.adapter_up.weight.any() and v.linear.weight.any() for v in node.visits)
+
+
 MODELS = {
     "fixed": [loop(steps=3, step_signal="learned")],
     "act": [loop(steps=3, router="act")],
@@ -261,6 +297,8 @@ MODELS = {
     "inject": [loop(steps=3, inject="concat", router="act")],
     "share": [{"sequence": LAYER, "share": "s"}, "swiglu", {"share": "s"}],
     "parallel": [{"parallel": [{"attention": {"num_heads": 4}}, "swiglu"], "merge": "concat", "norm": "layer"}],
+    "revisit": [revisit(copies=2, rank=4)],
+    "revisit_bare": [{**revisit(at=-1, of=["gla", "swiglu"]), "norm": "none"}, loop(steps=2, of=revisit(at=0))],
 }
 
 

@@ -147,26 +147,28 @@ def _try_blocks(graph: Graph, parser: Parser) -> None:
     go together, and nodes that look ahead where the architecture must not."""
     tried: set[str] = set()
     for spec in graph.walk():
-        parts = [(spec.norm, {}), (None if spec.kind in ("combinator", "skip") else spec, {})]
+        parts = [(spec.norm, {}, 1), (None if spec.kind in ("combinator", "skip") else spec, {}, 1)]
         steps = spec.options.get("steps", len(spec.children))
-        parts.append((spec.router, {"steps": steps, "nested": spec.name == "loop"}))
-        for part, context in parts:
+        parts.append((spec.router, {"steps": steps, "nested": spec.name == "loop"}, 1))
+        if spec.kind == "combinator":
+            parts += [(part, {}, width) for part, width in registry.load(spec.name).own_blocks(spec)]
+        for part, context, width in parts:
             if part is None:
                 continue
             key = repr((part.name, sorted(part.options.items(), key=str), sorted(context.items()), part.path))
             if key in tried:
                 continue
             tried.add(key)
-            _try(part, context, graph, parser)
+            _try(part, context, width * graph.dim, graph, parser)
 
 
-def _try(spec, context: dict, graph: Graph, parser: Parser) -> None:
+def _try(spec, context: dict, dim: int, graph: Graph, parser: Parser) -> None:
     known = registry.options(spec.name)
     values = {**spec.options, **{k: v for k, v in context.items() if k in known}}
     if "num_layers" in known:
         values["num_layers"] = graph.num_layers
     try:
-        block = registry.load(spec.name)(graph.dim, **values, device="meta")
+        block = registry.load(spec.name)(dim, **values, device="meta")
     except ValueError as error:
         parser.complain(spec.path, f"{spec.name}: {error}")
         return

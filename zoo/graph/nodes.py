@@ -155,6 +155,11 @@ class Composite(Node):
     main_field: ClassVar[str] = "of"
     uses_norm: ClassVar[bool] = False
 
+    @staticmethod
+    def own_blocks(spec: Spec) -> Iterator[tuple[Spec, int]]:
+        """Blocks that the combinator builds for itself, to be tried before; each is that many streams wide."""
+        yield from ()
+
 
 @register("sequence", kind="combinator")
 class Sequence(Composite):

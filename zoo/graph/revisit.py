@@ -1,0 +1,174 @@
+"""Zamba's shared transformers: a few attention blocks that many places of a body visit."""
+
+# pyright: reportCallIssue=false
+# (nn.ModuleList forgets the type of its items)
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import registry
+from zoo.contract import Cost, StateList, init_linear_
+from zoo.graph.nodes import Builder, Composite, Leaf
+from zoo.graph.parse import flatten
+from zoo.graph.repeat import chosen
+from zoo.graph.spec import Spec
+from zoo.kernels.linear import Linear
+from zoo.registry import register
+from zoo.schema import PositiveInt
+
+
+class SharedTransformer(nn.Module):
+    """Attention over [x; e], 2 D wide, then an MLP of width D; neither has a residual branch of its own."""
+
+    def __init__(self, dim: int, attention: nn.Module, norms: list[nn.Module], hidden_dim: int, **factory):
+        super().__init__()
+        self.input_layernorm, self.pre_ff_layernorm = norms
+        self.self_attn: Any = attention
+        # the attention reads 2 D channels and gives D
+        old: Any = attention.o_proj
+        self.self_attn.o_proj = Linear(old.in_features, dim, bias=old.bias is not None, **factory)
+        self.gate_up_proj = Linear(dim, 2 * hidden_dim, bias=False, **factory)
+        self.down_proj = Linear(hidden_dim, dim, bias=False, **factory)
+
+    def reset_own_parameters(self) -> None:
+        init_linear_(self.gate_up_proj)
+        init_linear_(self.down_proj)
+
+
+class Visit(nn.Module):
+    """What one site has to itself: the low-rank change of the MLP's first matrix, and the map of the output."""
+
+    def __init__(self, dim: int, hidden_dim: int, rank: int | None, **factory):
+        super().__init__()
+        self.adapter_down = Linear(dim, rank, bias=False, **factory) if rank else None
+        self.adapter_up = Linear(rank, 2 * hidden_dim, bias=False, **factory) if rank else None
+        self.linear = Linear(dim, dim, bias=False, **factory)
+
+    def reset_own_parameters(self) -> None:
+        init_linear_(self.linear)
+        if self.adapter_down is not None and self.adapter_up is not None:
+            init_linear_(self.adapter_down)
+            nn.init.zeros_(self.adapter_up.weight)  # LoRA: every site starts from the shared weights
+
+    def forward(self, shared: SharedTransformer, x: Tensor, entry: Tensor, **context: Any) -> Tensor:
+        h = shared.pre_ff_layernorm(shared.self_attn(shared.input_layernorm(torch.cat([x, entry], -1)), **context))
+        gate_up = shared.gate_up_proj(h)
+        if self.adapter_down is not None and self.adapter_up is not None:
+            gate_up = gate_up + self.adapter_up(self.adapter_down(h))
+        gate, up = gate_up.chunk(2, -1)
+        return self.linear(shared.down_proj(F.gelu(gate) * up))
+
+
+@register("revisit", kind="combinator", paper="arXiv:2411.15242")
+class Revisit(Composite):
+    """Nodes one after the other, x <- x + f_i(x + W_i T(x, e)) at some, x <- x + f_i(x) at the others (Zamba2).
+
+    e is the combinator's input; T one of `copies` transformers that the sites take in turn: attention on [x; e],
+    2 D wide, then a GeGLU of `hidden_dim`, whose first matrix a site changes by one of `rank`. What T says reaches
+    the stream through f_i alone. Fields: `of`: the nodes; `at`: the sites (`6`, `"6,11"`, `"6::6"`); `attention`:
+    options of the attention block, whose heads are by default those of a width of 2 D. Norms are the default norm.
+    """
+
+    def __init__(
+        self,
+        items: list[nn.Module],
+        transformers: list[SharedTransformer],
+        dim: int,
+        *,
+        at: Any,
+        attention: dict[str, Any] | None = None,
+        hidden_dim: PositiveInt,
+        copies: PositiveInt = 1,
+        rank: PositiveInt | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.items, self.transformers, self.dim = nn.ModuleList(items), nn.ModuleList(transformers), dim
+        self.sites = sorted(set(chosen(at, len(items))))
+        self.visits = nn.ModuleList(Visit(dim, hidden_dim, rank, device=device, dtype=dtype) for _ in self.sites)
+
+    @staticmethod
+    def parse(fields) -> Spec | None:
+        parser, body, options = fields.parser, fields.body(), fields.options()
+        if body is None or "at" not in options:
+            return None
+        items = tuple(flatten(body))
+        try:
+            sites = set(chosen(options["at"], len(items)))
+            if len(sites) < (copies := options.get("copies", 1)):
+                parser.complain(fields.at("copies"), f"copies={copies} is more than the number of sites, {len(sites)}")
+        except ValueError as error:
+            parser.complain(fields.at("at"), str(error))
+        options["attention"] = parser.options("attention", options.get("attention") or {}, fields.at("attention"))
+        return Spec("revisit", fields.path, options=options, children=items, norm=parser.default_norm)
+
+    @staticmethod
+    def own_blocks(spec: Spec) -> Iterator[tuple[Spec, int]]:
+        yield Spec("attention", (*spec.path, "revisit", "attention"), "mixer", spec.options["attention"]), 2
+
+    @classmethod
+    def from_spec(cls, spec: Spec, builder: Builder) -> Revisit:
+        dim, options = builder.dim, spec.options
+
+        def norm(width: int) -> nn.Module:
+            if spec.norm is None:
+                return nn.Identity()
+            return registry.load(spec.norm.name)(width, **spec.norm.options, **builder.factory)
+
+        transformers = [
+            SharedTransformer(
+                dim, registry.load("attention")(2 * dim, **options["attention"], **builder.factory),
+                [norm(2 * dim), norm(dim)], options["hidden_dim"], **builder.factory,
+            )
+            for _ in range(options.get("copies", 1))
+        ]  # fmt: skip
+        return cls([builder.node(c) for c in spec.children], transformers, dim, **options, **builder.factory)
+
+    def _shared(self, number: int) -> SharedTransformer:
+        return self.transformers[number % len(self.transformers)]  # type: ignore[return-value]
+
+    def forward(self, x, *, state: Any = None, positions=None, doc_ids=None):
+        entry, bodies, caches = x, None, None
+        if state is not None:
+            bodies, caches = (s.children for s in state.children)
+        for i, item in enumerate(self.items):
+            said = x
+            if i in self.sites:
+                n = self.sites.index(i)
+                context = {"state": caches and caches[n], "positions": positions, "doc_ids": doc_ids}
+                said = x + self.visits[n](self._shared(n), x, entry, **context)
+            x = x + item.increment(said, state=bodies and bodies[i], positions=positions, doc_ids=doc_ids)
+        return x
+
+    def init_state(self, batch_size, max_len=None):
+        caches = [self._shared(n).self_attn.init_state(batch_size, max_len) for n in range(len(self.sites))]
+        return StateList([StateList([i.init_state(batch_size, max_len) for i in self.items]), StateList(caches)])
+
+    def leaves(self, batch_size, seq_len, context_len, mode, path=""):
+        for i, item in enumerate(self.items):
+            if i in self.sites:
+                n = self.sites.index(i)
+                yield from self._visit_leaves(n, batch_size, seq_len, context_len, mode, f"{path}.{i}".strip("."))
+            yield from item.leaves(batch_size, seq_len, context_len, mode, f"{path}.{i}".strip("."))
+
+    def _visit_leaves(self, number, batch_size, seq_len, context_len, mode, path):
+        shared, visit = self._shared(number), self.visits[number]
+        attention = shared.self_attn
+        yield Leaf(f"{path}.shared", "attention", attention.cost(batch_size, seq_len, context_len, mode), attention)
+        rest = [p for n, p in shared.named_parameters() if not n.startswith("self_attn.")]
+        own = [*rest, *visit.parameters()]
+        count, item, tokens = sum(p.numel() for p in own), attention.itemsize, batch_size * seq_len
+        passes = 3 if mode == "train" else 1
+        flops = passes * 2 * tokens * sum(p.numel() for p in own if p.ndim == 2)
+        stream = passes * tokens * self.dim * item
+        hidden = shared.down_proj.in_features
+        # the joined input and its norm; the norm's input and output, gate and up, gelu(gate) and the product
+        kept = tokens * (6 * self.dim + 4 * hidden) * item if mode == "train" else 0
+        cost = Cost(count, count, flops, passes * count * item + stream, stream + kept, kept)
+        yield Leaf(f"{path}.visit", "shared mlp", cost, visit)
