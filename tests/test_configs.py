@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import zoo
-from zoo.graph.loader import config_names
+from zoo.graph.loader import config_names, find_config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -27,6 +27,17 @@ SHRINK = {
         "define.full[0].attention.scale=0.09765625", "define.ssm[0].mamba2.num_heads=6",
         "define.ssm[0].mamba2.head_dim=16", "define.ssm[0].mamba2.state_dim=8", "define.dense[0].swiglu.hidden_dim=96",
     ],
+    "hnet_small": ["trunk[0].hierarchy.chunker.dynamic_chunks.width=96"],
+    "hnet_2stage_small": ["trunk[0].hierarchy.chunker.dynamic_chunks.width=80",
+                          "define.words[0].hierarchy.chunker.dynamic_chunks.width=96",
+                          "define.local[0].attention.window=8"],
+    "hnet_xl": ["trunk[0].hierarchy.chunker.dynamic_chunks.width=96", "define.m4.repeat=1",
+                "define.m4.of.mamba2.head_dim=32", "define.m4.of.mamba2.state_dim=16",
+                "define.words[0].hierarchy.chunker.dynamic_chunks.width=128", "define.words[0].hierarchy.of.repeat=2",
+                "define.local[0].attention.num_heads=4", "define.local[0].attention.rotary_dim=12",
+                "define.local[0].attention.window=8", "define.local[1].swiglu.hidden_dim=96",
+                "define.layer[0].attention.num_heads=4", "define.layer[0].attention.rotary_dim=16",
+                "define.layer[1].swiglu.hidden_dim=96"],
     "hydra_hybrid": [
         "define.experts.chunk_moe.hidden_dim=16", "define.experts.chunk_moe.chunk_size=8",
         "define.sparse.window_global.window=8", "define.sparse.window_global.num_globals=4",
@@ -164,6 +175,32 @@ def assert_generates_as(ours, theirs, tokens):
     assert torch.equal(
         ours.generate(tokens, 8), theirs.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False)
     )
+
+
+def test_hnet_xl_is_the_published_one():
+    """The parameters of the released hnet_2stage_XL (1.6 B), counted from its own description, layout
+    m4 [T1 m4 [T27] m4 T1] m4 with widths 1024, 1536, 2048."""
+
+    def mamba2(d, states=128):
+        inner = 2 * d
+        heads, channels = inner // 64, inner + 2 * states
+        return d * (inner + channels + heads) + 5 * channels + 3 * heads + inner + inner * d + d
+
+    def layer(d, hidden):
+        return 4 * d * d + 3 * d * hidden + 2 * d
+
+    def chunks(d, wider):
+        return 3 * d * d + d + wider - d
+
+    ends = 2 * 256 * 1024 + 8 * mamba2(1024) + 2 * 1024 + chunks(1024, 1536)
+    words = 2 * layer(1536, 4096) + 8 * mamba2(1536) + 2 * 1536 + chunks(1536, 2048)
+    want = ends + words + 27 * layer(2048, 5504) + 2048
+    report = zoo.estimate("hnet_xl", batch_size=1, seq_len=1)
+    assert report.params == want == 1_603_492_224
+    assert len(find_config("hnet_xl").read_text().splitlines()) < 60
+    # inside, a ninth of the bytes
+    byte = zoo.estimate("hnet_xl", batch_size=1, seq_len=1, context_len=8191, mode="decode").flops
+    assert byte < 0.2 * 2 * report.params
 
 
 def test_kimi_linear_is_the_published_one():

@@ -12,6 +12,7 @@ KINDS = {
     "ffn": "Feed-forward networks",
     "memory": "Memories",
     "router": "Routers of loops and routes",
+    "chunker": "Chunkers of hierarchies",
     "norm": "Norms",
     "combinator": "Combinators",
 }

@@ -92,6 +92,7 @@ def estimate(
     assumptions = []
     if any("router" in n.path and n.block not in ("fixed", "act") for n in nodes):
         assumptions.append("routed bodies run on the share of tokens that their router's capacity names")
+    assumptions += dict.fromkeys(a for leaf in leaves if (a := getattr(leaf.module, "assumption", "")))
     state = totals["state_bytes"] + (8 * batch_size if mode != "train" else 0)  # the model's own token count
     name = str(model.config.get("name", "model"))  # type: ignore[union-attr]
     totals["state_bytes"] = state

@@ -25,7 +25,7 @@ from zoo.errors import ConfigError, did_you_mean
 from zoo.schema import check_type
 
 KINDS = (
-    "mixer", "ffn", "norm", "position", "router", "memory", "linear", "select",
+    "mixer", "ffn", "norm", "position", "router", "chunker", "memory", "linear", "select",
     "cache", "merge", "embedding", "head", "combinator",
 )  # fmt: skip
 ENTRY_POINTS = "zoo.blocks"

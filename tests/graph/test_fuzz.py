@@ -24,6 +24,8 @@ trunk:
   - {loop: {steps: 2, router: {act: {eps: 0.05}}, of: a, inject: add}}
   - {route: {bodies: [a, skip], router: token_choice}}
   - {route: a}
+  - {hierarchy: {chunker: {dynamic_chunks: {width: 48, ratio: 2}}, encoder: a, of: [b], decoder: a}}
+  - {hierarchy: {chunker: fixed_chunks, of: a, decoder: a}}
   - {swiglu: {hidden_dim: 24}, share: s, residual: {style: sandwich, scale: 0.5, learn: scalar}}
   - {share: s}
 train: {steps: 3, lr: 1e-3}

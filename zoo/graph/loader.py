@@ -146,7 +146,7 @@ def _try_blocks(graph: Graph, parser: Parser) -> None:
     """Build every distinct block and router once on the meta device: finds combinations of options that do not
     go together, and nodes that look ahead where the architecture must not."""
     tried: set[str] = set()
-    for spec in graph.walk():
+    for spec, dim in (pair for item in graph.trunk for pair in item.widths(graph.dim)):
         parts = [(spec.norm, {}, 1), (None if spec.kind in ("combinator", "skip") else spec, {}, 1)]
         steps = spec.options.get("steps", len(spec.children))
         parts.append((spec.router, {"steps": steps, "nested": spec.name == "loop"}, 1))
@@ -155,11 +155,11 @@ def _try_blocks(graph: Graph, parser: Parser) -> None:
         for part, context, width in parts:
             if part is None:
                 continue
-            key = repr((part.name, sorted(part.options.items(), key=str), sorted(context.items()), part.path))
+            key = repr((part.name, dim, sorted(part.options.items(), key=str), sorted(context.items()), part.path))
             if key in tried:
                 continue
             tried.add(key)
-            _try(part, context, width * graph.dim, graph, parser)
+            _try(part, context, width * dim, graph, parser)
 
 
 def _try(spec, context: dict, dim: int, graph: Graph, parser: Parser) -> None:

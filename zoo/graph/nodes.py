@@ -7,6 +7,7 @@
 # (nn.ModuleList forgets the type of its items)
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -64,8 +65,16 @@ class Builder:
         self.factory = {"device": device, "dtype": dtype}
         self.shared: dict[str, nn.Module] = {}
 
+    def at_width(self, width: int) -> Builder:
+        """The same builder for a stream of another width."""
+        inner = copy.copy(self)  # `shared` stays common
+        inner.dim = width
+        return inner
+
     def node(self, spec: Spec) -> Any:
         """The node of a spec."""
+        if spec.width not in (None, self.dim):
+            return self.at_width(spec.width).node(spec)
         if spec.share and spec.share in self.shared:
             return self.shared[spec.share]
         name = "residual" if spec.kind != "combinator" else spec.name

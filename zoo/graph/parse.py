@@ -20,7 +20,7 @@ from zoo.schema import accepts_list, check_type
 
 BLOCK_KINDS = ("mixer", "ffn", "memory")
 ATTRIBUTES = ("norm", "residual", "share")
-PLANNED = ("hierarchy", "feedback")
+PLANNED = ("feedback",)
 MAX_NODES = 20_000
 _WIDTH_WORDS = ("dim", "d_model", "hidden_size", "width", "model_dim", "embed_dim")
 
@@ -38,6 +38,8 @@ class Parser:
         self.expanded: set[str] = set()
         self.sharing: list[str] = []
         self.shared: dict[str, Spec] = {}
+        self.width: int | None = None  # of the stream, None: the model's
+        self.shared_width: dict[str, int | None] = {}
         self.copy: tuple[int, int] | None = None
         self.nodes = self.mixers = 0
         self.blocks = frozenset(n for kind in BLOCK_KINDS for n in registry.list_blocks(kind))
@@ -109,8 +111,14 @@ class Parser:
             hint = did_you_mean(name, self.shared)
             self.complain((*path, "share"), f"no node before this one is shared as {name!r}{hint}")
         else:
+            self.same_width(name, path)
             return self.shared[name].with_(path=path)
         return None
+
+    def same_width(self, name: str, path: Path_) -> None:
+        """Complain where a node is shared between streams of different widths."""
+        if self.shared_width.setdefault(name, self.width) != self.width:
+            self.complain((*path, "share"), f"{name!r} is shared between streams of different widths")
 
     def named(
         self, name: str, options: Any, attributes: Mapping, path: Path_, item: Path_ | None = None
@@ -192,6 +200,7 @@ class Parser:
         if spec is None or not name:
             return spec
         first = self.shared.setdefault(name, spec.with_(share=name))
+        self.same_width(name, path)
         if not _same(first, spec):
             self.complain((*path, "share"), f"the nodes shared as {name!r} differ; write `share: {name}` alone")
         return first.with_(path=spec.path)
@@ -321,11 +330,14 @@ class Fields:
 
     def router(self, default: str) -> Spec | None:
         """The field `router`: a name or {name: options}."""
-        value = self.take("router", default)
+        return self.component("router", self.take("router", default))
+
+    def component(self, kind: str, value: Any) -> Spec | None:
+        """The value of the field called `kind`: a name of that kind or {name: options}."""
         name, options = value, {}
         if isinstance(value, Mapping) and len(value) == 1:
             name, options = next(iter(value.items()))
-        return self.parser.component(name, options, "router", self.at("router"))
+        return self.parser.component(name, options, kind, self.at(kind))
 
     def options(self) -> dict[str, Any]:
         """Everything else, checked. Call last."""

@@ -23,7 +23,8 @@ class Spec:
     """One node: a block with its residual, or a combinator with its children.
 
     `path` is the place in the document, `label` the definition it came from, `share` the name under which its
-    parameters are shared, `layer_index` the number of mixers before it.
+    parameters are shared, `layer_index` the number of mixers before it, `width` the stream's width from here on
+    inwards where it is another than outside, `router` what decides: a router, or a hierarchy's chunker.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Spec:
     label: str = ""
     share: str | None = None
     layer_index: int = 0
+    width: int | None = None
 
     def with_(self, **changes: Any) -> Spec:
         """A copy with some fields changed."""
@@ -48,6 +50,13 @@ class Spec:
         yield self
         for child in self.children:
             yield from child.walk()
+
+    def widths(self, dim: int) -> Iterator[tuple[Spec, int]]:
+        """The same walk, each node with the width of its stream; `dim` is the width around this node."""
+        dim = self.width or dim
+        yield self, dim
+        for child in self.children:
+            yield from child.widths(dim)
 
     @property
     def is_layer(self) -> bool:
