@@ -8,12 +8,13 @@ DEMO := runs/demo
 # two test processes of one thread each are quicker on two cores than one of two threads
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo test check lint types fast docs golden lock bench
+.PHONY: help install demo test oracles check lint types fast docs golden lock bench
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo     build, train, profile and sample a small model; leaves $(DEMO)'
 	@echo 'make test     all tests that need no GPU'
+	@echo 'make oracles  ops and blocks against the torch forms of flash-linear-attention, which is installed apart'
 	@echo 'make check    format, lint, types, import rules, fast tests'
 	@echo 'make install  .venv from requirements.lock    make docs    one page per block'
 	@echo 'make golden   rewrite the golden files        make lock    rewrite requirements.lock'
@@ -50,6 +51,15 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m 'not gpu' $(PYTEST_ARGS)
+
+# not in .venv: where fla can be imported, transformers runs its GPU kernels in models that have a CPU form
+ORACLES := .oracles
+$(ORACLES): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@.part fla-core==0.6.0 flash-linear-attention==0.6.0
+	@rm -rf $@ && mv $@.part $@
+
+oracles: $(ORACLES)
+	PYTHONPATH=$(ORACLES) $(TEST_ENV) $(BIN)/python -m pytest tests/oracles
 
 check: lint types fast
 
