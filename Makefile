@@ -69,7 +69,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 types: $(INSTALLED)
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 fast: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' $(PYTEST_ARGS)
