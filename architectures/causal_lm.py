@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from zoo.contract import State, positions_from, refuse_packed_streaming
+from zoo.architectures.model import Model
+from zoo.contract import Cost, Mode, State, positions_from, refuse_packed_streaming
 from zoo.graph.nodes import Builder, Leaf
 from zoo.graph.spec import Graph
 from zoo.kernels.linear import Linear
@@ -25,18 +24,20 @@ class ModelState(State):
     children: list[State] = field(default_factory=list)
 
 
-class CausalLM(nn.Module):
+class CausalLM(Model):
     """tokens [B, T] int64 -> logits [B, T, V]; every layer a node of the graph it was built from.
 
     `layers` are ordinary modules; `config` is the resolved configuration as plain values. Embeddings are multiplied
     by `embedding_scale`; logits are cap tanh(logit_scale W h / cap), or without the cap logit_scale W h.
     """
 
+    modes: ClassVar[tuple[Mode, ...]] = ("train", "prefill", "decode")
+    embedding: ClassVar[str] = "tok_embeddings"
+
     def __init__(self, graph: Graph, *, device: Any = None, dtype: torch.dtype | None = None):
-        super().__init__()
+        super().__init__(graph)
         builder = Builder(graph.dim, graph.num_layers, device, dtype)
-        self.config: Mapping[str, Any] = graph.document
-        self.dim, self.vocab_size = graph.dim, graph.vocab_size
+        self.vocab_size = graph.vocab_size
         self.embedding_scale, self.logit_scale, self.logit_cap = (
             graph.embedding_scale,
             graph.logit_scale,
@@ -45,36 +46,25 @@ class CausalLM(nn.Module):
         # given its weight, nn.Embedding draws none; on meta that draw would load torch's compiler, seconds
         table = torch.empty(graph.vocab_size, graph.dim, **builder.factory)
         self.tok_embeddings = nn.Embedding(graph.vocab_size, graph.dim, _weight=table)
-        self.layers = nn.ModuleList(builder.node(spec) for spec in graph.trunk)
-        self.norm = builder.component(graph.norm) if graph.norm else None
+        self._add_trunk(graph, builder)
         self.lm_head = Linear(graph.dim, graph.vocab_size, bias=False, **builder.factory)
         if graph.tie_embeddings:
             self.lm_head.weight = self.tok_embeddings.weight
 
     # --------------------------------------------------------------------------------- parameters
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> None:
-        """Draw every parameter; what a module gets depends on the seed and its name only, so not on the order
-        of building nor on which modules a rank holds. Safe after `to_empty`."""
-        done: set[int] = set()
-        for name, module in self.named_modules():
-            if id(module) in done:
-                continue
-            draw = None
-            if hasattr(module, "zoo_registration") and module.zoo_registration.kind != "combinator":
-                draw = module.reset_parameters
-                done.update(id(m) for m in module.modules())
-            elif hasattr(module, "reset_own_parameters"):
-                draw = module.reset_own_parameters
-            elif name == "tok_embeddings":
-                draw = self._reset_embedding
-            elif name == "lm_head" and self.lm_head.weight is not self.tok_embeddings.weight:
-                draw = self._reset_head
-            if draw is not None:
-                key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                with torch.random.fork_rng(devices=_cuda_devices(module)):
-                    torch.manual_seed(int.from_bytes(key[:7], "big"))
-                    draw()
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        tied = self._tied
+        super().to_empty(device=device, recurse=recurse)
+        if tied:
+            self.lm_head.weight = self.tok_embeddings.weight
+        return self
+
+    @property
+    def _tied(self) -> bool:
+        return self.lm_head.weight is self.tok_embeddings.weight
+
+    def _own_draws(self) -> dict[str, Callable[[], None]]:
+        return {"tok_embeddings": self._reset_embedding} | ({} if self._tied else {"lm_head": self._reset_head})
 
     def _reset_embedding(self) -> None:
         nn.init.normal_(self.tok_embeddings.weight, std=0.02)
@@ -99,7 +89,7 @@ class CausalLM(nn.Module):
         if state is not None:
             positions = state.seen[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         elif doc_ids is not None:
-            positions = positions_from(doc_ids, *tokens.shape, tokens.device)
+            positions = positions_from(doc_ids, tokens.shape[0], tokens.shape[1], tokens.device)
         for i, layer in enumerate(self.layers):
             x = layer(x, state=state and state.children[i], positions=positions, doc_ids=doc_ids)
         if state is not None:
@@ -162,16 +152,20 @@ class CausalLM(nn.Module):
             yield tokens
 
     # --------------------------------------------------------------------------------------- cost
-    def leaves(self, batch_size: int, seq_len: int, context_len: int, mode) -> Iterator[Leaf]:
-        """Costs of all blocks, in order; embedding, final norm and head are added by `zoo.estimate`."""
-        for i, layer in enumerate(self.layers):
-            yield from layer.leaves(batch_size, seq_len, context_len, mode, f"layers.{i}")
-
-    def save_pretrained(self, directory: str | Path) -> Path:
-        """Write config.yaml and model.safetensors into `directory`. See `zoo.from_pretrained`."""
-        from zoo.architectures.storage import save_pretrained
-
-        return save_pretrained(self, Path(directory))
+    def ends(self, batch_size: int, seq_len: int, mode: Mode) -> Iterator[Leaf]:
+        tokens, item = batch_size * seq_len, self.tok_embeddings.weight.element_size()
+        stream, table = tokens * self.dim * item, self.tok_embeddings.weight.numel()
+        train = mode == "train"
+        passes = 3 if train else 1
+        yield Leaf("tok_embeddings", "embedding", Cost(table, table, 0, stream, stream), self.tok_embeddings)
+        yield from self._norm_leaf(stream, train)
+        logits = tokens * self.vocab_size * item
+        own = 0 if self._tied else table
+        head = Cost(
+            own, own, passes * 2 * tokens * table,
+            passes * (table * item + stream), passes * logits, stream + logits if train else 0,
+        )  # fmt: skip
+        yield Leaf("lm_head", "head (tied)" if self._tied else "head", head, self.lm_head)
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
@@ -181,7 +175,3 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
         worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < worst, -torch.inf)
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
-
-
-def _cuda_devices(module: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})

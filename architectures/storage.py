@@ -14,11 +14,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from zoo.architectures.causal_lm import CausalLM
+from zoo.architectures.model import Model
+from zoo.architectures.vision import VisionModel
 from zoo.errors import ConfigError, Problem, ZooError
 from zoo.graph.loader import load_graph
+from zoo.graph.spec import Graph
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
+ARCHITECTURES: dict[str, type[CausalLM] | type[VisionModel]] = {"causal_lm": CausalLM, "vision": VisionModel}
+
+
+def assemble(graph: Graph, *, dtype: torch.dtype = torch.float32) -> Model:
+    """The model of a graph on the meta device."""
+    return ARCHITECTURES[graph.architecture](graph, device="meta", dtype=dtype)
 
 
 def build(
@@ -28,7 +37,7 @@ def build(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> CausalLM:
+) -> Any:
     """Compose, check and build a model. It comes in eval() mode; call train() to train it.
 
     path_or_config: a YAML file, a shipped name, a run folder, or a mapping. overrides: `key=value` strings.
@@ -36,24 +45,21 @@ def build(
     """
     graph = load_graph(path_or_config, overrides)
     # built on meta first: a model that does not fit fails before half of it is drawn
-    model = CausalLM(graph, device="meta", dtype=dtype)
+    model = assemble(graph, dtype=dtype)
     if str(device) != "meta":
-        retie = model.lm_head.weight is model.tok_embeddings.weight
         model.to_empty(device=device)
-        if retie:
-            model.lm_head.weight = model.tok_embeddings.weight
         model.init_weights(seed)
     return model.eval()
 
 
-def _unique_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
+def _unique_tensors(model: Model) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers, each shared one once, under its first name."""
     persistent = model.state_dict(keep_vars=True)
     seen: dict[int, str] = {}
     return {n: t.detach() for n, t in persistent.items() if seen.setdefault(id(t), n) == n}
 
 
-def save_pretrained(model: CausalLM, directory: Path) -> Path:
+def save_pretrained(model: Model, directory: Path) -> Path:
     """Write the two files; a failure leaves nothing half-written. ZooError where the disk refuses."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -93,7 +99,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def from_pretrained(directory: str | Path, *, device: str | torch.device = "cpu", dtype: Any = None) -> CausalLM:
+def from_pretrained(directory: str | Path, *, device: str | torch.device = "cpu", dtype: Any = None) -> Any:
     """Load what `save_pretrained` wrote. ConfigError where files are missing, damaged or do not fit."""
     folder = Path(directory)
     if not (folder / WEIGHTS).is_file() and (folder / "model" / WEIGHTS).is_file():
@@ -111,7 +117,8 @@ def from_pretrained(directory: str | Path, *, device: str | torch.device = "cpu"
         raise ConfigError(
             [Problem(f"is damaged or no safetensors file: {error}", file=str(folder / WEIGHTS))]
         ) from None
-    stored = next((t.dtype for n, t in tensors.items() if n == "tok_embeddings.weight"), torch.float32)
+    embedding = tensors.get(f"{ARCHITECTURES[graph.architecture].embedding}.weight")
+    stored = torch.float32 if embedding is None else embedding.dtype
     model = build(dict(graph.document), device=device, dtype=dtype or stored)
     own = _unique_tensors(model)
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())

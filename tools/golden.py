@@ -18,18 +18,23 @@ BATCH, SEQ = 1, 1024
 def golden_text(name: str) -> str:
     """The golden file of a shipped configuration."""
     model = zoo.build(name, device="meta")
-    train = zoo.estimate(model, batch_size=BATCH, seq_len=SEQ, mode="train")
-    decode = zoo.estimate(model, batch_size=BATCH, seq_len=1, context_len=SEQ - 1, mode="decode")
+    if "decode" in model.modes:
+        tokens, mode = SEQ, "decode"
+        infer = zoo.estimate(model, batch_size=BATCH, seq_len=1, context_len=SEQ - 1, mode="decode")
+    else:
+        tokens, mode = model.options.num_tokens, "prefill"
+        infer = zoo.estimate(model, batch_size=BATCH, seq_len=tokens, mode="prefill")
+    train = zoo.estimate(model, batch_size=BATCH, seq_len=tokens, mode="train")
     lines = [
-        f"{name}: batch {BATCH}, {SEQ} tokens",
+        f"{name}: batch {BATCH}, {tokens} tokens",
         f"params {train.params:,}  active {train.active_params:,}",
-        f"train flops {train.flops:,}  decode flops {decode.flops:,}  state bytes {decode.state_bytes:,}",
+        f"train flops {train.flops:,}  {mode} flops {infer.flops:,}  state bytes {infer.state_bytes:,}",
         "",
         f"{'node':<40} {'block':<20} {'params':>15} {'train flops':>20} {'state bytes':>15}",
     ]
     lines += [
         f"{n.path:<40} {n.block:<20} {n.params:>15,} {n.flops:>20,} {d.state_bytes:>15,}"
-        for n, d in zip(train.nodes, decode.nodes, strict=True)
+        for n, d in zip(train.nodes, infer.nodes, strict=True)
     ]
     lines += ["", "parameters"]
     lines += [f"{n}  {tuple(p.shape)}" for n, p in model.named_parameters()]

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from zoo import kernels
-    from zoo.architectures.causal_lm import CausalLM as Model
+    from zoo.architectures.model import Model
     from zoo.architectures.storage import build, from_pretrained
     from zoo.cost import estimate
     from zoo.errors import ConfigError, DataError, KernelUnavailable, ZooError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # names are looked up on first use, so that `import zoo` costs nothing and needs no torch
 _WHERE = {
-    "Model": ("zoo.architectures.causal_lm", "CausalLM"),
+    "Model": ("zoo.architectures.model", "Model"),
     "build": ("zoo.architectures.storage", "build"),
     "from_pretrained": ("zoo.architectures.storage", "from_pretrained"),
     "estimate": ("zoo.cost", "estimate"),

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.contract import Cost, Mode
+from zoo.contract import Mode
 from zoo.errors import ConfigError, one_of
 
 if TYPE_CHECKING:
-    from zoo.architectures.causal_lm import CausalLM
+    from zoo.architectures.model import Model
 
 MODES = ("train", "prefill", "decode")
 
@@ -58,7 +58,7 @@ class CostReport:
 
 
 def estimate(
-    path_or_model: str | Path | Mapping | CausalLM,
+    path_or_model: str | Path | Mapping | Model,
     overrides: Iterable[str] = (),
     *,
     batch_size: int,
@@ -78,11 +78,12 @@ def estimate(
         from zoo.architectures.storage import build
 
         model = build(model, overrides, device="meta")  # type: ignore[arg-type]
+    streams = "decode" in model.modes  # type: ignore[union-attr]
+    if not streams and (mode == "decode" or context_len):
+        raise ConfigError("the model reads whole rows and has no state: mode can be train or prefill, context_len 0")
     leaves = list(model.leaves(batch_size, seq_len, context_len, mode))  # type: ignore[union-attr]
-    ends = list(_ends(model, batch_size, seq_len, mode))
-    nodes = [NodeCost(leaf.path, leaf.block, *dataclasses.astuple(leaf.cost)) for leaf in leaves]
-    nodes = [NodeCost(*ends[0][:2], *dataclasses.astuple(ends[0][2])), *nodes]
-    nodes += [NodeCost(p, b, *dataclasses.astuple(c)) for p, b, c in ends[1:]]
+    first, *last = model.ends(batch_size, seq_len, mode)  # type: ignore[union-attr]
+    nodes = [NodeCost(n.path, n.block, *dataclasses.astuple(n.cost)) for n in (first, *leaves, *last)]
     totals = {f: sum(getattr(n, f) for n in nodes) for f in ("flops", "bytes_read", "bytes_written")}
     totals |= {f: sum(getattr(n, f) for n in nodes) for f in ("activation_bytes", "state_bytes")}
     # every tensor once, however many sites share it
@@ -93,29 +94,11 @@ def estimate(
     if any("router" in n.path and n.block not in ("fixed", "act") for n in nodes):
         assumptions.append("routed bodies run on the share of tokens that their router's capacity names")
     assumptions += dict.fromkeys(a for leaf in leaves if (a := getattr(leaf.module, "assumption", "")))
-    state = totals["state_bytes"] + (8 * batch_size if mode != "train" else 0)  # the model's own token count
+    # the model counts tokens itself
+    state = totals["state_bytes"] + (8 * batch_size if streams and mode != "train" else 0)
     name = str(model.config.get("name", "model"))  # type: ignore[union-attr]
     totals["state_bytes"] = state
     return CostReport(
         name, mode, batch_size, seq_len, context_len, params, params - inactive,
         nodes=tuple(nodes), assumptions=tuple(assumptions), **totals,
     )  # fmt: skip
-
-
-def _ends(model: Any, batch_size: int, seq_len: int, mode: Mode) -> Iterable[tuple[str, str, Cost]]:
-    """Embedding, final norm and head."""
-    tokens, item = batch_size * seq_len, model.tok_embeddings.weight.element_size()
-    stream, table = tokens * model.dim * item, model.tok_embeddings.weight.numel()
-    train = mode == "train"
-    passes = 3 if train else 1
-    yield "tok_embeddings", "embedding", Cost(table, table, 0, stream, stream)
-    if model.norm is not None:
-        own = sum(p.numel() for p in model.norm.parameters())
-        yield "norm", "norm", Cost(own, own, 0, stream, stream, stream if train else 0)
-    tied = model.lm_head.weight is model.tok_embeddings.weight
-    logits = tokens * model.vocab_size * item
-    head = Cost(
-        0 if tied else table, 0 if tied else table, passes * 2 * tokens * table,
-        passes * (table * item + stream), passes * logits, stream + logits if train else 0,
-    )  # fmt: skip
-    yield "lm_head", "head (tied)" if tied else "head", head

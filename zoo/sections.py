@@ -1,4 +1,4 @@
-"""The `train:` and `data:` sections of a configuration. The annotated fields are the schema; no torch here."""
+"""The sections `vision:`, `train:` and `data:` of a configuration. Annotated fields are the schema; no torch here."""
 
 from __future__ import annotations
 
@@ -51,9 +51,40 @@ class _Section:
 
 
 @dataclass(frozen=True)
+class VisionSection(_Section):
+    """Images of `architecture: vision`, square ones in training, and what is told of them."""
+
+    where: typing.ClassVar[str] = "vision"
+
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    channels: PositiveInt = 3
+    num_registers: NonNegativeInt = 0  # tokens without content behind the class token (arXiv:2309.16588)
+    num_classes: NonNegativeInt = 0  # 0: no head, the model gives features
+    pool: Literal["class", "mean", "class_mean"] = "class"  # class token, mean over patches, or both
+    antialias: bool = False  # of the positions, where they are interpolated to a smaller grid
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image: class token, registers, patches."""
+        return 1 + self.num_registers + self.grid**2
+
+    def complaints(self) -> list[tuple[str, str]]:
+        if self.image_size % self.patch_size:
+            return [("patch_size", f"must divide image_size {self.image_size}, got {self.patch_size}")]
+        return []
+
+
+@dataclass(frozen=True)
 class TrainSection(_Section):
     """How a model is trained. A step sees `batch_size` rows of `seq_len` tokens, computed in `accumulation`
-    pieces; what a run computes depends on neither the pieces nor the number of processes."""
+    pieces; what a run computes depends on neither the pieces (but for `drop_path`, which draws rows in each) nor the
+    number of processes."""
 
     where: typing.ClassVar[str] = "train"
 

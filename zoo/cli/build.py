@@ -29,13 +29,12 @@ def command(
     """Build a model and print its nodes; nothing of its size is allocated unless --out is given."""
     start = time.perf_counter()
     with output.working("building"):
-        from zoo.architectures.causal_lm import CausalLM
-        from zoo.architectures.storage import build
+        from zoo.architectures.storage import assemble, build
         from zoo.cost import estimate
         from zoo.graph.loader import load_graph
 
         graph = load_graph(config, overrides or ())
-        report = estimate(CausalLM(graph, device="meta"), batch_size=1, seq_len=1, mode="prefill")
+        report = estimate(assemble(graph), batch_size=1, seq_len=1, mode="prefill")
         seconds = time.perf_counter() - start
     if out is not None:
         with output.working("drawing and saving weights"):
@@ -52,7 +51,7 @@ def _document(graph: Graph, report: CostReport, seconds: float, out: Path | None
         "name": graph.name,
         "architecture": graph.architecture,
         "dim": graph.dim,
-        "vocab_size": graph.vocab_size,
+        "vocab_size": graph.vocab_size or None,
         "layers": len(graph.trunk),
         "params": report.params,
         "active_params": report.active_params,
@@ -72,7 +71,7 @@ def _print(graph: Graph, report: CostReport, seconds: float, out: Path | None) -
         lambda r: output.count(r.sites[0].active_params),
         lambda r: output.percent(r.total("params"), report.params),
     )
-    title = f"{graph.name}: dim {graph.dim}, {len(graph.trunk)} layers, vocabulary {graph.vocab_size}"
+    title = f"{graph.name}: dim {graph.dim}, {len(graph.trunk)} layers, {graph.interface}"
     output.table((*HEADS, ">params", ">active", ">share"), cells, title)
     counted = sum(n.params for n in report.nodes)
     if counted > report.params:

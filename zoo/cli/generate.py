@@ -37,6 +37,8 @@ def command(
         from zoo.train.run import tokenizer_of
 
         model = from_pretrained(run)
+        if "decode" not in model.modes:
+            raise DataError(f"{run} holds no language model")
         tokenizer = tokenizer_of(run)
     # a document begins behind the end of the one before, as in training
     ids = [tokenizer.end, *tokenizer.encode([prompt.encode("utf-8", "surrogateescape")])[0].tolist()]

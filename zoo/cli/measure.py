@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from zoo.architectures.causal_lm import CausalLM
+from zoo.architectures.model import Model
 from zoo.architectures.storage import build
+from zoo.architectures.vision import VisionModel
 from zoo.cli import output
 from zoo.errors import ConfigError, KernelUnavailable, ZooError
 
@@ -88,12 +90,15 @@ def measure(graph: Graph, reports: Sequence[CostReport], reasons: Sequence[str],
         ]
 
 
-def _one(model: CausalLM, report: CostReport, device: str, advance: Callable[[], None]) -> Measured:
+def _one(model: CausalLM | VisionModel, report: CostReport, device: str, advance: Callable[[], None]) -> Measured:
     generator = torch.Generator().manual_seed(0)
-    shape = (report.batch_size, report.context_len + report.seq_len + 1)
-    tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
     clock = _Clock(device)
-    run = _training(model, tokens) if report.mode == "train" else _inference(model, tokens, report)
+    if isinstance(model, VisionModel):
+        run = _on_images(model, report, device, generator)
+    else:
+        shape = (report.batch_size, report.context_len + report.seq_len + 1)
+        tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
+        run = _training(model, tokens) if report.mode == "train" else _inference(model, tokens, report)
     passes: list[tuple[float, dict[str, float]]] = []
     with _timed_nodes(model, report, clock):
         begun = time.perf_counter()
@@ -124,6 +129,20 @@ def _training(model: CausalLM, tokens: torch.Tensor) -> Callable[[], Pass]:
         F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
 
     model.train()
+    return lambda: (lambda: model.zero_grad(set_to_none=True), work)
+
+
+def _on_images(model: VisionModel, report: CostReport, device: str, generator: torch.Generator) -> Callable[[], Pass]:
+    o, train = model.options, report.mode == "train"
+    images = torch.randn(report.batch_size, o.channels, o.image_size, o.image_size, generator=generator).to(device)
+
+    def work() -> None:
+        with torch.set_grad_enabled(train):
+            out = model(images).float()
+            if train:
+                out.logsumexp(-1).mean().backward()
+
+    model.train(train)
     return lambda: (lambda: model.zero_grad(set_to_none=True), work)
 
 
@@ -168,22 +187,20 @@ class _Clock:
 
 
 @contextmanager
-def _timed_nodes(model: CausalLM, report: CostReport, clock: _Clock) -> Iterator[None]:
+def _timed_nodes(model: Model, report: CostReport, clock: _Clock) -> Iterator[None]:
     """Hooks on the block and the norms of every node, forward and backward."""
     sites: dict[int, tuple[nn.Module, list[str]]] = {}
     for leaf in model.leaves(1, 1, 0, "train"):
         for part in (getattr(leaf.module, name, None) for name in ("norm", "block", "out_norm")):
             if isinstance(part, nn.Module) and hasattr(leaf.module, "block"):
                 sites.setdefault(id(part), (part, []))[1].append(leaf.path)
-    for name in ("tok_embeddings", "norm", "lm_head"):
-        part = getattr(model, name)
-        if part is not None:
-            sites[id(part)] = (part, [name])
+    for leaf in model.ends(1, 1, "train"):
+        sites[id(leaf.module)] = (leaf.module, [leaf.path])
     handles = []
     for module, paths in sites.values():
         handles.append(module.register_forward_pre_hook(clock.start))
         handles.append(module.register_forward_hook(clock.stop(paths)))
-        if report.mode == "train" and module is not model.tok_embeddings:
+        if report.mode == "train" and module is not model.get_submodule(model.embedding):
             handles.append(module.register_full_backward_pre_hook(clock.start))
             handles.append(module.register_full_backward_hook(clock.stop(paths)))
     try:

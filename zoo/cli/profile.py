@@ -24,7 +24,11 @@ def command(
     overrides: Overrides = None,
     seq: Annotated[
         str | None,
-        typer.Option("--seq", metavar="N,...", help="Tokens per row. [train.seq_len or 1024; decode: 1]"),
+        typer.Option(
+            "--seq",
+            metavar="N,...",
+            help="Tokens per row. [train.seq_len or 1024; decode: 1; vision: those of an image]",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows.")] = 1,
     mode: Annotated[Literal["train", "prefill", "decode"], typer.Option("--mode", help="What one step is.")] = "train",
@@ -43,19 +47,23 @@ def command(
     from zoo.cli import measure as measuring
 
     with output.working("predicting"):
-        from zoo.architectures.causal_lm import CausalLM
+        from zoo.architectures.storage import assemble
         from zoo.cost import estimate
         from zoo.graph.loader import load_graph
 
         measuring.check_device(device)
         graph = load_graph(config, overrides or ())
-        model = CausalLM(graph, device="meta")
+        model = assemble(graph)
         before = (DEFAULT_CONTEXT if mode == "decode" else 0) if context is None else context
         reports = [
             estimate(model, batch_size=batch, seq_len=n, context_len=before, mode=mode)
             for n in _lengths(seq, mode, graph)
         ]
     reasons = ["not wanted" if measure is False else measuring.too_large(r, device, bool(measure)) for r in reports]
+    if graph.vision:
+        own = graph.vision.num_tokens
+        hint = f"an image has {own} tokens (vision.image_size)"
+        reasons = [reason or ("" if r.seq_len == own else hint) for r, reason in zip(reports, reasons, strict=True)]
     found: list[Measured | None] = [None] * len(reports)
     if not all(reasons):
         found = measuring.measure(graph, reports, reasons, device)
@@ -70,6 +78,8 @@ def command(
 def _lengths(seq: str | None, mode: str, graph: Graph) -> list[int]:
     from zoo.errors import ConfigError
 
+    if seq is None and graph.vision:
+        return [graph.vision.num_tokens]
     if seq is None:
         trained = (graph.document.get("train") or {}).get("seq_len", DEFAULT_LENGTH)
         return [1 if mode == "decode" else trained]

@@ -18,9 +18,14 @@ from zoo.graph.parse import Parser, graph_of
 from zoo.graph.reading import MAX_VALUES, Source, read_file, read_text, scalar
 from zoo.graph.spec import Graph
 from zoo.schema import PositiveFloat, PositiveInt, check_type
-from zoo.sections import DataSection, TrainSection
+from zoo.sections import DataSection, TrainSection, VisionSection
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# the keys that only one architecture has; it needs the first of them
+KEYS_OF = {
+    "causal_lm": ("vocab_size", "tie_embeddings", "embedding_scale", "logit_scale", "logit_cap"),
+    "vision": ("vision",),
+}
 _INTERPOLATION = re.compile(r"\$\{([^${}]*)\}")
 
 
@@ -29,11 +34,12 @@ class TopLevel:
     """The keys of a configuration."""
 
     dim: PositiveInt
-    vocab_size: PositiveInt
     trunk: Any
     name: str = "model"
     description: str = ""
-    architecture: Literal["causal_lm"] = "causal_lm"
+    architecture: Literal["causal_lm", "vision"] = "causal_lm"
+    vocab_size: PositiveInt = 1
+    vision: VisionSection | None = None
     define: Any = None
     norm: Any = "rms"
     final_norm: Any = "rms"
@@ -106,9 +112,15 @@ def parse(document: Mapping[str, Any], source: Source) -> Graph:
         if why:
             parser.complain((key,), why)
             del top[key]
+    architecture = top.get("architecture", "causal_lm")
     for name, field in known.items():
-        if field.default is MISSING and name not in document:
+        needed = field.default is MISSING or name == KEYS_OF[architecture][0]
+        if needed and name not in document:
             parser.complain((), f"the key {name} is missing")
+    for other, keys in KEYS_OF.items():
+        for key in keys if other != architecture else ():
+            if key in document:
+                parser.complain((key,), f"goes with architecture: {other}, this is {architecture}")
     graph = graph_of(parser, top, document)
     if not parser.problems:
         _try_blocks(graph, parser)
@@ -176,7 +188,7 @@ def _try(spec, context: dict, dim: int, graph: Graph, parser: Parser) -> None:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         parser.complain(spec.path, f"{spec.name} cannot be built with these sizes: {first}")
         return
-    if not getattr(block, "causal", True):
+    if graph.architecture == "causal_lm" and not getattr(block, "causal", True):
         note = registry.block_card(spec.name).note
         parser.complain(
             spec.path,

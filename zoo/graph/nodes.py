@@ -104,7 +104,7 @@ class ResidualBlock(Node):
         self.block, self.norm, self.out_norm = block, norm, out_norm
         self.style, self.skip, self.block_name = residual.style, residual.skip, name
         self.fixed_scale = residual.scale if residual.learn == "none" else None
-        self.scale_start = residual.scale
+        self.scale_start, self.drop_path = residual.scale, residual.drop_path
         shape = {"none": None, "scalar": (), "channel": (block.dim,)}[residual.learn]
         self.scale = None if shape is None else nn.Parameter(torch.empty(shape, **factory))
 
@@ -143,8 +143,13 @@ class ResidualBlock(Node):
         if self.out_norm is not None:
             y = self.out_norm(y)
         if self.scale is not None:
-            return y * self.scale
-        return y if self.fixed_scale is None else y * self.fixed_scale
+            y = y * self.scale
+        elif self.fixed_scale is not None:
+            y = y * self.fixed_scale
+        if self.drop_path and self.training:
+            kept = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.drop_path
+            y = y * (kept / (1 - self.drop_path)).to(y.dtype)
+        return y
 
     def init_state(self, batch_size, max_len=None):
         return self.block.init_state(batch_size, max_len)

@@ -17,6 +17,7 @@ from zoo.errors import did_you_mean, one_of
 from zoo.graph.reading import Path_, Source
 from zoo.graph.spec import Graph, Residual, Spec
 from zoo.schema import accepts_list, check_type
+from zoo.sections import VisionSection
 
 BLOCK_KINDS = ("mixer", "ffn", "memory")
 ATTRIBUTES = ("norm", "residual", "share")
@@ -223,12 +224,13 @@ class Parser:
         return Spec(name, path, kind, self.options(name, options or {}, (*path, name)))
 
     def residual(self, value: Any, path: Path_) -> Residual:
-        """`pre`, `post`, `normed`, `sandwich`, `none`, or a mapping {style, scale, learn, skip}."""
+        """`pre`, `post`, `normed`, `sandwich`, `none`, or a mapping of `Residual`'s fields; numbers given as a list
+        follow the depth where the attribute stands inside a repeat."""
         given = {"style": value} if isinstance(value, str) else value
         if not isinstance(given, Mapping):
             self.complain(path, f"must be a style or a mapping, got {value!r}")
             return Residual()
-        values = self.section(Residual, given, path)
+        values = self.section(Residual, {k: self.at_depth(v, float) for k, v in given.items()}, path)
         if values.get("learn", "none") != "none" and values.get("scale") is None:
             values["scale"] = 1.0
         residual = Residual(**values)
@@ -397,11 +399,14 @@ def graph_of(parser: Parser, top: Mapping[str, Any], document: Mapping[str, Any]
     for name in parser.define:  # unused definitions are checked too
         if isinstance(name, str) and name not in parser.expanded:
             parser.expand(name, ("define", name))
+    vision = None
+    if top.get("architecture") == "vision" and not parser.problems:
+        vision = VisionSection.from_mapping(top.get("vision"))
     return Graph(
         name=top.get("name", "model"),
         architecture=top.get("architecture", "causal_lm"),
         dim=top.get("dim", 1),
-        vocab_size=top.get("vocab_size", 1),
+        vocab_size=top.get("vocab_size", 0),
         trunk=tuple(items),
         norm=final_norm,
         tie_embeddings=top.get("tie_embeddings", True),
@@ -409,5 +414,6 @@ def graph_of(parser: Parser, top: Mapping[str, Any], document: Mapping[str, Any]
         logit_scale=top.get("logit_scale", 1.0),
         logit_cap=top.get("logit_cap"),
         num_layers=max(1, sum(s.kind == "mixer" for i in items for s in i.walk())),
+        vision=vision,
         document=document,
     )

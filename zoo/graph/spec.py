@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from zoo.schema import Range
+from zoo.sections import VisionSection
 
 
 @dataclass(frozen=True)
 class Residual:
-    """How a block's output joins the stream. `scale` multiplies it, fixed or learned from that start; `skip`
-    multiplies the stream beside it, in the styles that norm it again: post (DeepNorm) and normed (MiniMax-01)."""
+    """How a block's output joins the stream. `scale` multiplies it, fixed or learned from that start (per channel:
+    layer scale, arXiv:2103.17239); `skip` multiplies the stream beside it, in the styles that norm it again: post
+    (DeepNorm) and normed (MiniMax-01). `drop_path` is the share of rows that go without it in training (stochastic
+    depth, arXiv:1603.09382); in the other rows it is 1 / (1 - drop_path) as large."""
 
     style: Literal["pre", "post", "normed", "sandwich", "none"] = "pre"
     scale: float | None = None
     learn: Literal["none", "scalar", "channel"] = "none"
     skip: float = 1.0
+    drop_path: Annotated[float, Range(ge=0, lt=1)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Graph:
-    """A whole model. `document` is the resolved configuration as plain values."""
+    """A whole model. `document` is the resolved configuration as plain values; `vocab_size` is 0 and `vision` None
+    where the architecture has no such thing."""
 
     name: str
     architecture: str
@@ -79,7 +86,16 @@ class Graph:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     num_layers: int = 1
+    vision: VisionSection | None = None
     document: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def interface(self) -> str:
+        """In words, what the model reads and tells."""
+        if self.vision is None:
+            return f"vocabulary {self.vocab_size}"
+        image = f"{self.vision.image_size} x {self.vision.image_size} pixels in patches of {self.vision.patch_size}"
+        return f"{image}, {self.vision.num_classes or 'no'} classes"
 
     def walk(self) -> Iterator[Spec]:
         """Every node of the trunk."""

@@ -1,0 +1,94 @@
+"""What every architecture shares: the trunk of its graph, weights drawn by name, costs and storage."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from zoo.contract import Cost, Mode
+from zoo.graph.nodes import Builder, Leaf
+from zoo.graph.spec import Graph
+
+
+class Model(nn.Module):
+    """An embedding, the `layers` of a graph, a final `norm`, a head. `config` is the resolved configuration.
+
+    `modes` are the kinds of step the model can take, `embedding` is the name of its first module.
+    """
+
+    modes: ClassVar[tuple[Mode, ...]]
+    embedding: ClassVar[str]
+    layers: Any  # an nn.ModuleList, which forgets the type of its items
+    norm: Any
+
+    def __init__(self, graph: Graph):
+        super().__init__()
+        self.config: Mapping[str, Any] = graph.document
+        self.dim = graph.dim
+
+    def _add_trunk(self, graph: Graph, builder: Builder) -> None:
+        self.layers = nn.ModuleList(builder.node(spec) for spec in graph.trunk)
+        self.norm = builder.component(graph.norm) if graph.norm else None
+
+    # --------------------------------------------------------------------------------- parameters
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Draw every parameter; what a module gets depends on the seed and its name only, so not on the order
+        of building nor on which modules a rank holds. Safe after `to_empty`."""
+        done: set[int] = set()
+        own = self._own_draws()
+        module: Any
+        for name, module in self.named_modules():
+            if id(module) in done:
+                continue
+            draw = own.get(name)
+            if hasattr(module, "zoo_registration") and module.zoo_registration.kind != "combinator":
+                draw = module.reset_parameters
+                done.update(id(m) for m in module.modules())
+            elif hasattr(module, "reset_own_parameters"):
+                draw = module.reset_own_parameters
+            if draw is not None:
+                key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                with torch.random.fork_rng(devices=_cuda_devices(module)):
+                    torch.manual_seed(int.from_bytes(key[:7], "big"))
+                    draw()
+
+    def _own_draws(self) -> dict[str, Callable[[], None]]:
+        """How the modules outside the trunk are drawn, by name."""
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------------- cost
+    def leaves(self, batch_size: int, seq_len: int, context_len: int, mode: Mode) -> Iterator[Leaf]:
+        """Costs of the blocks of the trunk, in order. What they keep for streaming counts where the model streams."""
+        for i, layer in enumerate(self.layers):
+            for leaf in layer.leaves(batch_size, seq_len, context_len, mode, f"layers.{i}"):
+                if "decode" not in self.modes:
+                    state = leaf.cost.state_bytes
+                    cost = leaf.cost + Cost(bytes_read=-state, bytes_written=-state, state_bytes=-state)
+                    leaf = replace(leaf, cost=cost)
+                yield leaf
+
+    def ends(self, batch_size: int, seq_len: int, mode: Mode) -> Iterator[Leaf]:
+        """Costs around the trunk: the embedding first, then final norm and head."""
+        raise NotImplementedError
+
+    def _norm_leaf(self, stream: int, train: bool) -> Iterator[Leaf]:
+        if self.norm is not None:
+            own = sum(p.numel() for p in self.norm.parameters())
+            yield Leaf("norm", "norm", Cost(own, own, 0, stream, stream, stream if train else 0), self.norm)
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write config.yaml and model.safetensors into `directory`. See `zoo.from_pretrained`."""
+        from zoo.architectures.storage import save_pretrained
+
+        return save_pretrained(self, Path(directory))
+
+
+def _cuda_devices(module: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
