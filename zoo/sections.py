@@ -13,6 +13,7 @@ from zoo.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 SYNTHETIC = ("mqar", "selective_copy", "induction")
 STDLIB = "python-stdlib"
+SHAPES = "shapes"
 
 ZeroToOne = Annotated[float, Range(ge=0, le=1)]
 Beta = Annotated[float, Range(ge=0, lt=1)]
@@ -124,7 +125,8 @@ class TrainSection(_Section):
 @dataclass(frozen=True)
 class DataSection(_Section):
     """What a model is trained on. `source`: `python-stdlib` (the sources of this machine's Python), a text, JSONL
-    or parquet file, a folder of them, or a synthetic task (`mqar`, `selective_copy`, `induction`)."""
+    or parquet file, a folder of them, or a synthetic task (`mqar`, `selective_copy`, `induction`). For a vision
+    model: `shapes` (drawn ones), or a folder of images with a subfolder for each class."""
 
     where: typing.ClassVar[str] = "data"
 

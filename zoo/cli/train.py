@@ -54,6 +54,7 @@ def _document(result: RunResult) -> dict[str, Any]:
         "loss",
         "seconds",
         "tokens_per_second",
+        "unit",
         "evaluation",
         "sample",
     )
@@ -67,8 +68,9 @@ def _print(result: RunResult) -> None:
         return
     print(
         f"{result.step} steps of {output.count(result.parameters)} parameters in {result.seconds:.0f} s, "
-        f"{result.tokens_per_second:,.0f} tokens/s; last loss {result.loss:.3f}"
+        f"{result.tokens_per_second:,.0f} {result.unit}/s; last loss {result.loss:.3f}"
     )
     figures = {k.replace("_", " "): v for k, v in (result.evaluation or {}).items()}
     output.facts({k: f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for k, v in figures.items()})
-    print(f"run folder {result.out}; zoo generate {result.out} --prompt TEXT")
+    hint = f"; zoo generate {result.out} --prompt TEXT" if result.unit == "tokens" else ""
+    print(f"run folder {result.out}{hint}")

@@ -33,17 +33,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def score(model: nn.Module, rows: Rows, count: int, size: int, advance: Advance | None = None) -> dict[str, float]:
-    """Loss in nats per scored token, accuracy of the most likely token, and how many tokens were scored, over
+    """Loss in nats per scored token (or image), accuracy of the most likely one, and how many were scored, over
     the first `count` rows in batches of `size`."""
     nats, right, tokens = 0.0, 0, 0
     device = next(model.parameters()).device
     with evaluating(model):
         for first in range(0, count, size):
             part = batch(rows, first, min(size, count - first))
-            labels = part.labels.to(device)
-            ids = None if part.doc_ids is None else part.doc_ids.to(device)
-            logits = model(part.inputs.to(device), doc_ids=ids).float()
-            nats += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"))
+            documents = {} if part.doc_ids is None else {"doc_ids": part.doc_ids.to(device)}
+            labels = part.labels.to(device).flatten()
+            logits = model(part.inputs.to(device), **documents).float().flatten(0, -2)
+            nats += float(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"))
             right += int((logits.argmax(-1) == labels).sum())
             tokens += int((labels != IGNORE).sum())
             if advance:

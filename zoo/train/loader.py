@@ -17,7 +17,8 @@ from zoo.train.synthetic import IGNORE, Sample
 
 
 class Row(NamedTuple):
-    """inputs, labels: [T]; labels are IGNORE where nothing is scored. doc_ids: [T], or None."""
+    """inputs, labels: [T]; labels are IGNORE where nothing is scored. doc_ids: [T], or None.
+    Of an image: inputs [C, H, W] float32, labels [1]."""
 
     inputs: np.ndarray
     labels: np.ndarray
@@ -31,7 +32,7 @@ class Rows(Protocol):
 
 
 class Batch(NamedTuple):
-    """Rows stacked: int64 [B, T] each."""
+    """Rows stacked: int64 [B, T] each; images are float32 [B, C, H, W]."""
 
     inputs: Tensor
     labels: Tensor
@@ -43,7 +44,8 @@ def batch(rows: Rows, first: int, count: int) -> Batch:
     parts = [rows.row(i) for i in range(first, first + count)]
 
     def stack(arrays: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(arrays).astype(np.int64))
+        stacked = np.stack(arrays)
+        return torch.from_numpy(stacked if stacked.dtype == np.float32 else stacked.astype(np.int64))
 
     ids = None if parts[0].doc_ids is None else stack([p.doc_ids for p in parts if p.doc_ids is not None])
     return Batch(stack([p.inputs for p in parts]), stack([p.labels for p in parts]), ids)

@@ -73,6 +73,6 @@ def clock(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-def step_text(record: dict[str, Any], heldout: str) -> str:
+def step_text(record: dict[str, Any], heldout: str, unit: str) -> str:
     """The numbers beside the training bar."""
-    return f"loss {record['loss']:.3f}{heldout}  {record['tokens_per_second']:,.0f} tok/s"
+    return f"loss {record['loss']:.3f}{heldout}  {record['tokens_per_second']:,.0f} {unit}/s"

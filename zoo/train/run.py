@@ -7,7 +7,7 @@ loss.png            the curve
 checkpoint/step-N   everything needed to go on (torch.distributed.checkpoint)
 model/              config.yaml + model.safetensors, for `zoo.from_pretrained`
 evaluation.json     held-out figures
-sample.txt          a continuation of held-out text, or an answered task
+sample.txt          a continuation of held-out text, an answered task, or labelled images
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from torch import nn
 
 import zoo
 from zoo.errors import ConfigError, DataError, Problem, ZooError
-from zoo.sections import DataSection, TrainSection
+from zoo.sections import SHAPES, DataSection, TrainSection, VisionSection
 from zoo.train.corpus import Corpus, Stream, read_corpus
 from zoo.train.curve import LN2, MetricsFile, draw
 from zoo.train.evaluate import evaluate_text, score, some_heldout
 from zoo.train.files import new_folder, write_text
+from zoo.train.images import REGIONS, ImageRows, read_folder, shapes
 from zoo.train.loader import HeldoutRows, Rows, TaskRows, TrainRows, batch
 from zoo.train.progress import Reporter, step_text
 from zoo.train.synthetic import IGNORE, make_task
@@ -66,7 +67,8 @@ class RunResult:
     parameters: int
     loss: float | None
     seconds: float
-    tokens_per_second: float
+    tokens_per_second: float  # of a vision model: images
+    unit: str
     evaluation: dict[str, float | int] | None
     sample: str | None
     model: nn.Module | None
@@ -83,6 +85,7 @@ class _Data:
     sample: Callable[[nn.Module], str]
     tokenizer: Tokenizer | None
     bits: bool  # one token is one byte
+    unit: str = "tokens"
 
 
 def free_folder(name: str, under: Path = Path("runs")) -> Path:
@@ -170,7 +173,7 @@ def _run(
             if "heldout_loss" in record:
                 key = "heldout_bits_per_byte" if "heldout_bits_per_byte" in record else "heldout_loss"
                 heldout = f"  held-out {record[key]:.3f}{' bits/byte' if key.endswith('byte') else ''}"
-            report.advance(record["step"], step_text(record, heldout))
+            report.advance(record["step"], step_text(record, heldout, data.unit))
 
         job = titan.Job(
             build=lambda device: zoo.build(document, device=device),
@@ -205,6 +208,7 @@ def _run(
         loss=records[-1]["loss"] if records else None,
         seconds=seconds,
         tokens_per_second=sum(fast) / len(fast) if fast else 0.0,
+        unit=data.unit,
         evaluation=evaluation,
         sample=text,
         model=model,
@@ -343,6 +347,10 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
 # ------------------------------------------------------------------------------------------------ data
 def _prepare(data: DataSection, section: TrainSection, document: dict[str, Any]) -> _Data:
+    if "vision" in document:
+        return _images(data, section, VisionSection.from_mapping(document["vision"]))
+    if data.source == SHAPES:
+        raise ConfigError([Problem("shapes are images: they go with architecture: vision", "data.source")])
     return _task(data, section, document) if data.synthetic else _text(data, section, document)
 
 
@@ -424,3 +432,39 @@ def _task(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
 
     summary = {"task": data.source, "num_pairs": data.num_pairs, "num_copied": data.num_copied}
     return _Data(TaskRows(sample, section.seed), summary, glance, judge, answer, None, False)
+
+
+def _images(data: DataSection, section: TrainSection, vision: VisionSection) -> _Data:
+    size = section.batch_size // section.accumulation
+    glanced = section.eval_batches * section.batch_size
+    rows: Rows
+    seen: Rows
+    fresh: Rows
+    if data.source == SHAPES:
+        sample, classes = shapes(vision), list(REGIONS)
+        rows, seen, fresh = (TaskRows(sample, section.seed, split) for split in range(3))
+        judged, summary = TASK_ROWS, {"task": SHAPES, "classes": len(classes)}
+    else:
+        folder = read_folder(data, vision)
+        rows, seen = ImageRows(folder.train, vision, section.seed), ImageRows(folder.heldout, vision)
+        fresh, classes, summary, judged = seen, folder.classes, folder.summary(), len(seen)
+        glanced = min(glanced, judged)
+
+    def glance(model: nn.Module) -> dict[str, float]:
+        result = score(model, seen, glanced, size)
+        return {"heldout_loss": result["loss"], "heldout_accuracy": result["accuracy"]}
+
+    def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
+        report.begin("evaluating", judged)
+        result = score(model, fresh, judged, size, lambda done, total: report.advance(done))
+        return {"loss": result["loss"], "accuracy": result["accuracy"], "scored_images": int(result["tokens"])}
+
+    def labelled(model: nn.Module) -> str:
+        part = batch(fresh, 0, min(16, judged))
+        with torch.no_grad():
+            said = model(part.inputs).argmax(-1).tolist()
+        names = dict(enumerate(classes))
+        answers = zip(part.labels.flatten().tolist(), said, strict=True)
+        return "".join(f"wanted: {names[w]}  answered: {names.get(a, a)}\n" for w, a in answers)
+
+    return _Data(rows, summary, glance, judge, labelled, None, False, "images")

@@ -207,8 +207,11 @@ class _Model(BaseModel):
                 module.register_parameter(other, getattr(first, name))
         self.model.init_weights(self.section.seed)
 
-    def forward(self, tokens: Tensor, *, doc_ids: Tensor | None = None) -> Tensor:
-        return self.model(tokens, doc_ids=doc_ids)
+    def forward(self, inputs: Tensor, *, doc_ids: Tensor | None = None) -> Tensor:
+        if doc_ids is not None:
+            return self.model(inputs, doc_ids=doc_ids)
+        logits = self.model(inputs)
+        return logits if logits.dim() == 3 else logits[:, None]  # an image is a row with one label
 
 
 def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
