@@ -1,11 +1,12 @@
 """Vision transformer: patches of an image, a class token, registers, the layers of the trunk, a head.
 
-Dosovitskiy et al. 2020 (2010.11929); DINOv2 (2304.07193); registers 2309.16588.
+Dosovitskiy et al. 2020 (2010.11929); DeiT (2012.12877); DINOv2 (2304.07193); registers (2309.16588).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,15 +17,17 @@ from zoo.architectures.model import Model
 from zoo.contract import Cost, Mode
 from zoo.graph.nodes import Builder, Leaf
 from zoo.graph.spec import Graph
+from zoo.graph.stage import layers_of
 from zoo.kernels.linear import Linear
 from zoo.sections import VisionSection
 
 
 class PatchEmbedding(nn.Module):
-    """Images [B, C, H, W] -> tokens [B, 1 + R + N, D]: the class token, R registers, N patches row by row.
+    """Images [B, C, H, W] -> tokens [B, P + N, D]: P = 1 + R or 2 + R tokens of its own, N patches row by row.
 
-    x_n = W patch_n + b + position_n, class = c + position_0; registers have no position. Positions are learnt on the
-    grid of the configuration and interpolated (bicubic) for images of another size.
+    x_n = W patch_n + b + position_n; in front of them the class token c + position_0, with `distill_token` that one
+    with a position of its own too, and R registers, which have none. Positions are learnt on the grid of the
+    configuration and interpolated (bicubic) for images of another size.
     """
 
     def __init__(self, dim: int, options: VisionSection, *, device: Any = None, dtype: torch.dtype | None = None):
@@ -37,8 +40,10 @@ class PatchEmbedding(nn.Module):
 
         self.weight, self.bias = parameter(dim, options.channels, size, size), parameter(dim)  # of a convolution
         self.cls_token = parameter(1, 1, dim)
+        self.distill_token = parameter(1, 1, dim) if options.distill_token else None
         self.register_tokens = parameter(1, options.num_registers, dim) if options.num_registers else None
-        self.pos_embed = parameter(1, 1 + grid * grid, dim)
+        self.placed = 1 + options.distill_token  # tokens before the patches that have a position
+        self.pos_embed = parameter(1, self.placed + grid * grid, dim)
 
     def extra_repr(self) -> str:
         o = self.options
@@ -50,19 +55,19 @@ class PatchEmbedding(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
         nn.init.zeros_(self.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02, a=-0.06, b=0.06)
-        for tokens in (self.cls_token, self.register_tokens):
+        for tokens in (self.cls_token, self.distill_token, self.register_tokens):
             if tokens is not None:
                 nn.init.normal_(tokens, std=1e-6)
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Positions [1, 1 + rows * columns, D] of the class token and of a grid of patches."""
+        """Positions of the class token, of the distillation token and of a grid of patches, [1, .., D]."""
         grid = self.options.grid
         if (rows, columns) == (grid, grid):
             return self.pos_embed
-        table = self.pos_embed[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        table = self.pos_embed[:, self.placed :].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         wide = table if table.dtype == torch.float64 else table.float()
         wide = F.interpolate(wide, size=(rows, columns), mode="bicubic", antialias=self.options.antialias)
-        return torch.cat([self.pos_embed[:, :1], wide.to(table.dtype).flatten(2).mT], 1)
+        return torch.cat([self.pos_embed[:, : self.placed], wide.to(table.dtype).flatten(2).mT], 1)
 
     def forward(self, images: Tensor) -> Tensor:
         size, channels = self.options.patch_size, self.options.channels
@@ -73,10 +78,11 @@ class PatchEmbedding(nn.Module):
             )
         patches = F.conv2d(images, self.weight, self.bias, stride=size)
         positions = self.positions(*patches.shape[2:])
-        first = self.cls_token + positions[:, :1]
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.distill_token) if t is not None]
+        first = torch.cat(tokens, 1) + positions[:, : self.placed]
         if self.register_tokens is not None:
             first = torch.cat([first, self.register_tokens], 1)
-        x = patches.flatten(2).mT + positions[:, 1:]
+        x = patches.flatten(2).mT + positions[:, self.placed :]
         return torch.cat([first.expand(x.shape[0], -1, -1), x], 1)
 
 
@@ -85,7 +91,8 @@ class VisionModel(Model):
 
     The trunk is that of any model here; it sees a whole image at once, so `attention` wants `causal: false`, and
     there is no state. `features` gives all tokens. What is pooled: the class token, the mean over the patches, or
-    both side by side (`class_mean`, DINOv2's linear probe).
+    both side by side (`class_mean`, DINOv2's linear probe). With `distill_token` a second head reads that token, and
+    the logits are the mean of both.
     """
 
     modes: ClassVar[tuple[Mode, ...]] = ("train", "prefill")
@@ -99,42 +106,61 @@ class VisionModel(Model):
         self.options = graph.vision
         self.embed = PatchEmbedding(graph.dim, self.options, **builder.factory)
         self._add_trunk(graph, builder)
-        self.head = None
+        self.head = self.distill_head = None
         if self.options.num_classes:
             width = graph.dim * (2 if self.options.pool == "class_mean" else 1)
             self.head = Linear(width, self.options.num_classes, bias=True, **builder.factory)
+        if self.options.distill_token:
+            self.distill_head = Linear(graph.dim, self.options.num_classes, bias=True, **builder.factory)
 
     def _own_draws(self) -> dict[str, Callable[[], None]]:
-        return {"head": self._reset_head}
+        return {name: partial(_reset_head, head) for name, head in self._heads()}
 
-    def _reset_head(self) -> None:
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+    def _heads(self) -> Iterator[tuple[str, nn.Linear]]:
+        for name, head in (("head", self.head), ("distill_head", self.distill_head)):
+            if head is not None:
+                yield name, head
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K]; H and W are multiples of the patch size."""
+        logits, distilled = self.answers(images)
+        return logits if distilled is None else (logits + distilled) / 2
+
+    def answers(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, K] of the head (the pooled features where there is none) and of the distillation head."""
         x, parts = self.features(images), []
         if self.options.pool != "mean":
             parts.append(x[:, 0])
         if self.options.pool != "class":
-            parts.append(x[:, 1 + self.options.num_registers :].mean(1))
+            parts.append(x[:, self.options.num_prefix :].mean(1))
         pooled = torch.cat(parts, -1)
-        return pooled if self.head is None else self.head(pooled)
+        return (
+            pooled if self.head is None else self.head(pooled),
+            None if self.distill_head is None else self.distill_head(x[:, 1]),
+        )
 
     def features(self, images: Tensor) -> Tensor:
-        """The normed stream [B, 1 + R + N, D]: class token, registers, patches."""
+        """The normed stream [B, P + N, D]: the tokens of the embedding in their order."""
         x = self.embed(images)
         for layer in self.layers:
             x = layer(x)
         return x if self.norm is None else self.norm(x)
+
+    def trajectory(self, images: Tensor) -> list[Tensor]:
+        """The stream [B, P + N, D] before the first layer and after each of the L layers, without the final norm;
+        steps of a stage and copies of a repeat are layers of their own."""
+        stream = [self.embed(images)]
+        for layer in self.layers:
+            for apply in layers_of(layer):
+                stream.append(apply(stream[-1]))
+        return stream
 
     # --------------------------------------------------------------------------------------- cost
     def ends(self, batch_size: int, seq_len: int, mode: Mode) -> Iterator[Leaf]:
         """`seq_len` counts the tokens of the trunk: class token, registers and patches."""
         item, train = self.embed.weight.element_size(), mode == "train"
         stream, kernel = batch_size * seq_len * self.dim * item, self.embed.weight.numel()
-        patches = batch_size * max(seq_len - 1 - self.options.num_registers, 0)
+        patches = batch_size * max(seq_len - self.options.num_prefix, 0)
         pixels = patches * self.embed.weight[0].numel() * item
         own = sum(p.numel() for p in self.embed.parameters())
         passes = 2 if train else 1  # images need no gradient
@@ -144,12 +170,17 @@ class VisionModel(Model):
         )  # fmt: skip
         yield Leaf("embed", "patches", embedding, self.embed)
         yield from self._norm_leaf(stream, train)
-        if self.head is not None:
-            table, passes = self.head.weight.numel(), 3 if train else 1
-            own = table + self.head.out_features
-            pooled, logits = (batch_size * n * item for n in (self.head.in_features, self.head.out_features))
-            head = Cost(
+        for name, head in self._heads():
+            table, passes = head.weight.numel(), 3 if train else 1
+            own = table + head.out_features
+            pooled, logits = (batch_size * n * item for n in (head.in_features, head.out_features))
+            cost = Cost(
                 own, own, passes * 2 * batch_size * table, passes * (own * item + pooled), passes * logits,
                 pooled + logits if train else 0,
             )  # fmt: skip
-            yield Leaf("head", "head", head, self.head)
+            yield Leaf(name, "head", cost, head)
+
+
+def _reset_head(head: nn.Linear) -> None:
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)

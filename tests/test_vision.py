@@ -79,6 +79,31 @@ def test_vit_of_transformers():
         torch.testing.assert_close(ours(wide), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [32, 48])
+def test_deit_of_transformers(size):
+    """Distillation token and head; the logits are the mean of both heads."""
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    theirs = redrawn(DeiTForImageClassificationWithTeacher(DeiTConfig(
+        hidden_size=DIM, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, image_size=32, patch_size=8,
+        num_labels=5, layer_norm_eps=1e-6,
+    )))  # fmt: skip
+    vision = {"image_size": 32, "patch_size": 8, "num_classes": 5, "distill_token": True}
+    ours = load(zoo.build(config(vision=vision)), theirs, [
+        ("deit.", ""), ("distillation_token", "distill_token"), *EMBEDDING, ("layernorm_before.", "items.0.norm."),
+        ("layernorm_after.", "items.1.norm."), ("attention.", "items.0.block."), ("mlp.fc1", "items.1.block.up_proj"),
+        ("mlp.fc2", "items.1.block.down_proj"), ("layernorm.", "norm."), ("cls_classifier.", "head."),
+        ("distillation_classifier.", "distill_head."),
+    ])  # fmt: skip
+    x = images(2, 3, 32, size)
+    with torch.no_grad():
+        expected = theirs(x, interpolate_pos_encoding=size != 32)
+        made = ours.answers(x)
+        torch.testing.assert_close(made[0], expected.cls_logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(made[1], expected.distillation_logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours(x), expected.logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("registers, swiglu, size", [(0, False, 40), (0, True, 32), (4, True, 24), (4, False, 48)])
 def test_dinov2_of_transformers(registers, swiglu, size):
     from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -203,13 +228,15 @@ def test_batch_independence_and_seeds():
 
 
 def test_every_parameter_learns():
-    vision = {"image_size": 32, "patch_size": 8, "num_registers": 2, "num_classes": 5}
+    vision = {"image_size": 32, "patch_size": 8, "num_registers": 2, "num_classes": 5, "distill_token": True}
     model = zoo.build(config(vision=vision, residual={"learn": "channel"})).train()
     model(images(2, 3, 32, 32).float()).square().sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("vision", [{}, {"num_registers": 3, "num_classes": 0}, {"pool": "class_mean"}])
+@pytest.mark.parametrize(
+    "vision", [{}, {"num_registers": 3, "num_classes": 0}, {"pool": "class_mean", "distill_token": True}]
+)
 def test_cost_is_what_is_counted(vision):
     model = zoo.build(config(vision={"image_size": 32, "patch_size": 8, "num_classes": 5} | vision))
     tokens, x = model.options.num_tokens, images(2, 3, 32, 32).float()
@@ -247,6 +274,7 @@ def test_compiles_and_exports():
     [
         ({"vision": {"image_size": 30, "patch_size": 8}}, "vision.patch_size: must divide image_size 30, got 8"),
         ({"vision": {"pool": "max"}}, "vision.pool"),
+        ({"vision": {"distill_token": True}}, "vision.distill_token: answers with a class: it needs num_classes"),
         ({"vision": {"patches": 8}}, "vision.patches: unknown option"),
         ({"vocab_size": 50}, "vocab_size: goes with architecture: causal_lm, this is vision"),
         ({"architecture": "causal_lm", "vocab_size": 50}, "vision: goes with architecture: vision"),

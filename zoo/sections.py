@@ -1,4 +1,7 @@
-"""The sections `vision:`, `train:` and `data:` of a configuration. Annotated fields are the schema; no torch here."""
+"""The sections `vision:`, `train:`, `data:` and `distill:` of a configuration.
+
+Annotated fields are the schema; no torch here.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,7 @@ class VisionSection(_Section):
     num_classes: NonNegativeInt = 0  # 0: no head, the model gives features
     pool: Literal["class", "mean", "class_mean"] = "class"  # class token, mean over patches, or both
     antialias: bool = False  # of the positions, where they are interpolated to a smaller grid
+    distill_token: bool = False  # with a head of its own, for the answers of a teacher (DeiT, arXiv:2012.12877)
 
     @property
     def grid(self) -> int:
@@ -71,13 +75,20 @@ class VisionSection(_Section):
         return self.image_size // self.patch_size
 
     @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches."""
+        return 1 + self.distill_token + self.num_registers
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens of an image: class token, registers, patches."""
-        return 1 + self.num_registers + self.grid**2
+        """Tokens of an image: class token, distillation token, registers, patches."""
+        return self.num_prefix + self.grid**2
 
     def complaints(self) -> list[tuple[str, str]]:
         if self.image_size % self.patch_size:
             return [("patch_size", f"must divide image_size {self.image_size}, got {self.patch_size}")]
+        if self.distill_token and not self.num_classes:
+            return [("distill_token", "answers with a class: it needs num_classes")]
         return []
 
 
@@ -143,3 +154,25 @@ class DataSection(_Section):
     def synthetic(self) -> bool:
         """Whether the data are generated."""
         return self.source in SYNTHETIC
+
+
+@dataclass(frozen=True)
+class DistillSection(_Section):
+    """A vision model that learns from a trained one.
+
+    layers: in two stages (Raptor, arXiv:2512.19941), first each node of the trunk alone, from the teacher's own layers
+    and more and more from its own output; then all of them, one after the other. Embedding, final norm and heads are
+    the teacher's and stay as they are. labels: the distillation head learns what the teacher answers (DeiT,
+    arXiv:2012.12877)."""
+
+    where: typing.ClassVar[str] = "distill"
+
+    teacher: str = ""  # its run folder or saved model
+    targets: Literal["layers", "labels"] = "layers"
+    first_stage: ZeroToOne = 0.5  # of learning layers: share of the steps
+
+    def complaints(self) -> list[tuple[str, str]]:
+        found = [] if self.teacher else [("teacher", "must name the run folder of a trained vision model")]
+        if self.targets == "labels" and self.first_stage != 0.5:
+            found.append(("first_stage", "goes with targets: layers"))
+        return found

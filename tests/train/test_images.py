@@ -115,8 +115,8 @@ def test_errors(folder, monkeypatch):
         read(folder, num_classes=2)
     with pytest.raises(ConfigError, match="with 1 or 3, got 4"):
         read(folder, channels=4)
-    with pytest.raises(ConfigError, match="the shapes have 8 classes, num_classes is 0"):
-        shapes(VisionSection())
+    with pytest.raises(ConfigError, match="the shapes have 8 classes, num_classes is 5"):
+        shapes(VisionSection(num_classes=5))
     (folder / "red" / "broken.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.png: cannot be read as an image"):
         load_image(folder / "red" / "broken.png", VISION)

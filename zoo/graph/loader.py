@@ -18,13 +18,13 @@ from zoo.graph.parse import Parser, graph_of
 from zoo.graph.reading import MAX_VALUES, Source, read_file, read_text, scalar
 from zoo.graph.spec import Graph
 from zoo.schema import PositiveFloat, PositiveInt, check_type
-from zoo.sections import DataSection, TrainSection, VisionSection
+from zoo.sections import DataSection, DistillSection, TrainSection, VisionSection
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # the keys that only one architecture has; it needs the first of them
 KEYS_OF = {
     "causal_lm": ("vocab_size", "tie_embeddings", "embedding_scale", "logit_scale", "logit_cap"),
-    "vision": ("vision",),
+    "vision": ("vision", "distill"),
 }
 _INTERPOLATION = re.compile(r"\$\{([^${}]*)\}")
 
@@ -50,6 +50,7 @@ class TopLevel:
     logit_cap: PositiveFloat | None = None
     train: TrainSection | None = None
     data: DataSection | None = None
+    distill: DistillSection | None = None
 
 
 def config_names() -> list[str]:

@@ -49,8 +49,14 @@ class MetricsFile:
             self.file.flush()
 
 
-def draw(records: Sequence[Mapping[str, Any]], path: Path, references: Mapping[str, float], bits: bool) -> None:
-    """Write the loss curve as PNG: in bits per token beside the reference figures where `bits`, else in nats."""
+def draw(
+    records: Sequence[Mapping[str, Any]],
+    path: Path,
+    references: Mapping[str, float],
+    bits: bool,
+    unit_of_loss: str = "nats per token",
+) -> None:
+    """Write the loss curve as PNG: in bits per byte beside the reference figures where `bits`, else as it is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -67,7 +73,7 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path, references: Mapping[s
     for (name, value), color in zip(references.items(), ("tab:gray", "tab:green", "tab:red"), strict=False):
         axes.axhline(value, color=color, linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
     axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte" if bits else "loss (nats per token)")
+    axes.set_ylabel("bits per byte" if bits else f"loss ({unit_of_loss})")
     axes.grid(alpha=0.3)
     axes.legend()
     with new_file(path) as temporary:

@@ -15,9 +15,10 @@ import numpy as np
 
 from zoo.errors import ConfigError, DataError, Problem
 from zoo.sections import SHAPES, DataSection, VisionSection
-from zoo.train.loader import Row
+from zoo.train.loader import Row, Rows, TaskRows
 from zoo.train.synthetic import Sample
 
+DRAWN = 256  # images that a model of drawn ones is judged by
 Region = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -62,9 +63,33 @@ def shapes(vision: VisionSection) -> Sample:
 
 
 def _need_classes(vision: VisionSection, count: int, what: str) -> None:
-    if vision.num_classes < count:
+    if 0 < vision.num_classes < count:
         text = f"{what} have {count} classes, num_classes is {vision.num_classes}"
         raise ConfigError([Problem(text, "vision.num_classes")])
+
+
+class Splits(NamedTuple):
+    """Images to train on, to look at now and then, and to judge by, with how many of the last two there are."""
+
+    train: Rows
+    seen: Rows
+    fresh: Rows
+    seen_images: int
+    fresh_images: int
+    classes: list[str]
+    summary: dict[str, int | str]
+
+
+def read_images(data: DataSection, vision: VisionSection, seed: int, seen_images: int) -> Splits:
+    """The images of `data.source`. Drawn ones never end: `seen_images` of them are looked at, DRAWN judged by."""
+    if data.source == SHAPES:
+        sample, classes = shapes(vision), list(REGIONS)
+        train, seen, fresh = (TaskRows(sample, seed, split) for split in range(3))
+        return Splits(train, seen, fresh, seen_images, DRAWN, classes, {"task": SHAPES, "classes": len(classes)})
+    folder = read_folder(data, vision)
+    heldout, count = ImageRows(folder.heldout, vision), len(folder.heldout)
+    train = ImageRows(folder.train, vision, seed)
+    return Splits(train, heldout, heldout, min(seen_images, count), count, folder.classes, folder.summary())
 
 
 # ------------------------------------------------------------------------------------------- folder

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -35,12 +36,13 @@ from torch import nn
 
 import zoo
 from zoo.errors import ConfigError, DataError, Problem, ZooError
-from zoo.sections import SHAPES, DataSection, TrainSection, VisionSection
+from zoo.sections import SHAPES, DataSection, DistillSection, TrainSection, VisionSection
 from zoo.train.corpus import Corpus, Stream, read_corpus
 from zoo.train.curve import LN2, MetricsFile, draw
+from zoo.train.distill import Distillation, LayerDistillation, objective_of
 from zoo.train.evaluate import evaluate_text, score, some_heldout
 from zoo.train.files import new_folder, write_text
-from zoo.train.images import REGIONS, ImageRows, read_folder, shapes
+from zoo.train.images import read_images
 from zoo.train.loader import HeldoutRows, Rows, TaskRows, TrainRows, batch
 from zoo.train.progress import Reporter, step_text
 from zoo.train.synthetic import IGNORE, make_task
@@ -67,11 +69,11 @@ class RunResult:
     parameters: int
     loss: float | None
     seconds: float
-    tokens_per_second: float  # of a vision model: images
-    unit: str
+    tokens_per_second: float  # `unit`s a second
     evaluation: dict[str, float | int] | None
     sample: str | None
     model: nn.Module | None
+    unit: str = "tokens"  # what a row is made of: tokens, or one image
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class _Data:
     tokenizer: Tokenizer | None
     bits: bool  # one token is one byte
     unit: str = "tokens"
+    loss: str = "nats per token"
 
 
 def free_folder(name: str, under: Path = Path("runs")) -> Path:
@@ -121,14 +124,17 @@ def train(
         _check_folder(folder, resume, document)
     elif resume:
         raise ConfigError("resume needs the run folder: give out")
+    distillation = None
+    if "distill" in document:
+        distillation = objective_of(DistillSection.from_mapping(document["distill"]), section, document)
     with Reporter(progress) as report:
         report.begin("loading torchtitan")
         titan = _titan()
         report.end()
         report.begin("reading data")
-        data = _prepare(data_section, section, document)
+        data = _prepare(data_section, section, document, distillation)
         report.end()
-        return _run(titan, document, section, data, folder, resume, report)
+        return _run(titan, document, section, data, distillation, folder, resume, report)
 
 
 def _document(config: Any) -> dict[str, Any]:
@@ -152,6 +158,7 @@ def _run(
     document: dict[str, Any],
     section: TrainSection,
     data: _Data,
+    distillation: Distillation | None,
     folder: Path | None,
     resume: bool,
     report: Reporter,
@@ -169,14 +176,20 @@ def _run(
 
         def on_step(record: dict[str, Any]) -> None:
             nonlocal heldout
+            if distillation is not None:
+                record |= distillation.told(record["step"])
             metrics.add(record) if folder else records.append(record)
             if "heldout_loss" in record:
                 key = "heldout_bits_per_byte" if "heldout_bits_per_byte" in record else "heldout_loss"
                 heldout = f"  held-out {record[key]:.3f}{' bits/byte' if key.endswith('byte') else ''}"
             report.advance(record["step"], step_text(record, heldout, data.unit))
 
+        taught: dict[str, Any] = {}
+        build = zoo.build
+        if distillation is not None:
+            taught, build = {"objective": distillation, "prepare": distillation.prepare}, distillation.build
         job = titan.Job(
-            build=lambda device: zoo.build(document, device=device),
+            build=lambda device: build(document, device=device),
             train=section,
             rows=data.rows,
             folder=folder,
@@ -184,6 +197,7 @@ def _run(
             on_step=on_step,
             evaluate=data.glance,
             stop=stop,
+            **taught,
         )
         report.begin("training", section.steps, at or 0)
         trained, step = titan.fit(job)
@@ -208,10 +222,10 @@ def _run(
         loss=records[-1]["loss"] if records else None,
         seconds=seconds,
         tokens_per_second=sum(fast) / len(fast) if fast else 0.0,
-        unit=data.unit,
         evaluation=evaluation,
         sample=text,
         model=model,
+        unit=data.unit,
     )
 
 
@@ -311,7 +325,7 @@ def _finish(
     if records:
         names = ("unigram", "bigram", "gzip")
         figures = {n: evaluation[f"{n}_bits_per_byte"] for n in names} if evaluation and data.bits else {}
-        draw(records, folder / "loss.png", figures, data.bits)
+        draw(records, folder / "loss.png", figures, data.bits, data.loss)
 
 
 def tokenizer_of(folder: str | Path) -> Tokenizer:
@@ -346,9 +360,11 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
 
 # ------------------------------------------------------------------------------------------------ data
-def _prepare(data: DataSection, section: TrainSection, document: dict[str, Any]) -> _Data:
+def _prepare(
+    data: DataSection, section: TrainSection, document: dict[str, Any], distillation: Distillation | None
+) -> _Data:
     if "vision" in document:
-        return _images(data, section, VisionSection.from_mapping(document["vision"]))
+        return _images(data, section, VisionSection.from_mapping(document["vision"]), distillation)
     if data.source == SHAPES:
         raise ConfigError([Problem("shapes are images: they go with architecture: vision", "data.source")])
     return _task(data, section, document) if data.synthetic else _text(data, section, document)
@@ -434,37 +450,52 @@ def _task(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
     return _Data(TaskRows(sample, section.seed), summary, glance, judge, answer, None, False)
 
 
-def _images(data: DataSection, section: TrainSection, vision: VisionSection) -> _Data:
+def _images(
+    data: DataSection, section: TrainSection, vision: VisionSection, distillation: Distillation | None
+) -> _Data:
+    if not vision.num_classes and distillation is None:
+        raise ConfigError(
+            [Problem("is 0: nothing can be learnt but from a teacher, see distill", "vision.num_classes")]
+        )
     size = section.batch_size // section.accumulation
-    glanced = section.eval_batches * section.batch_size
-    rows: Rows
-    seen: Rows
-    fresh: Rows
-    if data.source == SHAPES:
-        sample, classes = shapes(vision), list(REGIONS)
-        rows, seen, fresh = (TaskRows(sample, section.seed, split) for split in range(3))
-        judged, summary = TASK_ROWS, {"task": SHAPES, "classes": len(classes)}
-    else:
-        folder = read_folder(data, vision)
-        rows, seen = ImageRows(folder.train, vision, section.seed), ImageRows(folder.heldout, vision)
-        fresh, classes, summary, judged = seen, folder.classes, folder.summary(), len(seen)
-        glanced = min(glanced, judged)
+    found = read_images(data, vision, section.seed, section.eval_batches * section.batch_size)
 
     def glance(model: nn.Module) -> dict[str, float]:
-        result = score(model, seen, glanced, size)
-        return {"heldout_loss": result["loss"], "heldout_accuracy": result["accuracy"]}
+        result = score(model, found.seen, found.seen_images, size) if vision.num_classes else {}
+        seen = {f"heldout_{name}": result[name] for name in ("loss", "accuracy") if result}
+        if distillation is not None:  # its loss is the one that is trained
+            seen["heldout_loss"] = distillation.figures(model, found.seen, found.seen_images, size)["distill_loss"]
+        return seen
 
     def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
-        report.begin("evaluating", judged)
-        result = score(model, fresh, judged, size, lambda done, total: report.advance(done))
-        return {"loss": result["loss"], "accuracy": result["accuracy"], "scored_images": int(result["tokens"])}
+        count, made = found.fresh_images, {}
+        report.begin("evaluating", count)
 
-    def labelled(model: nn.Module) -> str:
-        part = batch(fresh, 0, min(16, judged))
+        def labelled(model: nn.Module) -> dict[str, float]:
+            return score(model, found.fresh, count, size, lambda done, total: report.advance(done))
+
+        if vision.num_classes:
+            result = labelled(model)
+            made = {"loss": result["loss"], "accuracy": result["accuracy"]}
+        if distillation is not None:
+            made |= distillation.figures(model, found.fresh, count, size)
+            if vision.num_classes:
+                made["teacher_accuracy"] = labelled(distillation.teacher)["accuracy"]
+        return made | {"scored_images": count}
+
+    def answers(model: nn.Module) -> str:
+        part = batch(found.fresh, 0, min(16, found.fresh_images))
         with torch.no_grad():
             said = model(part.inputs).argmax(-1).tolist()
-        names = dict(enumerate(classes))
-        answers = zip(part.labels.flatten().tolist(), said, strict=True)
-        return "".join(f"wanted: {names[w]}  answered: {names.get(a, a)}\n" for w, a in answers)
+        names = dict(enumerate(found.classes))
+        pairs = zip(part.labels.flatten().tolist(), said, strict=True)
+        return "".join(f"wanted: {names[w]}  answered: {names.get(a, a)}\n" for w, a in pairs)
 
-    return _Data(rows, summary, glance, judge, labelled, None, False, "images")
+    sample, summary, loss = answers, found.summary, "nats per image"
+    if distillation is not None:
+        summary = summary | {"teacher_sha256": distillation.fingerprint()}
+    if isinstance(distillation, LayerDistillation):
+        loss = "squared distance to the teacher"
+        if not vision.num_classes:
+            sample = partial(distillation.sample, rows=found.fresh, count=min(16, found.fresh_images))
+    return _Data(found.train, summary, glance, judge, sample, None, False, "images", loss)

@@ -78,7 +78,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torchtitan.components.checkpointer import CheckpointManager
     from torchtitan.components.dataloader import BaseDataLoader
-    from torchtitan.components.loss import CrossEntropyLoss
+    from torchtitan.components.loss import BaseLoss, CrossEntropyLoss
     from torchtitan.components.metrics import MetricsProcessor
     from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
     from torchtitan.components.tokenizer import BaseTokenizer
@@ -95,7 +95,11 @@ _NOT_DECAYED = ("A_log", "D", "dt_bias")
 @dataclass
 class Job:
     """One training run. `build(device)` gives the model; `on_step(record)` is called after each step, with what
-    `evaluate(model)` returned in steps that are due; `stop()` ends the run after a step."""
+    `evaluate(model)` returned in steps that are due; `stop()` ends the run after a step.
+
+    `objective(model, inputs, labels, step)` gives losses [B] in place of the cross-entropy of the logits, and
+    `prepare(model)` changes a model that was just drawn.
+    """
 
     build: Callable[[str], nn.Module]
     train: TrainSection
@@ -105,6 +109,8 @@ class Job:
     on_step: Callable[[dict[str, Any]], None] = lambda record: None
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
     stop: Callable[[], bool] = lambda: False
+    objective: Callable[[nn.Module, Tensor, Tensor, int], Tensor] | None = None
+    prepare: Callable[[nn.Module], None] = lambda model: None
 
     def to_dict(self) -> dict[str, Any]:
         """Nothing: torchtitan writes its configuration out, and this is none of it."""
@@ -195,7 +201,8 @@ class _Model(BaseModel):
     def __init__(self, config: Config):
         super().__init__()
         self.model = config.job.build("meta")
-        self.section = config.job.train
+        self.job, self.section = config.job, config.job.train
+        self.step = 0
         self.ties = _ties(self.model)
 
     def verify_module_protocol(self) -> None:
@@ -206,8 +213,11 @@ class _Model(BaseModel):
             for module, other in others:
                 module.register_parameter(other, getattr(first, name))
         self.model.init_weights(self.section.seed)
+        self.job.prepare(self.model)
 
-    def forward(self, inputs: Tensor, *, doc_ids: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, *, doc_ids: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        if self.job.objective is not None and labels is not None:
+            return self.job.objective(self.model, inputs, labels, self.step)
         if doc_ids is not None:
             return self.model(inputs, doc_ids=doc_ids)
         logits = self.model(inputs)
@@ -230,10 +240,12 @@ class _Data(BaseDataLoader):
 
     def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **unused: Any):
         self.loader = Loader(config.job.rows, local_batch_size, dp_rank, dp_world_size)
+        self.with_labels = config.job.objective is not None
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         for inputs, labels, doc_ids in self.loader:
-            yield {"input": inputs} | ({} if doc_ids is None else {"doc_ids": doc_ids}), labels
+            beside = {"labels": labels} if self.with_labels else {}
+            yield {"input": inputs} | beside | ({} if doc_ids is None else {"doc_ids": doc_ids}), labels
 
     def state_dict(self) -> dict[str, int]:
         return self.loader.state_dict()
@@ -260,6 +272,17 @@ class _NoTokenizer(BaseTokenizer):
 
     def get_vocab_size(self) -> int:
         raise NotImplementedError
+
+
+class _Sum(BaseLoss):
+    """The losses that an objective gave, summed; torchtitan divides by the number of labels."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseLoss.Config):
+        pass
+
+    def __init__(self, config: Config, **unused: Any):
+        self.fn = lambda losses, labels: losses.sum()
 
 
 class _Metrics(MetricsProcessor):
@@ -321,7 +344,8 @@ class _Trainer(Trainer):
     def __init__(self, config: Config):
         super().__init__(config)
         self.job = config.job
-        self.trained: Any = self.model_parts[0].model
+        self.wrapper: Any = self.model_parts[0]
+        self.trained: Any = self.wrapper.model
         set_auxiliary_scale(1 / self.gradient_accumulation_steps)
         modules = list(self.trained.modules())
         self.biased: list[Any] = [m for m in modules if callable(getattr(m, "update_bias", None))]
@@ -378,6 +402,7 @@ class _Trainer(Trainer):
         # a step's random numbers are its own: checkpoints hold no generator state
         key = f"{self.job.train.seed}/{self.step}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+        self.wrapper.step = self.step
         super().train_step(data_iterator)
         for module in self.biased:
             module.update_bias()
@@ -424,7 +449,7 @@ def _config(job: Job) -> _Trainer.Config:
         dump_folder=str(job.folder or ""),
         tokenizer=_NoTokenizer.Config(),
         dataloader=_Data.Config(job=job),
-        loss=CrossEntropyLoss.Config(),
+        loss=CrossEntropyLoss.Config() if job.objective is None else _Sum.Config(),
         optimizer=OptimizersContainer.Config(param_groups=_groups(job.build("meta"), train)),
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=warmup,
