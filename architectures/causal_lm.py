@@ -50,6 +50,9 @@ class CausalLM(Model):
         self.lm_head = Linear(graph.dim, graph.vocab_size, bias=False, **builder.factory)
         if graph.tie_embeddings:
             self.lm_head.weight = self.tok_embeddings.weight
+        for module in self.modules():
+            if hasattr(module, "readout"):  # a tuple, so that the head is no submodule of its own layer
+                module.readout = tuple(m for m in (self.norm, self.lm_head) if m is not None)
 
     # --------------------------------------------------------------------------------- parameters
     def to_empty(self, *, device: Any, recurse: bool = True) -> Self:

@@ -51,6 +51,7 @@ def default_num_heads(dim: int, head_dim: int = 64) -> int:
         {"num_heads": 4, "head_dim": 8, "qk_norm": "full", "rope_interleaved": True},
         {"num_heads": 4, "num_kv_heads": 2, "softcap": 5.0, "sink_logits": True, "window": 16},
         {"num_heads": 4, "rope": False, "scale": 0.3},
+        {"num_heads": 4, "bias": "qk"},
     ),
 )
 class Attention(Block):
@@ -61,7 +62,8 @@ class Attention(Block):
     `window`: only i - j < window, and always the first `sinks` tokens; `sink_logits`: a learnt score per
     head that takes weight and gives no value (GPT-OSS); `softcap` c: scores c tanh(s / c) (Gemma 2);
     `qk_norm`: RMS norm of each head (Qwen3) or of all channels (OLMo 2) of q and k; `output_gate`:
-    o * sigmoid(W_g x), rows of W_g beside those of q head by head (Qwen3-Next); `causal=False` sees the whole
+    o * sigmoid(W_g x), rows of W_g beside those of q head by head (Qwen3-Next); `bias` of all four maps or of q and
+    k alone (`qk`, Huginn), `out_bias` of W_o where it differs; `causal=False` sees the whole
     document and cannot be streamed. Rotary options: `rotary_dim` channels of each head, `rope_interleaved`
     pairs (2i, 2i+1), `rope_scaling` as in Hugging Face (rope_type linear, llama3 or yarn).
     State: keys and values, 2 G d a token, or of sinks + window tokens. 4 H d T^2 FLOPs a sequence (causal half
@@ -84,7 +86,7 @@ class Attention(Block):
         rope_scaling: dict[str, Any] | None = None,
         qk_norm: Literal["none", "head", "full"] = "none",
         norm_eps: PositiveFloat = 1e-6,
-        bias: bool = False,
+        bias: bool | Literal["qk"] = False,
         out_bias: bool | None = None,
         window: PositiveInt | None = None,
         sinks: NonNegativeInt = 0,
@@ -120,10 +122,10 @@ class Attention(Block):
         self.output_gate, self.causal, self.kernel, self.qk_norm = output_gate, causal, kernel, qk_norm
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         factory = {"device": device, "dtype": dtype}
-        self.q_proj = Linear(dim, q_width * (2 if output_gate else 1), bias=bias, **factory)
-        self.k_proj = Linear(dim, kv_width, bias=bias, **factory)
-        self.v_proj = Linear(dim, kv_width, bias=bias, **factory)
-        self.o_proj = Linear(q_width, dim, bias=bias if out_bias is None else out_bias, **factory)
+        self.q_proj = Linear(dim, q_width * (2 if output_gate else 1), bias=bool(bias), **factory)
+        self.k_proj = Linear(dim, kv_width, bias=bool(bias), **factory)
+        self.v_proj = Linear(dim, kv_width, bias=bias is True, **factory)
+        self.o_proj = Linear(q_width, dim, bias=bias is True if out_bias is None else out_bias, **factory)
         self.q_norm = self.k_norm = None
         if qk_norm != "none":
             widths = (self.head_dim, self.head_dim) if qk_norm == "head" else (q_width, kv_width)

@@ -113,6 +113,61 @@ class AdaptiveComputationTime(Router):
         return self.steps * super().step_flops(tokens)  # asked before every step
 
 
+@register("exit", kind="router", paper="arXiv:2502.05171")
+class EarlyExit(Router):
+    """Early exit: at inference a token leaves the loop after the step that hardly changed it.
+
+    latent: |s_n - s_{n-1}| < threshold * |s_n|; kl: KL(p_n || p_{n-1}) < threshold, p_n the distribution that the
+    model's final norm and head read off s_n. (Huginn reads it through the coda too, whose cache would have to be
+    taken back at every step.) Usual thresholds: 0.03 and 1e-3. Training takes all steps. No parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        metric: Literal["latent", "kl"] = "latent",
+        threshold: PositiveFloat = 0.03,
+        steps: PositiveInt = 1,
+        nested: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(dim, steps, nested)
+        if not nested:
+            raise ValueError("exit ends the steps of a loop; it cannot choose the body of a route")
+        self.metric, self.threshold = metric, threshold
+        self.readout: tuple[nn.Module, ...] = ()  # final norm and head, given by the model
+
+    def pick(self, step, x, carry, streaming):
+        if self.training and not streaming:
+            return Pick()
+        if step == 0:
+            carry["active"] = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return Pick() if step < 2 else Pick(mask=carry["active"])  # two steps make the first change
+
+    def advance(self, step, x, increment, carry):
+        new = x + increment
+        if "active" not in carry:
+            return new
+        if step:
+            new = torch.where(carry["active"].unsqueeze(-1), new, carry["last"])
+            carry["active"] = carry["active"] & (self._change(new, carry["last"]) >= self.threshold)
+        carry["last"] = new
+        return new
+
+    def _change(self, new, last):
+        if self.metric == "latent":
+            return (new - last).norm(dim=-1) / new.norm(dim=-1)
+        p, q = (self._log_distribution(s) for s in (new, last))
+        return (p.exp() * (p - q)).sum(-1)
+
+    def _log_distribution(self, x):
+        for module in self.readout:
+            x = module(x)
+        return x.log_softmax(-1)
+
+
 @register(
     "expert_choice",
     kind="router",

@@ -48,6 +48,9 @@ SHRINK = {
         "define.thoughts.workspace.slots=8", "define.thoughts.workspace.active=4",
         "define.thoughts.workspace.rank=8", "define.thoughts.workspace.chunk_size=8",
     ],
+    "huginn_3.5b": ["define.layer[0].attention.num_heads=4", "define.layer[1].swiglu.hidden_dim=96",
+                    "trunk[1].loop.steps=3", "trunk[1].loop.of=[layer]"],
+    "huginn_small": ["trunk[1].loop.steps=3"],
     "jamba_52b": [
         "trunk[0].repeat=1", "define.ssm.mamba.state_dim=4", "define.ssm.mamba.dt_rank=8",
         "define.full.attention.num_heads=4", "define.full.attention.num_kv_heads=2",

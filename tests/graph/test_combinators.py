@@ -228,8 +228,8 @@ def test_parallel_norm_is_shared_and_blocks_get_none_of_their_own():
 
 def test_residual_styles():
     x = stream()
-    for style in ("pre", "post", "normed", "sandwich", "none"):
-        skip = 3.0 if style in ("post", "normed") else 1.0
+    for style in ("pre", "post", "normed", "sandwich", "pre_post", "none"):
+        skip = 3.0 if style in ("post", "normed", "pre_post") else 1.0
         node = build({"swiglu": {}, "residual": {"style": style, "scale": 0.5, "skip": skip}}).layers[0]
         inner = node.block(x if style == "post" else node.norm(x))
         if style == "post":
@@ -238,6 +238,8 @@ def test_residual_styles():
             expected = 3 * node.norm(x) + 0.5 * inner
         elif style == "sandwich":
             expected = x + 0.5 * node.out_norm(inner)
+        elif style == "pre_post":
+            expected = node.out_norm(3 * x + 0.5 * inner)
         else:
             expected = 0.5 * inner + (x if style == "pre" else 0)
         torch.testing.assert_close(node(x), expected, rtol=0, atol=1e-12)
@@ -295,6 +297,9 @@ MODELS = {
     "bodies": [{"route": {"bodies": [LAYER, "skip", ["swiglu"]], "router": "token_choice"}}],
     "nested": [loop(steps=2, router="token_choice", of=[{"route": LAYER}, loop(steps=2, router="expert_choice")])],
     "inject": [loop(steps=3, inject="concat", router="act")],
+    "exit": [loop(steps=4, inject="concat", start="noise", final_norm="rms", router={"exit": {"threshold": 0.6}})],
+    "ring": [loop(steps=3, inject="add", ring=2), {"swiglu": {}, "residual": "pre_post"}],
+    "ring exit": [loop(steps=3, inject="add", ring=1, router={"exit": {"metric": "kl", "threshold": 0.01}})],
     "share": [{"sequence": LAYER, "share": "s"}, "swiglu", {"share": "s"}],
     "parallel": [{"parallel": [{"attention": {"num_heads": 4}}, "swiglu"], "merge": "concat", "norm": "layer"}],
     "revisit": [revisit(copies=2, rank=4)],

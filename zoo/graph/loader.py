@@ -67,10 +67,11 @@ def find_config(name: str | Path) -> Path:
         return path
     if path.suffix in (".yaml", ".yml") and not path.exists() and len(path.parts) > 1 and path.parts[0] != "configs":
         raise ConfigError([Problem("there is no such file", file=str(path))])
-    shipped = CONFIGS / f"{path.stem}.yaml"
+    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name  # a name may hold a dot: huginn_3.5b
+    shipped = CONFIGS / f"{stem}.yaml"
     if shipped.is_file() and len(path.parts) <= 2:
         return shipped
-    hint = did_you_mean(path.stem, config_names())
+    hint = did_you_mean(stem, config_names())
     raise ConfigError([Problem(f"there is no such file or shipped configuration{hint}", file=str(path))])
 
 

@@ -112,7 +112,7 @@ class ResidualBlock(Node):
     def from_spec(cls, spec: Spec, builder: Builder) -> ResidualBlock:
         block = builder.component(spec)
         norms = [builder.component(spec.norm) if spec.norm else None for _ in range(2)]
-        out_norm = norms[1] if spec.residual.style == "sandwich" else None
+        out_norm = norms[1] if spec.residual.style in ("sandwich", "pre_post") else None
         return cls(block, norms[0], out_norm, spec.residual, spec.name, **builder.factory)  # type: ignore[arg-type]
 
     def reset_own_parameters(self) -> None:
@@ -120,7 +120,7 @@ class ResidualBlock(Node):
             nn.init.constant_(self.scale, self.scale_start)
 
     def increment(self, x, *, state: Any = None, positions=None, doc_ids=None):
-        if self.style in ("post", "normed"):
+        if self.style in ("post", "normed", "pre_post"):
             return self(x, state=state, positions=positions, doc_ids=doc_ids) - x
         return self._branch(self._normed(x), state, positions, doc_ids)
 
@@ -132,7 +132,8 @@ class ResidualBlock(Node):
         if self.style == "normed":
             x = h
         y = y + (x if self.skip == 1 else self.skip * x)
-        return self.norm(y) if self.style == "post" and self.norm is not None else y
+        norm = {"post": self.norm, "pre_post": self.out_norm}.get(self.style)
+        return y if norm is None else norm(y)
 
     def _normed(self, x):
         """What the block reads."""
@@ -140,7 +141,7 @@ class ResidualBlock(Node):
 
     def _branch(self, h, state, positions, doc_ids):
         y = self.block(h, state=state, positions=positions, doc_ids=doc_ids)
-        if self.out_norm is not None:
+        if self.style == "sandwich" and self.out_norm is not None:
             y = self.out_norm(y)
         if self.scale is not None:
             y = y * self.scale

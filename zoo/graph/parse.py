@@ -224,8 +224,8 @@ class Parser:
         return Spec(name, path, kind, self.options(name, options or {}, (*path, name)))
 
     def residual(self, value: Any, path: Path_) -> Residual:
-        """`pre`, `post`, `normed`, `sandwich`, `none`, or a mapping of `Residual`'s fields; numbers given as a list
-        follow the depth where the attribute stands inside a repeat."""
+        """A style (`pre`, `post`, `normed`, `sandwich`, `pre_post`, `none`), or a mapping of `Residual`'s fields; numbers
+        given as a list follow the depth where the attribute stands inside a repeat."""
         given = {"style": value} if isinstance(value, str) else value
         if not isinstance(given, Mapping):
             self.complain(path, f"must be a style or a mapping, got {value!r}")
@@ -234,8 +234,8 @@ class Parser:
         if values.get("learn", "none") != "none" and values.get("scale") is None:
             values["scale"] = 1.0
         residual = Residual(**values)
-        if residual.skip != 1 and residual.style not in ("post", "normed"):
-            self.complain((*path, "skip"), f"goes with style: post or normed, not {residual.style}")
+        if residual.skip != 1 and residual.style not in ("post", "normed", "pre_post"):
+            self.complain((*path, "skip"), f"goes with style: post, normed or pre_post, not {residual.style}")
         return residual
 
     def section(self, cls: type, given: Any, path: Path_) -> dict[str, Any]:
