@@ -300,6 +300,8 @@ MODELS = {
     "exit": [loop(steps=4, inject="concat", start="noise", final_norm="rms", router={"exit": {"threshold": 0.6}})],
     "ring": [loop(steps=3, inject="add", ring=2), {"swiglu": {}, "residual": "pre_post"}],
     "ring exit": [loop(steps=3, inject="add", ring=1, router={"exit": {"metric": "kl", "threshold": 0.01}})],
+    "feedback": [{"feedback": LAYER, "residual": "post", "inner": 2, "outer": 1, "segments": 2}],
+    "feedback halt": [{"feedback": LAYER, "inner": 1, "outer": 1, "segments": 3, "halt": True}],
     "share": [{"sequence": LAYER, "share": "s"}, "swiglu", {"share": "s"}],
     "parallel": [{"parallel": [{"attention": {"num_heads": 4}}, "swiglu"], "merge": "concat", "norm": "layer"}],
     "revisit": [revisit(copies=2, rank=4)],

@@ -23,6 +23,7 @@ trunk:
   - {loop: {steps: 3, router: {expert_choice: {capacity: [1.0, 0.5, 0.25]}}, of: [a]}}
   - {loop: {steps: 2, router: {act: {eps: 0.05}}, of: a, inject: add}}
   - {loop: {steps: 3, of: a, inject: concat, start: noise, sample_sigma: 0.5, ring: 1, final_norm: rms, router: exit}}
+  - {feedback: a, inner: 2, outer: 2, halt: true}
   - {route: {bodies: [a, skip], router: token_choice}}
   - {route: a}
   - {hierarchy: {chunker: {dynamic_chunks: {width: 48, ratio: 2}}, encoder: a, of: [b], decoder: a}}

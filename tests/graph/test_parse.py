@@ -163,7 +163,7 @@ def test_all_problems_at_once_with_file_line_column_and_hint(tmp_path):
         ("[{share: x}]", "no node before this one"),
         ("[{share: x, sequence: [swiglu, {share: x}]}]", "contains itself"),
         ("[{swiglu: {}, share: x}, {swiglu: {bias: true}, share: x}]", "differ"),
-        ("[{feedback: {}}]", "not available yet"),
+        ("[{feedback: {}}]", "feedback needs the field of"),
         ("[{swiglu: {hidden_dim: [8, 16]}}]", "depth schedule only inside repeat"),
         ("[{repeat: 4, of: swiglu, tie: cycle, unique: 3}]", "evenly"),
         ("[{repeat: 4, of: swiglu, at: {9: swiglu}}]", "does not exist"),

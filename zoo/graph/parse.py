@@ -21,7 +21,6 @@ from zoo.sections import VisionSection
 
 BLOCK_KINDS = ("mixer", "ffn", "memory")
 ATTRIBUTES = ("norm", "residual", "share")
-PLANNED = ("feedback",)
 MAX_NODES = 20_000
 _WIDTH_WORDS = ("dim", "d_model", "hidden_size", "width", "model_dim", "embed_dim")
 
@@ -81,7 +80,7 @@ class Parser:
         heads = [k for k in value if k not in ATTRIBUTES]
         if not heads:
             return self.reference(attributes, path)
-        known = [k for k in heads if k in self.combinators or k in PLANNED] or [
+        known = [k for k in heads if k in self.combinators] or [
             k for k in heads if isinstance(k, str) and (k in self.define or k in self.blocks)
         ]
         if not known:
@@ -94,9 +93,6 @@ class Parser:
             other = next(iter(siblings))
             hint = "one block per item: write a list" if other in self.blocks else f"options go under {head}:"
             self.complain((*path, other), f"unexpected key beside {head}; {hint}")
-        if head in PLANNED:
-            self.complain((*path, head), f"{head} has its place in the grammar and is not available yet")
-            return None
         if head in self.combinators:
             return self.combinator(head, value[head], siblings, attributes, path)
         return self.named(head, value[head], attributes, (*path, head), path)
@@ -381,7 +377,7 @@ def graph_of(parser: Parser, top: Mapping[str, Any], document: Mapping[str, Any]
         parser.complain(("define",), f"must be a mapping of names to nodes, got {parser.define!r}")
         parser.define = {}
     for name in parser.define:
-        if not isinstance(name, str) or name in {*parser.blocks, *parser.combinators, *PLANNED, *ATTRIBUTES, "skip"}:
+        if not isinstance(name, str) or name in {*parser.blocks, *parser.combinators, *ATTRIBUTES, "skip"}:
             parser.complain(("define", name), f"the name {name!r} is taken; choose another")
     parser.default_norm = parser.norm(top.get("norm", "rms"), ("norm",))
     final_norm = parser.default_norm
