@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from zoo.blocks.kv_cache import KVCache, RingKVCache, kv_cache_bytes, ring_slots, segment_index
 from zoo.blocks.norms import RMSNorm
-from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, positions_from, refuse_packed_streaming
+from zoo.contract import (
+    Block,
+    ParallelPlan,
+    SharedKeys,
+    init_linear_,
+    linear_flops,
+    positions_from,
+    refuse_packed_streaming,
+)
 from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -71,6 +79,8 @@ class Attention(Block):
     Parameters and their layouts are those of Llama, Qwen3, OLMo 2, Gemma 2, GPT-OSS and Qwen3-Next in Hugging
     Face, but norm weights are w, never 1 + w.
     """
+
+    shares_keys = True
 
     def __init__(
         self,
@@ -151,61 +161,86 @@ class Attention(Block):
         self,
         x: Tensor,
         *,
-        state: KVCache | RingKVCache | None = None,
+        state: KVCache | RingKVCache | SharedKeys | None = None,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
     ) -> Tensor:
-        refuse_packed_streaming(state, doc_ids)
-        if state is not None and not self.causal:
-            raise ValueError("causal=False sees the whole document, so it cannot be streamed: call it without a state")
-        B, T, _ = x.shape
-        q, k, v, gate = self._project(x)
-        if self.rotary_dim:
-            if positions is None:
-                in_row = state is not None
-                positions = segment_index(state.length, T) if in_row else positions_from(doc_ids, B, T, x.device)
-            q, k = (rope(y, positions, rotary_dim=self.rotary_dim, **self.rope_options) for y in (q, k))
-        q_index = k_index = None
-        if state is not None:
-            empty = state.size == 0  # then the keys are those of the segment, in order
-            k, v, k_index, q_index = state.append(k, v)
-            if empty:
-                q_index = k_index = None
-        elif doc_ids is not None and self.num_sinks:
-            q_index = k_index = positions_from(doc_ids, B, T, x.device)  # each document has its own sinks
+        keys = state if isinstance(state, SharedKeys) else SharedKeys(state)
+        if positions is None and self.rotary_dim:
+            positions = self._positions(x, keys, doc_ids)
+        if not keys.written:
+            self.write_keys(x, keys, positions=positions, doc_ids=doc_ids)
+        q, gate = self._queries(x, positions)
         o, _ = attention(
-            q, k, v, causal=self.causal, window=self.window, sinks=self.num_sinks, scale=self.scale,
-            softcap=self.softcap, q_index=q_index, k_index=k_index, q_doc_ids=doc_ids, k_doc_ids=doc_ids,
-            sink_logits=self.sinks, backend=self.kernel,
+            q, keys.k, keys.v, causal=self.causal, window=self.window, sinks=self.num_sinks, scale=self.scale,
+            softcap=self.softcap, q_index=keys.q_index, k_index=keys.k_index, q_doc_ids=doc_ids,
+            k_doc_ids=keys.doc_ids, sink_logits=self.sinks, backend=self.kernel,
         )  # fmt: skip
         o = o.flatten(2)
         return self.o_proj(o if gate is None else o * torch.sigmoid(gate))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def write_keys(
+        self, x: Tensor, keys: SharedKeys, *, positions: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> None:
+        """Fill `keys` with those of x [B, T, D], and of the tokens before it where `keys.own` is a state."""
+        own: Any = keys.own
+        refuse_packed_streaming(own, doc_ids)
+        if own is not None and not self.causal:
+            raise ValueError("causal=False sees the whole document, so it cannot be streamed: call it without a state")
         # -1 heads: under tensor parallelism a rank holds only some
-        q, k, v, gate = self.q_proj(x), self.k_proj(x), self.v_proj(x), None
+        k, v = self.k_proj(x), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        k = self._normed(k, self.k_norm)
+        if self.rotary_dim:
+            positions = self._positions(x, keys, doc_ids) if positions is None else positions
+            k = rope(k, positions, rotary_dim=self.rotary_dim, **self.rope_options)
+        q_index = k_index = None
+        if own is not None:
+            empty = own.size == 0  # then the keys are those of the segment, in order
+            k, v, k_index, q_index = own.append(k, v)
+            if empty:
+                q_index = k_index = None
+        elif doc_ids is not None and self.num_sinks:
+            # each document has its own sinks
+            q_index = k_index = positions_from(doc_ids, x.shape[0], x.shape[1], x.device)
+        keys.k, keys.v, keys.q_index, keys.k_index, keys.doc_ids = k, v, q_index, k_index, doc_ids
+
+    def _positions(self, x: Tensor, keys: SharedKeys, doc_ids: Tensor | None) -> Tensor:
+        own: Any = keys.own
+        B, T = x.shape[:2]
+        return positions_from(doc_ids, B, T, x.device) if own is None else segment_index(own.length, T)
+
+    def _queries(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        q, gate = self.q_proj(x), None
         if self.output_gate:
             q, gate = (y.flatten(2) for y in q.unflatten(-1, (-1, 2, self.head_dim)).unbind(3))
-        if self.q_norm is None or self.k_norm is None:
-            q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
-            return q, k, v, gate
-        if self.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
-        if self.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v, gate
+        q = self._normed(q, self.q_norm)
+        if self.rotary_dim and positions is not None:
+            q = rope(q, positions, rotary_dim=self.rotary_dim, **self.rope_options)
+        return q, gate
+
+    def _normed(self, y: Tensor, norm: RMSNorm | None) -> Tensor:
+        """y [B, T, H d] in heads, with the q-k norm of all its channels or of each head."""
+        if norm is not None and self.qk_norm == "full":
+            y = norm(y)
+        y = y.unflatten(-1, (-1, self.head_dim))
+        return norm(y) if norm is not None and self.qk_norm == "head" else y
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
+        return self.key_flops(batch_size * seq_len) + self.query_flops(batch_size, seq_len, seq_len, context_len)
+
+    def key_flops(self, tokens: int) -> int:
+        """Executed matrix FLOPs of `write_keys`."""
+        return linear_flops(tokens, self.k_proj, self.v_proj)
+
+    def query_flops(self, batch_size: int, queries: int, seq_len: int, context_len: int = 0) -> int:
+        """Executed matrix FLOPs of a forward of `queries` tokens that finds the keys of its segment written."""
         keys = context_len + seq_len
         if context_len and self.window is not None:
             slots = ring_slots(None, self.window, self.num_sinks)
             keys = min(keys, slots) if seq_len == 1 else min(context_len, slots) + seq_len
-        return linear_flops(
-            batch_size * seq_len, self.q_proj, self.k_proj, self.v_proj, self.o_proj
-        ) + attention_flops(
-            batch_size, seq_len, keys, self.num_heads, self.head_dim, causal=self.causal, window=self.window,
-            sinks=self.num_sinks, plain=not context_len, fused=self._fused,
+        return linear_flops(batch_size * queries, self.q_proj, self.o_proj) + attention_flops(
+            batch_size, queries, keys, self.num_heads, self.head_dim, causal=self.causal, window=self.window,
+            sinks=self.num_sinks, plain=not context_len and queries == seq_len, fused=self._fused,
         )  # fmt: skip
 
     @property

@@ -138,6 +138,35 @@ class StateList(State):
     children: list[State] = field(default_factory=list)
 
 
+@dataclass
+class SharedKeys(State):
+    """In the place of a block's state: the keys and values that one call leaves to later calls of the same block.
+
+    `write_keys` of the block fills it, with the keys of `own`, its state, where rows are streamed; then every call
+    queries what is in it. k, v: [B, S, H, .] (with their gradient); indices and documents as in `attention`.
+    """
+
+    own: State | None = None
+    k: Any = None  # tensors once they are written
+    v: Any = None
+    q_index: Tensor | None = None
+    k_index: Tensor | None = None
+    doc_ids: Tensor | None = None
+
+    @property
+    def written(self) -> bool:
+        """Whether keys are there."""
+        return self.k is not None
+
+    def at(self, tokens: Tensor) -> SharedKeys:
+        """The same keys for queries of only the tokens [B, n] of the segment."""
+        q_index, k_index = self.q_index, self.k_index
+        if q_index is None and self.k is not None:
+            k_index = torch.arange(self.k.shape[1], device=tokens.device).expand(self.k.shape[:2])
+            q_index = k_index
+        return dataclasses.replace(self, q_index=q_index.gather(1, tokens), k_index=k_index)  # type: ignore[union-attr]
+
+
 def counter() -> Any:
     """Dataclass field for a host-side count: an upper bound over rows, zeroed by a full `reset`."""
     return field(default=0, metadata={"counter": True})
@@ -247,6 +276,7 @@ class Block(nn.Module, metaclass=DrawsItself):
     """
 
     causal: bool = True
+    shares_keys: bool = False  # takes a SharedKeys in the place of its state; then it has `write_keys`
 
     def __init__(self, dim: int):
         super().__init__()
@@ -362,6 +392,7 @@ class Router(nn.Module, metaclass=DrawsItself):
     """
 
     causal: bool = True
+    reads_all: bool = False  # tokens that do not take a body leave it their keys all the same
 
     def __init__(self, dim: int, steps: int, nested: bool):
         super().__init__()
