@@ -25,6 +25,7 @@ DENSE = {
     "data": {"source": "", "heldout": 0.1, "heldout_bytes": 500},
 }  # fmt: skip
 
+_CHOICE = {"expert_choice": {"capacity": [1.0, 0.5], "warmup_steps": 6}}
 _MOE = {"num_experts": 4, "hidden_dim": 16, "score": "sigmoid", "balance": "bias", "num_shared_experts": 1}
 HYBRID = copy.deepcopy(DENSE) | {
     "name": "hybrid",
@@ -33,8 +34,8 @@ HYBRID = copy.deepcopy(DENSE) | {
         "sparse": [{"moba": {"num_heads": 2, "block_size": 8, "top_k": 2}}, {"moe": {"hidden_dim": 8}}],
         "think": [{"attention": {"num_heads": 2}}, {"swiglu": {"hidden_dim": 16}}],
     },
-    "trunk": ["linear", "sparse", {"loop": {"steps": 2, "of": ["think"]}}, {"swiglu": {"hidden_dim": 16}, "share": "a"},
-              {"swiglu": {"hidden_dim": 16}, "share": "a"}],
+    "trunk": ["linear", "sparse", {"loop": {"steps": 2, "router": _CHOICE, "of": ["think"]}},
+              {"swiglu": {"hidden_dim": 16}, "share": "a"}, {"swiglu": {"hidden_dim": 16}, "share": "a"}],
 }  # fmt: skip
 HYBRID["train"] |= {"accumulation": 2}
 HYBRID["data"] |= {"doc_ids": True}

@@ -66,6 +66,9 @@ def test_run_folder(whole, name):
 def test_blocks_are_balanced_and_measured(whole):
     records = history(whole["hybrid"].out)
     assert set(records[0]["blocks"]) >= {"load_entropy", "max_load", "balance_loss"}
+    # the warm-up of a router's capacity counts optimiser steps, not micro-steps
+    capacities = [0.5 + 0.5 * (1 + math.cos(math.pi * min(i / 6, 1))) / 2 for i in range(10)]
+    assert [r["blocks"]["share_1"] for r in records] == pytest.approx([int(c * 24) / 24 for c in capacities])
     bias = [t for n, t in weights(whole["hybrid"].out).items() if n.endswith("e_score_correction_bias")]
     assert bias and all(t.abs().max() > 0 for t in bias)  # update_bias ran once per step
     assert all((t / 1e-3).round().abs().max() <= 10 for t in bias)

@@ -348,7 +348,9 @@ class _Trainer(Trainer):
         self.trained: Any = self.wrapper.model
         set_auxiliary_scale(1 / self.gradient_accumulation_steps)
         modules = list(self.trained.modules())
-        self.biased: list[Any] = [m for m in modules if callable(getattr(m, "update_bias", None))]
+        # what modules do once per optimiser step: move a selection bias, count the steps of a warm-up
+        hooks = ("update_bias", "after_step")
+        self.hooks: list[Any] = [h for m in modules for name in hooks if callable(h := getattr(m, name, None))]
         self.measuring: list[Any] = [m for m in modules if isinstance(getattr(m, "metrics", None), dict)]
         self.parameters = list(self.trained.parameters())
 
@@ -404,8 +406,8 @@ class _Trainer(Trainer):
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
         self.wrapper.step = self.step
         super().train_step(data_iterator)
-        for module in self.biased:
-            module.update_bias()
+        for hook in self.hooks:
+            hook()
 
     def forward_backward_step(self, **kwargs: Any) -> Tensor:
         loss = super().forward_backward_step(**kwargs)
