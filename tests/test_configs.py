@@ -16,6 +16,7 @@ from golden import FOLDER, golden_text  # noqa: E402
 LANGUAGE = [n for n in config_names() if "architecture: vision" not in find_config(n).read_text()]
 SMALL = ["dim=64", "vocab_size=61"]
 SHRINK = {
+    "algoformer_small": ["trunk[1].loop=3", "trunk[1].grad_last=2"],
     "deepseek_v3": [
         "define.attend.mla.num_heads=4", "define.attend.mla.q_lora_rank=24", "define.attend.mla.kv_lora_rank=16",
         "define.attend.mla.qk_nope_head_dim=16", "define.attend.mla.qk_rope_head_dim=8",
@@ -49,8 +50,8 @@ SHRINK = {
         "define.thoughts.workspace.rank=8", "define.thoughts.workspace.chunk_size=8",
     ],
     "huginn_3.5b": ["define.layer[0].attention.num_heads=4", "define.layer[1].swiglu.hidden_dim=96",
-                    "trunk[1].loop.steps=3", "trunk[1].loop.of=[layer]"],
-    "huginn_small": ["trunk[1].loop.steps=3"],
+                    "trunk[1].loop.steps=2", "trunk[1].loop.of=[layer]"],
+    "huginn_small": ["trunk[1].loop.steps=3", "trunk[1].loop.of=[layer]"],
     "jamba_52b": [
         "trunk[0].repeat=1", "define.ssm.mamba.state_dim=4", "define.ssm.mamba.dt_rank=8",
         "define.full.attention.num_heads=4", "define.full.attention.num_kv_heads=2",
@@ -86,10 +87,13 @@ SHRINK = {
         "define.experts.moe.top_k=2", "define.experts.moe.hidden_dim=32",
     ],
     "mamba2_130m": ["trunk[0].repeat=2", "trunk[0].of.mamba2.head_dim=32", "trunk[0].of.mamba2.state_dim=16"],
+    "mor_360m": ["define.layer[0].attention.num_heads=4", "define.layer[0].attention.num_kv_heads=2",
+                 "define.layer[1].swiglu.hidden_dim=96", "trunk[1].loop.of.repeat=2"],
     "recurrentgemma_2b": ["embedding_scale=8", "trunk[0].repeat=3", "define.recurrent[0].rg_lru.num_heads=4",
                           "define.recurrent[1].geglu.hidden_dim=96", "define.local[1].geglu.hidden_dim=96",
                           "define.local[0].attention.head_dim=16", "define.local[0].attention.rotary_dim=8",
                           "define.local[0].attention.window=8"],
+    "trm_small": ["trunk[0].inner=1", "trunk[0].outer=1"],
     "zamba2_7b": [
         "trunk[0].revisit.at=1,2,4", "trunk[0].revisit.attention.num_heads=4",
         "trunk[0].revisit.attention.scale=0.25", "trunk[0].revisit.hidden_dim=96", "trunk[0].revisit.rank=8",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 
 import pytest
@@ -12,8 +13,11 @@ from broken_blocks import BROKEN
 from torch import nn
 
 from zoo.conformance import verify
+from zoo.conformance.graphs import graph_relations
 from zoo.conformance.relations import parse
 from zoo.conformance.report import CHECKS, Failure
+from zoo.conformance.subject import Subject
+from zoo.conformance.suite import registration_of
 from zoo.errors import ConfigError
 from zoo.kernels import dispatch
 from zoo.registry import register
@@ -95,7 +99,7 @@ def test_right_toy_passes_everything():
 def test_every_check_was_seen_to_fail():
     seen = {c for _, checks, _ in BROKEN.values() for c in checks}
     seen |= {"fast_paths", "fast_paths_long", "fast_streaming", "fast_path_float32"}
-    seen |= {"any_leading_shape"}  # below
+    seen |= {"any_leading_shape", "graph_relations"}  # below
     assert {c.name for c in CHECKS if c.fn.__module__.startswith("zoo.conformance.")} == seen
 
 
@@ -126,6 +130,21 @@ def test_declared_parameter_may_be_without_gradient():
 def test_relation_that_cannot_be_read(text):
     with pytest.raises(Failure, match="relation"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("relation", "words"),
+    [
+        ("loop(steps=2) == loop(steps=3)", "differs by"),
+        ("loop(steps=1) == repeat(times=3)", "other parameters"),
+        # in training alone, where the top half of a row is taken
+        ("route(router={'mod': {'capacity': 0.5, 'activation': 'one'}}) == sequence()", "differs by"),
+    ],
+)
+def test_false_relation_of_a_combinator_is_noticed(relation, words):
+    registration = dataclasses.replace(registration_of("loop"), relations=(relation,))
+    with pytest.raises(Failure, match=words):
+        graph_relations(Subject("loop", registration, {}))
 
 
 def test_relation_is_parsed():

@@ -248,7 +248,7 @@ def test_residual_styles():
 
 
 def test_skip_goes_with_styles_that_norm_again():
-    with pytest.raises(zoo.ConfigError, match="goes with style: post or normed, not pre"):
+    with pytest.raises(zoo.ConfigError, match="goes with style: post, normed or pre_post, not pre"):
         build({"swiglu": {}, "residual": {"skip": 2.0}})
 
 
@@ -290,9 +290,14 @@ def test_revisit_takes_its_transformers_in_turn_and_adapts_from_zero():
 
 MODELS = {
     "fixed": [loop(steps=3, step_signal="learned")],
-    "act": [loop(steps=3, router="act")],
+    "act": [loop(steps=3, router={"act": {"copy_halted": True}})],
     "expert_choice": [loop(steps=3, router="expert_choice")],
     "token_choice": [loop(steps=3, router="token_choice")],
+    "mor": [loop(steps=3, of=[LAYER, LAYER], tie="sequence", router={"expert_choice": {"inference": "predictor"}})],
+    "shared keys": [loop(steps=3, kv="first", step_signal="coordinate")],
+    "mor shared keys": [loop(steps=3, of=[LAYER, LAYER], kv="first", router="expert_choice")],
+    "token choice shared keys": [loop(steps=3, kv="first", router="token_choice")],
+    "skip_layer": [LAYER, {"route": LAYER, "router": "skip_layer"}, {"route": ["swiglu"], "router": "skip_layer"}],
     "mod": [LAYER, {"route": LAYER, "router": "mod"}, LAYER],
     "bodies": [{"route": {"bodies": [LAYER, "skip", ["swiglu"]], "router": "token_choice"}}],
     "nested": [loop(steps=2, router="token_choice", of=[{"route": LAYER}, loop(steps=2, router="expert_choice")])],

@@ -21,8 +21,10 @@ trunk:
   - {repeat: 4, of: [a, b], at: {odd: a, -1: b}}
   - {repeat: 4, of: a, tie: middle_cycle, unique: 3}
   - {loop: {steps: 3, router: {expert_choice: {capacity: [1.0, 0.5, 0.25]}}, of: [a]}}
-  - {loop: {steps: 2, router: {act: {eps: 0.05}}, of: a, inject: add}}
+  - {loop: {steps: 2, router: {act: {eps: 0.05}}, of: a, inject: add, tie: sequence}}
   - {loop: {steps: 3, of: a, inject: concat, start: noise, sample_sigma: 0.5, ring: 1, final_norm: rms, router: exit}}
+  - {loop: {steps: 3, of: [a, a], kv: first, router: {expert_choice: {capacity: [1.0, 0.5, 0.25], warmup_steps: 3}}}}
+  - {route: a, router: {skip_layer: {density: 0.5}}}
   - {feedback: a, inner: 2, outer: 2, halt: true}
   - {route: {bodies: [a, skip], router: token_choice}}
   - {route: a}

@@ -21,6 +21,55 @@ def test_huginn_is_the_published_size():
     assert zoo.estimate("huginn_3.5b", batch_size=1, seq_len=1).params == 3_564_976_800 + 5_280
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_huginn_is_its_equations(interleaved):
+    """A shrunken one, token embeddings to logits: x <- n2(x + f(n1 x)) in every layer, s <- core(A [s; e]) from s_0."""
+    small = [
+        "dim=32", "vocab_size=50", "define.layer[0].attention.num_heads=4", "define.layer[1].swiglu.hidden_dim=48",
+        "trunk[1].loop.steps=3", "trunk[1].loop.ring=null", "trunk[1].loop.router=fixed",
+        f"define.layer[0].attention.rope_interleaved={interleaved}",
+    ]  # fmt: skip
+    model = zoo.build("huginn_3.5b", small).double()
+    w = model.state_dict()
+    for name, value in w.items():
+        if value.ndim == 1 and "start" not in name:  # biases and norms speak too
+            value.add_(torch.linspace(-0.4, 0.5, len(value)))
+
+    def rms(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+
+    def heads(h, name, bias=True):
+        y = h @ w[f"{name}.weight"].T
+        return (y + w[f"{name}.bias"] if bias else y).unflatten(-1, (4, 8))
+
+    def turned(y):
+        angle = torch.arange(T)[:, None] * 50000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+        a, b = (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, -1)
+        z = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        return torch.stack([z.real, z.imag], -1).flatten(-2) if interleaved else torch.cat([z.real, z.imag], -1)
+
+    def layer(x, at):
+        a, f = f"{at}.items.0", f"{at}.items.1"
+        h = rms(x, f"{a}.norm")
+        q, k = (turned(heads(h, f"{a}.block.{n}_proj")) for n in "qk")
+        score = torch.einsum("bthd,bshd->bhts", q, k) / 8**0.5
+        score = score.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        o = torch.einsum("bhts,bshd->bthd", score.softmax(-1), heads(h, f"{a}.block.v_proj", bias=False))
+        x = rms(x + o.flatten(2) @ w[f"{a}.block.o_proj.weight"].T, f"{a}.out_norm")
+        h, m = rms(x, f"{f}.norm"), f"{f}.block"
+        h = F.silu(h @ w[f"{m}.gate_proj.weight"].T) * (h @ w[f"{m}.up_proj.weight"].T)
+        return rms(x + h @ w[f"{m}.down_proj.weight"].T, f"{f}.out_norm")
+
+    e = layer(layer(w["tok_embeddings.weight"][tokens()], "layers.0"), "layers.1")
+    s = w["layers.2.start"].expand_as(e)
+    for _ in range(3):
+        s = torch.cat([s, e], -1) @ w["layers.2.inject_proj.weight"].T
+        for i in range(4):
+            s = layer(s, f"layers.2.body.items.{i}")
+    s = layer(layer(rms(s, "layers.2.final_norm"), "layers.3"), "layers.4")
+    close(model(tokens()), rms(s, "norm") @ w["tok_embeddings.weight"].T, 1e-9)
+
+
 def test_concat_reads_state_and_input():
     node = build(loop(steps=3, inject="concat", final_norm="rms")).layers[0]
     e, s = stream(), torch.zeros_like(stream())
@@ -91,6 +140,73 @@ def test_gradient_goes_through_the_last_drawn_steps_only(drawn, monkeypatch):
 def test_eval_takes_the_configured_steps():
     sampled, fixed = build(loop(steps=3, sample_sigma=0.5)).layers[0], build(loop(steps=3)).layers[0]
     assert torch.equal(sampled(stream()), fixed(stream()))
+
+
+def test_losses_on_the_last_steps_of_a_looped_transformer():
+    """Y_0 = 0, Y_t+1 = f(Y_t + P); the loss is the mean over the last three of five outputs, gradients start there."""
+    model = build(loop(steps=5, inject="add", grad_last=3)).train()
+    node, inputs, losses = model.layers[0], tokens(), []
+
+    def loss_of(y):
+        return F.cross_entropy(model.lm_head(model.norm(y))[:, :-1].flatten(0, 1), inputs[:, 1:].flatten())
+
+    node.on_step = lambda number, y: losses.append((number, loss_of(y)))
+    model(inputs)
+    assert [number for number, _ in losses] == [2, 3, 4]
+    ours = torch.autograd.grad(sum(loss for _, loss in losses) / 3, list(model.parameters()))
+    p = model.tok_embeddings(inputs)
+    y, expected = torch.zeros_like(p), 0
+    for t in range(5):
+        y = node.body(y + p)
+        if t < 2:
+            y = y.detach()
+        else:
+            expected = expected + loss_of(y) / 3
+    for a, b in zip(ours, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        close(a, b, 1e-8)
+    losses.clear()
+    model.eval()(inputs)
+    model.train()(inputs, state=model.init_state(2, T))
+    assert not losses
+
+
+def test_more_loops_than_trained_stay_finite():
+    model = zoo.build("algoformer_small", ["dim=32", "trunk[1].loop=16"])  # twice as many
+    assert model(tokens()).isfinite().all()
+
+
+# --------------------------------------------------------------------------------- universal transformer
+def test_coordinates_are_the_sinusoids_of_position_and_step():
+    node = build(loop(steps=3, step_signal="coordinate")).layers[0]
+
+    def sinusoid(place):
+        rates = 10000.0 ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32)
+        return torch.stack([(place * rates).sin(), (place * rates).cos()], -1).flatten()
+
+    x = y = stream()
+    for step in range(1, 4):
+        y = node.body(y + torch.stack([sinusoid(t) + sinusoid(step) for t in range(T)]))
+    close(node(x), y, 1e-5)  # sinusoids are float32
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_act_by_hand(copy):
+    """Graves' weights; a halted state is copied forward, or goes on with weight zero."""
+    node = build(loop(steps=5, router={"act": {"copy_halted": copy, "bias_start": -0.5, "eps": 0.05}})).layers[0]
+    x, halt = stream(), node.router.halt
+    state, output = x, torch.zeros_like(x)
+    h, n = torch.zeros(2, T, dtype=torch.float64), torch.zeros(2, T)
+    for step in range(5):
+        p = torch.sigmoid(state @ halt.weight[0] + halt.bias)
+        new = node.body(state)
+        running = h < 1
+        last = running & ((h + p >= 0.95) | torch.tensor(step == 4))
+        u = torch.where(last, 1 - h, torch.where(running, p, 0))
+        h = torch.where(last, 1, h + u)
+        output, n = output + u[..., None] * new, n + running
+        state = torch.where(running[..., None], new, state) if copy else new
+    assert len(n.unique()) > 1
+    close(node(x), output)
 
 
 # ------------------------------------------------------------------------------------------- early exit

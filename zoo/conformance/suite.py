@@ -9,7 +9,17 @@ from pathlib import Path
 
 import torch
 
-from zoo.conformance import cards, causality, costs, fastpaths, law, modules, relations, tracing  # noqa: F401  (fill CHECKS)
+from zoo.conformance import (  # noqa: F401  (fill CHECKS)
+    cards,
+    causality,
+    costs,
+    fastpaths,
+    graphs,
+    law,
+    modules,
+    relations,
+    tracing,
+)
 from zoo.conformance.poison import poisoned
 from zoo.conformance.report import CHECKS, Check, Failure, Report, Result
 from zoo.conformance.subject import Subject

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from zoo.contract import Cost, Pick
 from zoo.graph.gather import run_picked
-from zoo.graph.loop import RoutedState, token_positions
 from zoo.graph.nodes import Builder, Composite, Leaf
+from zoo.graph.routed import RoutedState, token_positions
 from zoo.graph.spec import Spec
 from zoo.kernels.linear import Linear
 from zoo.registry import register
@@ -55,7 +55,7 @@ class Feedback(Composite):
         self.body: Any = body
         self.dim, self.inner, self.outer, self.segments = dim, inner, outer, segments
         factory = {"device": device, "dtype": dtype}
-        self.halt = Linear(dim, 1, **factory) if halt else None
+        self.halt = Linear(dim, 1, bias=True, **factory) if halt else None
         self.y_start: Tensor
         self.z_start: Tensor
         self.register_buffer("y_start", torch.empty(dim, **factory))

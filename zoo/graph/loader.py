@@ -186,7 +186,9 @@ def _try(spec, context: dict, dim: int, graph: Graph, parser: Parser) -> None:
     except ValueError as error:
         parser.complain(spec.path, f"{spec.name}: {error}")
         return
-    except (RuntimeError, MemoryError, OverflowError) as error:
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        if isinstance(error, TypeError) and "verflow" not in str(error):  # torch's word for an int64 that is too large
+            raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         parser.complain(spec.path, f"{spec.name} cannot be built with these sizes: {first}")
         return

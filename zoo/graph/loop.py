@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from zoo.contract import Cost, Pick, Router, State, init_linear_, positions_from, refuse_packed_streaming
-from zoo.graph.gather import run_picked
-from zoo.graph.nodes import Builder, Composite, Leaf
+from zoo.contract import Pick, Router, State, init_linear_, refuse_packed_streaming
+from zoo.graph.gather import run_picked, run_reading, shared_keys
+from zoo.graph.nodes import Builder, Composite, Leaf, Sequence
+from zoo.graph.routed import (
+    RoutedState,
+    cannot_share_keys,
+    picked_leaves,
+    reading_leaves,
+    routing_leaf,
+    stateless,
+    sum_leaves,
+    token_positions,
+)
 from zoo.graph.spec import Spec
 from zoo.kernels.linear import Linear
 from zoo.registry import register
@@ -21,44 +31,43 @@ from zoo.schema import PositiveFloat, PositiveInt, Range
 START_STD = 0.4**0.5  # Huginn's: that of its embeddings, variance 2 / (5 D), after their scale sqrt(D)
 
 
-@dataclass
-class RoutedState(State):
-    """One state of the body per step (or per body), and the tokens seen [B]."""
-
-    seen: Tensor
-    children: list[State] = field(default_factory=list)
-
-    def next_positions(self, length: int) -> Tensor:
-        """Positions [B, T] of the coming tokens."""
-        return self.seen[:, None] + torch.arange(length, device=self.seen.device)
-
-
-def token_positions(x: Tensor, state: RoutedState | None, positions: Tensor | None, doc_ids: Tensor | None) -> Tensor:
-    """Positions of x's tokens: the given ones, or those that continue the state or start each document."""
-    if positions is None:
-        here = positions_from(doc_ids, x.shape[0], x.shape[1], x.device)
-        positions = here if state is None else state.next_positions(x.shape[1])
-    if state is not None:
-        state.seen += x.shape[1]
-    return positions
-
-
-@register("loop", kind="combinator", paper="arXiv:1807.03819")
+@register(
+    "loop",
+    kind="combinator",
+    paper="arXiv:1807.03819",
+    relations=(
+        "loop(steps=1) == sequence()",
+        "loop(steps=3) == repeat(times=6, tie='cycle', unique=2)",
+        "loop(steps=3, tie='sequence') == repeat(times=6, tie='sequence', unique=2)",
+        "loop(steps=3, router={'expert_choice': {'capacity': 1.0, 'activation': 'one'}}) == loop(steps=3)",
+        "loop(steps=3, kv='first', router={'expert_choice': {'capacity': 1.0, 'activation': 'one'}}) "
+        "== loop(steps=3, kv='first')",
+        "loop(steps=1, kv='first') == sequence()",
+        "loop(steps=3, router={'exit': {'threshold': 1e-30}}) == loop(steps=3)",
+        "loop(steps=3, ring=3) == loop(steps=3)",
+    ),
+)
 class Loop(Composite):
     """The same body several times: s <- body(s), the loop of Universal and looped transformers and of Huginn.
 
     Fields: `steps`; `of`: the body; `router`: fixed, act, exit, expert_choice, token_choice (which tokens take
     which step); `inject`: every step reads the loop's input e too, as body(s + e) (add) or body(A [s; e]) (concat),
-    and s starts from zeros or noise (`start`); `step_signal`: a sinusoid or learned vector per step; `final_norm`:
-    a norm of the output; `grad_last`: only the last steps keep gradients; `sample_sigma`: training draws the
-    number of steps, 1 + Poisson(rate), ln rate ~ N(ln steps - sigma^2 / 2, sigma^2), from torch's CPU generator,
-    so that ranks seeded alike agree. Training draws noise per token; eval() starts every token from one draw,
-    kept as a buffer.
+    and s starts from zeros or noise (`start`); `step_signal`: a sinusoid or learned vector per step, or the Universal
+    Transformer's sinusoids of position and step (coordinate); `final_norm`: a norm of the output; `grad_last`: only
+    the last steps keep gradients; `sample_sigma`: training draws the number of steps, 1 + Poisson(rate),
+    ln rate ~ N(ln steps - sigma^2 / 2, sigma^2), from torch's CPU generator, so that ranks seeded alike agree.
+    Training draws noise per token; eval() starts every token from one draw, kept as a buffer. `tie: sequence`: of the
+    body's n nodes step r runs number (r n + j) // steps for j = 0 .. n - 1, so each node runs `steps` times in a row
+    (Mixture-of-Recursions; its middle_ forms are layers before and behind the loop); `cycle` runs all in every step.
 
     Every step keeps its own state, in which tokens that left earlier are missing. `ring: m` keeps m states: step n
     puts a token's entry of step n - m out of state n mod m, so that later tokens read the last entry it left there.
     They need its end before their beginning: eval() and streaming go token by token, training goes in parallel as
-    without a ring. A ring of at least `steps` changes nothing. `loop(steps=1) == body`.
+    without a ring. A ring of at least `steps` changes nothing. `kv: first` (recursive sharing): one state and one set
+    of keys, those of the first step, which every later step queries instead of making its own.
+
+    `on_step(number, s)`, if set, is called in training after every step that keeps gradients and can put a loss on s:
+    looped transformers are trained on the mean over their last steps.
     """
 
     main_field = "steps"
@@ -72,11 +81,13 @@ class Loop(Composite):
         *,
         steps: Annotated[int, Range(ge=1, le=1024)],
         inject: Literal["none", "add", "concat"] = "none",
-        step_signal: Literal["none", "sinusoid", "learned"] = "none",
+        step_signal: Literal["none", "sinusoid", "learned", "coordinate"] = "none",
         start: Literal["zeros", "noise"] = "zeros",
         grad_last: PositiveInt | None = None,
         sample_sigma: PositiveFloat | None = None,
         ring: PositiveInt | None = None,
+        kv: Literal["own", "first"] = "own",
+        tie: Literal["cycle", "sequence"] = "cycle",
         device=None,
         dtype=None,
     ):
@@ -85,12 +96,16 @@ class Loop(Composite):
         self.router, self.dim, self.final_norm = router, dim, final_norm
         self.steps, self.inject, self.grad_last, self.sample_sigma = steps, inject, grad_last, sample_sigma
         self.ring = ring if ring and ring < steps else None
+        self.shares_keys = kv == "first"
+        # a tuple, so that the body's parts have one place and one name
+        self.parts = _parts(body, steps) if tie == "sequence" else ()
         factory = {"device": device, "dtype": dtype}
         self.inject_proj = Linear(2 * dim, dim, bias=False, **factory) if inject == "concat" else None
         self.step_signal = nn.Parameter(torch.empty(steps, dim, **factory)) if step_signal == "learned" else None
-        self.sinusoid = step_signal == "sinusoid"
+        self.sinusoid, self.coordinate = step_signal == "sinusoid", step_signal == "coordinate"
         self.start: Tensor | None
         self.register_buffer("start", torch.empty(dim, **factory) if start == "noise" else None)
+        self.on_step: Callable[[int, Tensor], None] | None = None
 
     @staticmethod
     def parse(fields) -> Spec | None:
@@ -100,20 +115,37 @@ class Loop(Composite):
         options = fields.options()
         if body is None or router is None or "steps" not in options:
             return None
-        complain, inject = fields.parser.complain, options.get("inject", "none") != "none"
-        if inject and router.name not in ("fixed", "act", "exit"):
-            complain(fields.at("inject"), f"inject needs every token in every step, not {router.name}")
-        if options.get("start") == "noise" and not inject:
-            complain(fields.at("start"), "a loop without inject starts from its input; add inject: add or concat")
-        if options.get("sample_sigma") and router.name not in ("fixed", "exit"):
-            complain(
-                fields.at("sample_sigma"), f"{router.name} plans a fixed number of steps; use router: fixed or exit"
-            )
-        if options.get("sample_sigma") and options.get("step_signal") == "learned":
-            complain(
-                fields.at("sample_sigma"), "there may be more steps than learned signals; use step_signal: sinusoid"
-            )
+        for key, why in Loop._complaints(options, router, body):
+            fields.parser.complain(fields.at(key), why)
         return Spec("loop", fields.path, options=options, children=(body,), router=router, norm=norm)
+
+    @staticmethod
+    def _complaints(options: Mapping, router: Spec, body: Spec) -> Iterator[tuple[str, str]]:
+        """Fields that do not go together, each with the reason."""
+        inject, sampled = options.get("inject", "none") != "none", bool(options.get("sample_sigma"))
+        if inject and router.name not in ("fixed", "act", "exit"):
+            yield "inject", f"inject needs every token in every step, not {router.name}"
+        if options.get("start") == "noise" and not inject:
+            yield "start", "a loop without inject starts from its input; add inject: add or concat"
+        if sampled and router.name not in ("fixed", "exit"):
+            yield "sample_sigma", f"{router.name} plans a fixed number of steps; use router: fixed or exit"
+        if sampled and options.get("step_signal") == "learned":
+            yield "sample_sigma", "there may be more steps than learned signals; use step_signal: sinusoid"
+        if options.get("tie") == "sequence":
+            for key in ("ring", "sample_sigma"):
+                if options.get(key):
+                    yield "tie", f"tie: sequence gives every step its own nodes, {key} expects the same in all"
+        if options.get("kv") == "first":
+            for key in ("ring", "grad_last"):
+                if options.get(key):
+                    yield "kv", f"kv: first keeps the keys of step 0 with their gradient, {key} does not"
+            if options.get("tie") == "sequence":
+                yield "kv", "kv: first lets every step query the keys of its own nodes; use tie: cycle"
+            capacity = router.options.get("capacity") or (0.125 if router.name == "mod" else 1.0)
+            if (capacity[0] if isinstance(capacity, (list, tuple)) else capacity) < 1:
+                yield "kv", "kv: first needs the keys of every token; let the first capacity of the router be 1.0"
+            if why := cannot_share_keys(body):
+                yield "kv", why
 
     @classmethod
     def from_spec(cls, spec: Spec, builder: Builder) -> Loop:
@@ -145,20 +177,33 @@ class Loop(Composite):
         entry, carry = x, self.router.start(x)
         if self.inject != "none":
             x = self._first(x)
-        steps = self._draw_steps() if self.training and state is None else self.steps
+        learning = self.training and state is None
+        steps = self._draw_steps() if learning else self.steps
         before = [s.snapshot() for s in state.children] if self.ring and state else []
+        keys = None
+        if self.shares_keys:
+            keys = shared_keys(state.children[0] if state else self.body.init_state(1, 1), state is not None)
         for step in range(steps):
             early = self.grad_last is not None and step < steps - self.grad_last
             with torch.no_grad() if early else contextlib.nullcontext():
-                inner = self._enter(step, x, entry)
+                inner = self._enter(step, x, entry, positions)
                 pick = self.router.pick(step, inner, carry, state is not None)
                 slot = step % len(state.children) if state else 0
                 inside = state and state.children[slot]
-                if before and step >= len(before):
-                    _rewind(inside, before[slot], pick)
-                increment = run_picked(self.body, pick, inner, inside, positions, doc_ids)
+                if state and before and step >= len(before):
+                    _rewind(state.children[slot], before[slot], pick)
+                if keys is None:
+                    increment = run_picked(self._part(step), pick, inner, inside, positions, doc_ids)
+                else:
+                    increment = run_reading(self.body, pick, inner, keys, positions, doc_ids)
                 x = self.router.advance(step, inner, increment, carry)
+            if learning and not early and self.on_step is not None:
+                self.on_step(step, x)
         return self.router.finish(x, carry)
+
+    def _part(self, step: int) -> Any:
+        """What a step runs."""
+        return self.parts[step] if self.parts else self.body
 
     def _token_by_token(self, x, state, positions, doc_ids):
         refuse_packed_streaming(state, doc_ids)
@@ -185,42 +230,62 @@ class Loop(Composite):
         rate = torch.exp(math.log(self.steps) + self.sample_sigma * (normal - self.sample_sigma / 2))
         return 1 + int(torch.poisson(rate))
 
-    def _enter(self, step: int, x: Tensor, entry: Tensor) -> Tensor:
+    def _enter(self, step: int, x: Tensor, entry: Tensor, positions: Tensor) -> Tensor:
         if self.inject == "add":
             x = x + entry
         elif self.inject_proj is not None:
             x = self.inject_proj(torch.cat([x, entry], -1))
         if self.step_signal is not None:
             x = x + self.step_signal[step]
-        elif self.sinusoid:
-            x = x + _sinusoid(step, self.dim, x)
-        return x
+        elif self.sinusoid or self.coordinate:
+            x = x + _sinusoid(positions.new_tensor(step + 1), self.dim, x)
+        return x + _sinusoid(positions, self.dim, x) if self.coordinate else x
+
+    @property
+    def _states(self) -> int:
+        return 1 if self.shares_keys else self.ring or self.steps
 
     def init_state(self, batch_size, max_len=None):
         device = next(self.body.parameters()).device
         seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return RoutedState(seen, [self.body.init_state(batch_size, max_len) for _ in range(self.ring or self.steps)])
+        return RoutedState(seen, [self._part(i).init_state(batch_size, max_len) for i in range(self._states)])
 
     def leaves(self, batch_size, seq_len, context_len, mode, path=""):
         inside = f"{path}.body".strip(".")
         total: list[Leaf] = []
         for step in range(self.steps):
-            share = self.router.share(step)
+            where = (self.router.share(step), batch_size, seq_len, context_len)
             if self.ring is not None and mode != "train":
-                run: list[Leaf] = []
-                for t in range(seq_len):
-                    token = picked_leaves(self.body, share, batch_size, 1, context_len + t, "decode", inside)
-                    run = _sum([_stateless(leaf) for leaf in run], token)
+                run = self._ring_leaves(*where, inside)
+            elif self.shares_keys and step:
+                run = reading_leaves(self.body, *where, mode, inside)
             else:
                 early = mode == "train" and self.grad_last is not None and step < self.steps - self.grad_last
                 as_mode = "prefill" if early else mode  # forward only
-                run = picked_leaves(self.body, share, batch_size, seq_len, context_len, as_mode, inside)
-            kept = mode != "train" and step < (self.ring or self.steps)
-            total = _sum(total, run if kept else [_stateless(leaf) for leaf in run])
+                at = f"{path}.step{step}".strip(".") if self.parts else inside
+                run = picked_leaves(self._part(step), *where, as_mode, at)
+            kept = mode != "train" and step < self._states
+            run = run if kept else [stateless(leaf) for leaf in run]
+            total = [*total, *run] if self.parts else sum_leaves(total, run)
         yield from total
         backward = self.steps if self.grad_last is None else min(self.grad_last, self.steps)
         runs = self.steps + (2 * backward if mode == "train" else 0)
         yield routing_leaf(self, self.router, batch_size, seq_len, mode, path, self.inject_proj, runs)
+
+    def _ring_leaves(self, share, batch_size, seq_len, context_len, path) -> list[Leaf]:
+        run: list[Leaf] = []
+        for t in range(seq_len):
+            token = picked_leaves(self.body, share, batch_size, 1, context_len + t, "decode", path)
+            run = sum_leaves([stateless(leaf) for leaf in run], token)
+        return run
+
+
+def _parts(body: Any, steps: int) -> tuple[Sequence, ...]:
+    """For every step the nodes that `tie: sequence` gives it."""
+    while len(body.items) == 1 and isinstance(body.items[0], Sequence) and not body.items[0].is_layer:
+        body = body.items[0]
+    nodes = [body.items[i] for i in body.order]
+    return tuple(Sequence([nodes[(r * len(nodes) + j) // steps] for j in range(len(nodes))]) for r in range(steps))
 
 
 def _noise_(x: Tensor) -> Tensor:
@@ -237,52 +302,7 @@ def _rewind(state: State, before: State, pick: Pick) -> None:
     state.put_rows(done, last)
 
 
-def _sinusoid(step: int, dim: int, like: Tensor) -> Tensor:
+def _sinusoid(place: Tensor, dim: int, like: Tensor) -> Tensor:
     rates = torch.exp(torch.arange(0, dim, 2, device=like.device, dtype=torch.float32) * (-math.log(1e4) / dim))
-    angles = (step + 1) * rates
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten()[:dim].to(like.dtype)
-
-
-def picked_leaves(body, share, batch_size, seq_len, context_len, mode, path) -> list[Leaf]:
-    """Costs of a body that a `share` of the tokens takes. Its state is allocated for all of them."""
-    everything = list(body.leaves(batch_size, seq_len, context_len, mode, path))
-    if share == 1:
-        return everything
-    if seq_len == 1:  # decoding: a share of the steps does the work
-        return [Leaf(e.path, e.block, _scaled(e.cost, share), e.module) for e in everything]
-    part = body.leaves(batch_size, max(1, int(share * seq_len)), round(share * context_len), mode, path)
-    return [
-        Leaf(p.path, p.block, p.cost.replace(state_bytes=e.cost.state_bytes), p.module)
-        for p, e in zip(part, everything, strict=True)
-    ]
-
-
-def _scaled(cost: Cost, share: float) -> Cost:
-    return cost.replace(**{k: round(getattr(cost, k) * share) for k in ("flops", "bytes_read", "bytes_written")})
-
-
-def _sum(runs: list[Leaf], more: list[Leaf]) -> list[Leaf]:
-    """The same weights once more: work and state add up, parameters do not."""
-    if not runs:
-        return more
-    return [
-        Leaf(a.path, a.block, a.cost + b.cost.replace(params=0, active_params=0), a.module)
-        for a, b in zip(runs, more, strict=True)
-    ]
-
-
-def _stateless(leaf: Leaf) -> Leaf:
-    return Leaf(leaf.path, leaf.block, leaf.cost.replace(state_bytes=0), leaf.module)
-
-
-def routing_leaf(node, router, batch_size, seq_len, mode, path, extra=None, runs=0) -> Leaf:
-    """Cost of a combinator's own parameters: its router, and a map `extra` that runs so often (backward is two)."""
-    inside = {id(p) for name, child in node.named_children() if name in ("body", "bodies") for p in child.parameters()}
-    own = sum(p.numel() for p in node.parameters() if id(p) not in inside)
-    tokens = batch_size * seq_len
-    flops = router.step_flops(tokens) * (3 if mode == "train" else 1)
-    if extra is not None:
-        flops += 2 * runs * tokens * extra.weight.numel()
-    # the count of tokens seen, int64 per row
-    cost = Cost(own, own, flops, state_bytes=0 if mode == "train" else 8 * batch_size)
-    return Leaf(f"{path}.router".strip("."), type(router).zoo_registration.name, cost, node)
+    angles = place.unsqueeze(-1) * rates
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., :dim].to(like.dtype)

@@ -45,6 +45,10 @@ class Node(nn.Module):
         """What this node adds to the stream."""
         return self(x, state=state, positions=positions, doc_ids=doc_ids) - x
 
+    def write_keys(self, x: Tensor, keys: Any, positions: Tensor, doc_ids: Tensor | None) -> None:
+        """Have the first block below leave its keys of x in `keys` (see `zoo.graph.gather.shared_keys`)."""
+        raise NotImplementedError
+
     def init_state(self, batch_size: int, max_len: int | None = None) -> State:
         """State of this node and all below it."""
         raise NotImplementedError
@@ -135,6 +139,10 @@ class ResidualBlock(Node):
         norm = {"post": self.norm, "pre_post": self.out_norm}.get(self.style)
         return y if norm is None else norm(y)
 
+    def write_keys(self, x, keys, positions, doc_ids):
+        if self.block.shares_keys:
+            self.block.write_keys(self._normed(x), keys, positions=positions, doc_ids=doc_ids)  # type: ignore[operator]
+
     def _normed(self, x):
         """What the block reads."""
         return x if self.norm is None or self.style == "post" else self.norm(x)
@@ -193,6 +201,11 @@ class Sequence(Composite):
     def extra_repr(self) -> str:
         return self.label
 
+    @property
+    def is_layer(self) -> bool:
+        """Whether this is a plain list of residual blocks."""
+        return all(isinstance(item, ResidualBlock) for item in self.items)
+
     @staticmethod
     def parse(fields) -> Spec | None:
         body = fields.body()
@@ -213,6 +226,9 @@ class Sequence(Composite):
             inside = state and state.children[0]
             return self.items[0].increment(x, state=inside, positions=positions, doc_ids=doc_ids)
         return super().increment(x, state=state, positions=positions, doc_ids=doc_ids)
+
+    def write_keys(self, x, keys, positions, doc_ids):
+        self.items[self.order[0]].write_keys(x, keys.children[0], positions, doc_ids)
 
     def init_state(self, batch_size, max_len=None):
         return StateList([self.items[i].init_state(batch_size, max_len) for i in self.order])

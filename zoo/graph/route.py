@@ -9,21 +9,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo import registry
 from zoo.contract import Router
-from zoo.graph.gather import run_picked
-from zoo.graph.loop import RoutedState, picked_leaves, routing_leaf, token_positions
-from zoo.graph.nodes import Builder, Composite
+from zoo.graph.gather import run_picked, run_reading, shared_keys
+from zoo.graph.nodes import Builder, Composite, Leaf
+from zoo.graph.routed import (
+    RoutedState,
+    cannot_share_keys,
+    picked_leaves,
+    reading_leaves,
+    routing_leaf,
+    token_positions,
+)
 from zoo.graph.spec import Spec
 from zoo.registry import register
 
 
-@register("route", kind="combinator", paper="arXiv:2404.02258")
+@register(
+    "route",
+    kind="combinator",
+    paper="arXiv:2404.02258",
+    relations=(
+        "route(router='fixed') == sequence()",
+        "route(router={'mod': {'capacity': 1.0, 'activation': 'one'}}) == sequence()",
+    ),
+)
 class Route(Composite):
     """Tokens choose bodies: x + w * (body_i(x) - x) at the tokens that body i gets, x elsewhere.
 
     Fields: `of`: a body, or `bodies`: a list of bodies in which `skip` stands for doing nothing; `router`: mod
-    or expert_choice (one body takes its best tokens), token_choice (each token takes one of the bodies), fixed.
-    A body sees only the tokens it got, at their own positions, and keeps state for those only.
+    or expert_choice (one body takes its best tokens), token_choice (each token takes one of the bodies), skip_layer
+    (each token takes the body or not), fixed. A body sees only the tokens it got, at their own positions, and keeps
+    state for those only; with skip_layer its attention sees the others too, as they stood before it.
     """
 
     main_field = "of"
@@ -57,7 +74,19 @@ class Route(Composite):
                 parser.complain(fields.at("bodies"), "every body is skip; at least one must do something")
         if router is None or any(c is None for c in children):
             return None
+        if registry.load(router.name).reads_all and (why := Route._cannot_read_all(children)):
+            parser.complain(fields.at("router"), f"{router.name}: {why}")
         return Spec("route", fields.path, children=tuple(c for c in children if c), router=router)
+
+    @staticmethod
+    def _cannot_read_all(bodies) -> str:
+        """Why keys of tokens that skip a body cannot be made from what stands before it, or an empty string."""
+        if len(bodies) > 1 or any(s.kind == "combinator" and s.name != "sequence" for s in bodies[0].walk()):
+            return "the body is one plain layer"
+        blocks = [s for s in bodies[0].walk() if s.kind != "combinator"]
+        if any(registry.block_card(s.name).state_growth != "none" for s in blocks[1:]):
+            return "a skipped token has no keys for a second mixer; route each layer by itself"
+        return cannot_share_keys(bodies[0])
 
     @classmethod
     def from_spec(cls, spec: Spec, builder: Builder) -> Route:
@@ -72,7 +101,12 @@ class Route(Composite):
         for number, (place, body) in enumerate(zip(self.places, self.bodies, strict=True)):
             pick = self.router.pick(place, entry, carry, state is not None)
             inside = state and state.children[number]
-            increment = run_picked(body, pick, entry, inside, positions, doc_ids)  # type: ignore[arg-type]
+            if self.router.reads_all and pick.mask is not None:
+                keys = shared_keys(inside or body.init_state(1, 1), inside is not None)  # type: ignore[arg-type]
+                body.write_keys(entry, keys, positions, doc_ids)  # type: ignore[operator]
+                increment = run_reading(body, pick, entry, keys, positions, doc_ids)  # type: ignore[arg-type]
+            else:
+                increment = run_picked(body, pick, entry, inside, positions, doc_ids)  # type: ignore[arg-type]
             x = self.router.advance(place, x, increment, carry)
         return self.router.finish(x, carry)
 
@@ -83,7 +117,15 @@ class Route(Composite):
 
     def leaves(self, batch_size, seq_len, context_len, mode, path=""):
         for number, (place, body) in enumerate(zip(self.places, self.bodies, strict=True)):
-            share = self.router.share(place)
+            share, where = self.router.share(place), (batch_size, seq_len, context_len, mode)
             at = f"{path}.{number}".strip(".")
-            yield from picked_leaves(body, share, batch_size, seq_len, context_len, mode, at)
+            if not self.router.reads_all:
+                yield from picked_leaves(body, share, *where, at)
+            elif mode == "train":
+                yield from picked_leaves(body, 1.0, *where, at)
+            else:
+                for leaf in reading_leaves(body, share, *where, at):
+                    block: Any = leaf.module.block
+                    keys = block.key_flops(batch_size * seq_len) if block.shares_keys else 0
+                    yield Leaf(leaf.path, leaf.block, leaf.cost.replace(flops=leaf.cost.flops + keys), leaf.module)
         yield routing_leaf(self, self.router, batch_size, seq_len, mode, path)

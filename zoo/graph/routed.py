@@ -1,0 +1,107 @@
+"""What loops, routes and feedback share: their state, the positions of their tokens, and the costs of bodies that
+run several times or on a part of the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zoo import registry
+from zoo.contract import Cost, State, positions_from
+from zoo.graph.nodes import Leaf
+from zoo.graph.spec import Spec
+
+
+@dataclass
+class RoutedState(State):
+    """One state of the body per step (or per body), and the tokens seen [B]."""
+
+    seen: Tensor
+    children: list[State] = field(default_factory=list)
+
+    def next_positions(self, length: int) -> Tensor:
+        """Positions [B, T] of the coming tokens."""
+        return self.seen[:, None] + torch.arange(length, device=self.seen.device)
+
+
+def token_positions(x: Tensor, state: RoutedState | None, positions: Tensor | None, doc_ids: Tensor | None) -> Tensor:
+    """Positions of x's tokens: the given ones, or those that continue the state or start each document."""
+    if positions is None:
+        here = positions_from(doc_ids, x.shape[0], x.shape[1], x.device)
+        positions = here if state is None else state.next_positions(x.shape[1])
+    if state is not None:
+        state.seen += x.shape[1]
+    return positions
+
+
+def cannot_share_keys(body: Spec) -> str:
+    """Why the blocks of a body cannot query keys that another call wrote, or an empty string."""
+    for spec in body.walk():
+        if spec.kind == "combinator":
+            if spec.name not in ("sequence", "repeat", "parallel"):
+                return f"a {spec.name} keeps states of its own; shared keys go through plain layers only"
+        elif registry.block_card(spec.name).state_growth != "none" and not registry.load(spec.name).shares_keys:
+            return f"{spec.name} has no keys that another call can query; use attention"
+    return ""
+
+
+def picked_leaves(body, share, batch_size, seq_len, context_len, mode, path) -> list[Leaf]:
+    """Costs of a body that a `share` of the tokens takes. Its state is allocated for all of them."""
+    everything = list(body.leaves(batch_size, seq_len, context_len, mode, path))
+    if share == 1:
+        return everything
+    if seq_len == 1:  # decoding: a share of the steps does the work
+        return [Leaf(e.path, e.block, _scaled(e.cost, share), e.module) for e in everything]
+    part = body.leaves(batch_size, max(1, int(share * seq_len)), round(share * context_len), mode, path)
+    return [
+        Leaf(p.path, p.block, p.cost.replace(state_bytes=e.cost.state_bytes), p.module)
+        for p, e in zip(part, everything, strict=True)
+    ]
+
+
+def reading_leaves(body, share, batch_size, seq_len, context_len, mode, path) -> list[Leaf]:
+    """Costs of a body that a `share` of the tokens takes over keys that are written already."""
+    queries = seq_len if seq_len == 1 or share == 1 else max(1, int(share * seq_len))
+    often = share if seq_len == 1 else 1
+    run = []
+    for leaf in picked_leaves(body, share, batch_size, seq_len, context_len, mode, path):
+        block, cost = getattr(leaf.module, "block", None), leaf.cost
+        if getattr(block, "shares_keys", False):
+            flops = block.query_flops(batch_size, queries, seq_len, context_len)  # type: ignore[union-attr]
+            cost = cost.replace(flops=round(often * flops * (3 if mode == "train" else 1)))
+        run.append(Leaf(leaf.path, leaf.block, cost, leaf.module))
+    return run
+
+
+def _scaled(cost: Cost, share: float) -> Cost:
+    return cost.replace(**{k: round(getattr(cost, k) * share) for k in ("flops", "bytes_read", "bytes_written")})
+
+
+def sum_leaves(runs: list[Leaf], more: list[Leaf]) -> list[Leaf]:
+    """The same weights once more: work and state add up, parameters do not."""
+    if not runs:
+        return more
+    return [
+        Leaf(a.path, a.block, a.cost + b.cost.replace(params=0, active_params=0), a.module)
+        for a, b in zip(runs, more, strict=True)
+    ]
+
+
+def stateless(leaf: Leaf) -> Leaf:
+    """A run that allocates no state: an earlier one did."""
+    return Leaf(leaf.path, leaf.block, leaf.cost.replace(state_bytes=0), leaf.module)
+
+
+def routing_leaf(node, router, batch_size, seq_len, mode, path, extra=None, runs=0) -> Leaf:
+    """Cost of a combinator's own parameters: its router, and a map `extra` that runs so often (backward is two)."""
+    inside = {id(p) for name, child in node.named_children() if name in ("body", "bodies") for p in child.parameters()}
+    own = sum(p.numel() for p in node.parameters() if id(p) not in inside)
+    tokens = batch_size * seq_len
+    flops = router.step_flops(tokens) * (3 if mode == "train" else 1)
+    if extra is not None:
+        flops += 2 * runs * tokens * extra.weight.numel()
+    # the count of tokens seen, int64 per row
+    cost = Cost(own, own, flops, state_bytes=0 if mode == "train" else 8 * batch_size)
+    return Leaf(f"{path}.router".strip("."), type(router).zoo_registration.name, cost, node)
