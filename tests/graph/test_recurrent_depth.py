@@ -60,7 +60,8 @@ def test_huginn_is_its_equations(interleaved):
         h = F.silu(h @ w[f"{m}.gate_proj.weight"].T) * (h @ w[f"{m}.up_proj.weight"].T)
         return rms(x + h @ w[f"{m}.down_proj.weight"].T, f"{f}.out_norm")
 
-    e = layer(layer(w["tok_embeddings.weight"][tokens()], "layers.0"), "layers.1")
+    embedded = 5280**0.5 * w["tok_embeddings.weight"][tokens()]
+    e = layer(layer(embedded, "layers.0"), "layers.1")
     s = w["layers.2.start"].expand_as(e)
     for _ in range(3):
         s = torch.cat([s, e], -1) @ w["layers.2.inject_proj.weight"].T
