@@ -82,7 +82,9 @@ def test_shown_commands_and_options_exist():
             assert not end.value.code
             helps[verb] = shown.getvalue()
         assert all(re.search(rf"{option}\b", helps[verb]) for option in rest if option.startswith("--")), line
-    assert {"list", "show", "build", "profile", "train", "generate", "verify", "doctor", "bench"} == set(helps)
+    assert {"list", "show", "build", "profile", "train", "generate", "verify", "doctor", "bench", "phases"} == set(
+        helps
+    )
 
 
 @pytest.mark.parametrize("line", [x for x in commands() if x.split()[1] in ("list", "show", "build", "profile")])

@@ -31,7 +31,8 @@ def test_list_json(zoo):
 def test_list_configs(zoo):
     from zoo.graph.loader import config_names
 
-    assert [c["name"] for c in json.loads(zoo("list", "--configs", "--json").out)] == config_names()
+    found = json.loads(zoo("list", "--configs", "--json").out)
+    assert [c["name"] for c in found] == config_names() and all(c["description"] for c in found)
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +42,7 @@ def _config_files() -> list[Path]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    import yaml
-
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {"name": path.stem, "description": " ".join(str(document.get("description", "")).split())}
+    """Name, and the first sentence of the comment that the file begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    comment = " ".join(line.lstrip("# ") for line in lines)
+    return {"name": path.stem, "description": re.split(r"(?<=[.:;]) (?=[A-Z`\d])", comment)[0].rstrip(".:;")}
