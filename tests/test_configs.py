@@ -16,6 +16,7 @@ from golden import FOLDER, golden_text  # noqa: E402
 LANGUAGE = [n for n in config_names() if "architecture: vision" not in find_config(n).read_text()]
 SMALL = ["dim=64", "vocab_size=61"]
 SHRINK = {
+    "ramba_small": ["define.retrieve[0].hsa.chunk_size=8"],
     "algoformer_small": ["trunk[1].loop=3", "trunk[1].grad_last=2"],
     "deepseek_v3": [
         "define.attend.mla.num_heads=4", "define.attend.mla.q_lora_rank=24", "define.attend.mla.kv_lora_rank=16",
