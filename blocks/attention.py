@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zoo.blocks.kv_cache import KVCache, RingKVCache, kv_cache_bytes, ring_slots, segment_index
 from zoo.blocks.norms import RMSNorm
+from zoo.blocks.selection import Policy, SelectState
 from zoo.contract import (
     Block,
     ParallelPlan,
@@ -28,7 +29,7 @@ from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.rope import check_scaling, rope
-from zoo.registry import register
+from zoo.registry import component, register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
 
@@ -74,6 +75,8 @@ class Attention(Block):
     k alone (`qk`, Huginn), `out_bias` of W_o where it differs; `causal=False` sees the whole
     document and cannot be streamed. Rotary options: `rotary_dim` channels of each head, `rope_interleaved`
     pairs (2i, 2i+1), `rope_scaling` as in Hugging Face (rope_type linear, llama3 or yarn).
+    `select`: a policy that says which keys a query reads, by its name or as {name: options}; `zoo list --kind select`
+    names them, and `kernel` is then one of sparse_attention.
     State: keys and values, 2 G d a token, or of sinks + window tokens. 4 H d T^2 FLOPs a sequence (causal half
     of it useful), 4 H d T window with a window. A window of at least T is plain attention.
     Parameters and their layouts are those of Llama, Qwen3, OLMo 2, Gemma 2, GPT-OSS and Qwen3-Next in Hugging
@@ -105,12 +108,13 @@ class Attention(Block):
         scale: PositiveFloat | None = None,
         output_gate: bool = False,
         causal: bool = True,
+        select: str | dict[str, Any] | None = None,
         kernel: str = "auto",
         device=None,
         dtype=None,
     ):
         super().__init__(dim)
-        check_backend("attention", kernel)
+        check_backend("attention" if select is None else "sparse_attention", kernel)
         check_scaling(rope_scaling)
         self.num_heads = num_heads or default_num_heads(dim)
         self.num_kv_heads = num_kv_heads or self.num_heads
@@ -127,6 +131,13 @@ class Attention(Block):
             )
         if sinks and window is None:
             raise ValueError(f"sinks={sinks} keeps tokens that a window drops: give a window, or sinks=0")
+        self.select: Policy | None = None
+        if select is not None:
+            given = {"window": window, "softcap": softcap, "sink_logits": sink_logits, "causal=False": not causal}
+            if wrong := [name for name, value in given.items() if value]:
+                raise ValueError(f"select chooses keys for causal softmax attention; it does not go with {wrong[0]}")
+            self.select = component("select", select)
+            self.select.bind(self.num_heads, self.num_kv_heads, self.head_dim, scale or self.head_dim**-0.5)
         self.rope_options = {"base": rope_base, "interleaved": rope_interleaved, "scaling": rope_scaling}
         self.window, self.num_sinks, self.softcap, self.scale = window, sinks, softcap, scale
         self.output_gate, self.causal, self.kernel, self.qk_norm = output_gate, causal, kernel, qk_norm
@@ -151,20 +162,23 @@ class Attention(Block):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
-    def init_state(self, batch_size: int, max_len: int | None = None) -> KVCache | RingKVCache:
+    def init_state(self, batch_size: int, max_len: int | None = None) -> Any:
         shape, like = (batch_size, max_len, self.num_kv_heads, self.head_dim), self.reference_parameter.detach()
         if self.window is None:
-            return KVCache.create(*shape, like=like)
+            cache = KVCache.create(*shape, like=like)
+            return cache if self.select is None else self.select.init_state(cache)
         return RingKVCache.create(*shape, window=self.window, sinks=self.num_sinks, like=like)
 
     def forward(
         self,
         x: Tensor,
         *,
-        state: KVCache | RingKVCache | SharedKeys | None = None,
+        state: Any = None,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
     ) -> Tensor:
+        if self.select is not None:
+            return self._governed(x, state, positions, doc_ids)
         keys = state if isinstance(state, SharedKeys) else SharedKeys(state)
         if positions is None and self.rotary_dim:
             positions = self._positions(x, keys, doc_ids)
@@ -176,6 +190,33 @@ class Attention(Block):
             softcap=self.softcap, q_index=keys.q_index, k_index=keys.k_index, q_doc_ids=doc_ids,
             k_doc_ids=keys.doc_ids, sink_logits=self.sinks, backend=self.kernel,
         )  # fmt: skip
+        return self._output(o, gate)
+
+    def _governed(self, x: Tensor, state: Any, positions: Tensor | None, doc_ids: Tensor | None) -> Tensor:
+        """Attention to what a policy chooses."""
+        refuse_packed_streaming(state, doc_ids)
+        if isinstance(state, SharedKeys):
+            raise ValueError("keys that several calls share are read whole: leave the policy out")
+        q, k, v, gate = self._project(x)
+        cache: Any = state.cache if isinstance(state, SelectState) else state
+        if positions is None:
+            positions = self._positions(x, SharedKeys(cache), doc_ids)
+        q, k, k_index = self._rotate(q, positions), self._rotate(k, positions), None
+        if cache is not None:
+            k, v, k_index, _ = cache.append(k, v)
+        select: Any = self.select
+        o = select(q, k, v, k_index=k_index, doc_ids=doc_ids, state=state, backend=self.kernel)
+        return self._output(o, gate)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys, values and gate, not rotated."""
+        q, gate = self._queries(x, None)
+        return q, self._normed(self.k_proj(x), self.k_norm), self.v_proj(x).unflatten(-1, (-1, self.head_dim)), gate
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return rope(x, positions, rotary_dim=self.rotary_dim, **self.rope_options) if self.rotary_dim else x
+
+    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         o = o.flatten(2)
         return self.o_proj(o if gate is None else o * torch.sigmoid(gate))
 
@@ -226,6 +267,10 @@ class Attention(Block):
         return norm(y) if norm is not None and self.qk_norm == "head" else y
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
+        keys, outer = context_len + seq_len, (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        if self.select is not None:
+            chosen = self.select.flops(batch_size, seq_len, keys, streaming)
+            return linear_flops(batch_size * seq_len, *outer) + chosen
         return self.key_flops(batch_size * seq_len) + self.query_flops(batch_size, seq_len, seq_len, context_len)
 
     def key_flops(self, tokens: int) -> int:
@@ -249,7 +294,8 @@ class Attention(Block):
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         slots = max_len if self.window is None else ring_slots(max_len, self.window, self.num_sinks)
-        return kv_cache_bytes(batch_size, slots, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)
+        cache = kv_cache_bytes(batch_size, slots, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)
+        return cache + (0 if self.select is None else batch_size * self.select.state_bytes(max_len, self.itemsize))
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -258,14 +304,21 @@ class Attention(Block):
             token += 2 * (q_width + kv_width)  # normalised and not
         if self.output_gate:
             token += 3 * q_width  # gate, its sigmoid, the product
-        if self.kernel in ("chunked", "reference") and seq_len <= QUERY_TILE:  # longer ones recompute their scores
+        if self.select is not None:
+            token += self.num_heads + self.select.kept(seq_len)  # the denominators and the lists
+        elif self.kernel in ("chunked", "reference") and seq_len <= QUERY_TILE:  # longer ones recompute their scores
             token += 4 * self.num_heads * seq_len
         return batch_size * seq_len * token
 
     def parallel_plan(self) -> ParallelPlan:
+        if self.select is not None and self.select.by_head:
+            return ParallelPlan(context="gather_kv", reason="select: this policy tells heads apart by their numbers")
         if self.qk_norm == "full":
             return ParallelPlan(context="gather_kv", reason="qk_norm: full normalises over the channels of all heads")
         tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}
         tensor |= {"sinks": "column"} if self.sinks is not None else {}
         tensor |= {"q_norm": "replicate", "k_norm": "replicate"} if self.q_norm is not None else {}
+        if self.select is not None and self.select.memory:
+            reason = "select: a choice depends on the queries before it, which other ranks may hold"
+            return ParallelPlan(tensor, units=self.num_kv_heads, reason=reason)
         return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_kv")

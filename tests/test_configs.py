@@ -16,6 +16,15 @@ from golden import FOLDER, golden_text  # noqa: E402
 LANGUAGE = [n for n in config_names() if "architecture: vision" not in find_config(n).read_text()]
 SMALL = ["dim=64", "vocab_size=61"]
 SHRINK = {
+    "select_small": [
+        "define.quest[0].attention.select.quest.block_size=4", "define.quest[0].attention.select.quest.top_k=3",
+        "define.lserve[0].attention.select.lserve.block_size=8", "define.lserve[0].attention.select.lserve.sinks=8",
+        "define.lserve[0].attention.select.lserve.window=8", "define.lserve[0].attention.select.lserve.top_k=2",
+        "define.xattention[0].attention.select.xattention.block_size=8",
+        "define.xattention[0].attention.select.xattention.stride=4",
+        "define.pbs[0].attention.select.pbs.block_size=4", "define.pbs[0].attention.select.pbs.segment_size=8",
+        "define.anchor[0].attention.select.anchor.block_size=4", "define.anchor[0].attention.select.anchor.init=4",
+    ],
     "ramba_small": ["define.retrieve[0].hsa.chunk_size=8"],
     "algoformer_small": ["trunk[1].loop=3", "trunk[1].grad_last=2"],
     "deepseek_v3": [

@@ -14,6 +14,7 @@ KINDS = {
     "router": "Routers of loops and routes",
     "chunker": "Chunkers of hierarchies",
     "norm": "Norms",
+    "select": "Policies of attention that select keys (`select:`)",
     "combinator": "Combinators",
 }
 

@@ -73,8 +73,11 @@ def family(name: str) -> Family:
 
 def _edges() -> Iterator[tuple[str, str, str]]:
     for name in registry.list_blocks():
-        for relation in registry.block_card(name).relations:
+        card = registry.block_card(name)
+        for relation in card.relations:
             sides = [_block_of(side) for side in relation.split("==")]
+            if card.kind in registry.COMPONENTS:  # attention with it on the left
+                sides[0] = name
             if len(sides) == 2 and all(sides):
                 yield sides[0], sides[1], relation
 

@@ -21,13 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from zoo.errors import ConfigError, did_you_mean
+from zoo.errors import ConfigError, did_you_mean, one_of
 from zoo.schema import check_type
 
 KINDS = (
     "mixer", "ffn", "norm", "position", "router", "chunker", "memory", "linear", "select",
     "cache", "merge", "embedding", "head", "combinator",
 )  # fmt: skip
+# kinds that are no blocks but values of an option of attention, of the same name
+COMPONENTS = ("select", "cache")
 ENTRY_POINTS = "zoo.blocks"
 _SCANNED_PACKAGES = ("blocks", "graph")
 # set by the graph, never by a config: they follow from where the block or router stands
@@ -243,8 +245,11 @@ def create(name: str, dim: int, **given: Any) -> Any:
     `given` are the block's options and, if wanted, `device` and `dtype`. A wrong option raises ConfigError.
     """
     cls = load(name)
-    if cls.zoo_registration.kind == "combinator":  # type: ignore[attr-defined]
+    kind = cls.zoo_registration.kind  # type: ignore[attr-defined]
+    if kind == "combinator":
         raise ConfigError(f"{name} is a combinator: it joins blocks in a configuration and has no weights of its own")
+    if kind in COMPONENTS:
+        raise ConfigError(f"{name} is no block: it is given to attention as {kind}: {name}")
     factory = {k: given.pop(k) for k in ("device", "dtype") if k in given}
     values, complaints = check_options(name, given)
     if complaints:
@@ -263,6 +268,21 @@ def _problem(where: str, message: str):
     from zoo.errors import Problem
 
     return Problem(message, where)
+
+
+def component(kind: str, value: str | Mapping[str, Any]) -> Any:
+    """What an option of a block names, `quest` or {quest: {options}}, built. ValueError where it cannot be."""
+    name, given = (value, None) if isinstance(value, str) else next(iter(value.items()), ("", None))
+    known = list_blocks(kind)
+    if name not in known or not (isinstance(value, str) or len(value) == 1):
+        hint = did_you_mean(name, known)
+        raise ValueError(f"{kind} is one name or {{name: options}}, got {value!r}{hint}; {one_of(known)}")
+    if not isinstance(given or {}, Mapping):
+        raise ValueError(f"{kind}.{name}: the options must be a mapping, got {given!r}")
+    values, complaints = check_options(name, given or {})
+    if complaints:
+        raise ValueError("; ".join(f"{kind}.{name}.{key}: {text}" for key, text in complaints))
+    return load(name)(**values)
 
 
 # ------------------------------------------------------------------------------------ options and types

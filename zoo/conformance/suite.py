@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,14 +25,25 @@ from zoo.conformance.poison import poisoned
 from zoo.conformance.report import CHECKS, Check, Failure, Report, Result
 from zoo.conformance.subject import Subject
 from zoo.errors import ConfigError, did_you_mean
-from zoo.registry import Registration, block_card, load
+from zoo.registry import COMPONENTS, Registration, block_card, load
 
 _HERE, _TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
 
+def _under_test(name: str) -> tuple[str, Registration]:
+    """What is built, and what it says of itself. A component is asked as the block that takes it, with the laws,
+    relations and examples of its own."""
+    found = load(name).zoo_registration if ":" in name else block_card(name)  # type: ignore[attr-defined]
+    if found.kind not in COMPONENTS:
+        return name, found
+    heads = {"num_heads": 4, "num_kv_heads": 2}
+    examples = tuple({**heads, found.kind: {name: dict(options)}} for options in found.examples or ({},))
+    return "attention", replace(found, kind="mixer", ops=("rope", *found.ops), examples=examples)
+
+
 def registration_of(name: str) -> Registration:
     """What `@register` says of a block of the zoo, or of a stranger's `package.module:name`."""
-    return load(name).zoo_registration if ":" in name else block_card(name)  # type: ignore[attr-defined]
+    return _under_test(name)[1]
 
 
 def checks_for(registration: Registration) -> list[Check]:
@@ -44,13 +56,13 @@ def cases(name: str, only: Iterable[str] | None = None, slow: bool = True) -> It
     wanted = None if only is None else set(only)
     for unknown in sorted((wanted or set()) - {c.name for c in CHECKS}):
         raise ConfigError(f"unknown check {unknown!r}{did_you_mean(unknown, [c.name for c in CHECKS])}")
-    registration = registration_of(name)
+    built, registration = _under_test(name)
     for c in checks_for(registration):
         if (wanted is not None and c.name not in wanted) or (c.slow and not slow):
             continue
         examples = registration.examples or ({},)
         for options in examples[:1] if c.per_block else examples:
-            yield c, Subject(name, registration, options)
+            yield c, Subject(built, registration, options)
 
 
 def _crash(error: Exception) -> str:

@@ -44,6 +44,8 @@ def cannot_share_keys(body: Spec) -> str:
                 return f"a {spec.name} keeps states of its own; shared keys go through plain layers only"
         elif registry.block_card(spec.name).state_growth != "none" and not registry.load(spec.name).shares_keys:
             return f"{spec.name} has no keys that another call can query; use attention"
+        elif wrong := [kind for kind in registry.COMPONENTS if spec.options.get(kind) is not None]:
+            return f"{spec.name} with {wrong[0]}: reads its own keys only; leave {wrong[0]} out"
     return ""
 
 
