@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zoo.blocks.cache_policy import CachePolicy
 from zoo.blocks.kv_cache import KVCache, RingKVCache, kv_cache_bytes, ring_slots, segment_index
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.selection import Policy, SelectState
@@ -76,7 +77,7 @@ class Attention(Block):
     document and cannot be streamed. Rotary options: `rotary_dim` channels of each head, `rope_interleaved`
     pairs (2i, 2i+1), `rope_scaling` as in Hugging Face (rope_type linear, llama3 or yarn).
     `select`: a policy that says which keys a query reads, by its name or as {name: options}; `zoo list --kind select`
-    names them, and `kernel` is then one of sparse_attention.
+    names them, and `kernel` is then one of sparse_attention. `cache`: a policy that says what a bounded cache keeps.
     State: keys and values, 2 G d a token, or of sinks + window tokens. 4 H d T^2 FLOPs a sequence (causal half
     of it useful), 4 H d T window with a window. A window of at least T is plain attention.
     Parameters and their layouts are those of Llama, Qwen3, OLMo 2, Gemma 2, GPT-OSS and Qwen3-Next in Hugging
@@ -109,6 +110,7 @@ class Attention(Block):
         output_gate: bool = False,
         causal: bool = True,
         select: str | dict[str, Any] | None = None,
+        cache: str | dict[str, Any] | None = None,
         kernel: str = "auto",
         device=None,
         dtype=None,
@@ -132,12 +134,18 @@ class Attention(Block):
         if sinks and window is None:
             raise ValueError(f"sinks={sinks} keeps tokens that a window drops: give a window, or sinks=0")
         self.select: Policy | None = None
-        if select is not None:
+        self.cache: CachePolicy | None = None
+        if select is not None or cache is not None:
             given = {"window": window, "softcap": softcap, "sink_logits": sink_logits, "causal=False": not causal}
+            given |= {"select": select is not None and cache is not None}
             if wrong := [name for name, value in given.items() if value]:
-                raise ValueError(f"select chooses keys for causal softmax attention; it does not go with {wrong[0]}")
-            self.select = component("select", select)
-            self.select.bind(self.num_heads, self.num_kv_heads, self.head_dim, scale or self.head_dim**-0.5)
+                which = "cache" if select is None or wrong == ["select"] else "select"
+                raise ValueError(f"{which} chooses keys for causal softmax attention; it does not go with {wrong[0]}")
+            self.select = None if select is None else component("select", select)
+            self.cache = None if cache is None else component("cache", cache)
+            for policy in (self.select, self.cache):
+                if policy is not None:
+                    policy.bind(self.num_heads, self.num_kv_heads, self.head_dim, scale or self.head_dim**-0.5)
         self.rope_options = {"base": rope_base, "interleaved": rope_interleaved, "scaling": rope_scaling}
         self.window, self.num_sinks, self.softcap, self.scale = window, sinks, softcap, scale
         self.output_gate, self.causal, self.kernel, self.qk_norm = output_gate, causal, kernel, qk_norm
@@ -164,6 +172,8 @@ class Attention(Block):
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> Any:
         shape, like = (batch_size, max_len, self.num_kv_heads, self.head_dim), self.reference_parameter.detach()
+        if self.cache is not None:
+            return self.cache.init_state(batch_size, max_len, like)
         if self.window is None:
             cache = KVCache.create(*shape, like=like)
             return cache if self.select is None else self.select.init_state(cache)
@@ -177,7 +187,7 @@ class Attention(Block):
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
     ) -> Tensor:
-        if self.select is not None:
+        if self.select is not None or self.cache is not None:
             return self._governed(x, state, positions, doc_ids)
         keys = state if isinstance(state, SharedKeys) else SharedKeys(state)
         if positions is None and self.rotary_dim:
@@ -201,6 +211,9 @@ class Attention(Block):
         cache: Any = state.cache if isinstance(state, SelectState) else state
         if positions is None:
             positions = self._positions(x, SharedKeys(cache), doc_ids)
+        if self.cache is not None:
+            given = {"doc_ids": doc_ids, "state": state, "backend": self.kernel}
+            return self._output(self.cache(q, k, v, positions, rotate=self._rotate, **given), gate)
         q, k, k_index = self._rotate(q, positions), self._rotate(k, positions), None
         if cache is not None:
             k, v, k_index, _ = cache.append(k, v)
@@ -271,6 +284,9 @@ class Attention(Block):
         if self.select is not None:
             chosen = self.select.flops(batch_size, seq_len, keys, streaming)
             return linear_flops(batch_size * seq_len, *outer) + chosen
+        if self.cache is not None:
+            held = self.cache.flops(batch_size, seq_len, context_len, streaming)
+            return linear_flops(batch_size * seq_len, *outer) + held
         return self.key_flops(batch_size * seq_len) + self.query_flops(batch_size, seq_len, seq_len, context_len)
 
     def key_flops(self, tokens: int) -> int:
@@ -293,6 +309,8 @@ class Attention(Block):
         return self.softcap is None and self.sinks is None and self.kernel in ("auto", "sdpa")
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
+        if self.cache is not None:
+            return batch_size * self.cache.state_bytes(max_len, self.itemsize)
         slots = max_len if self.window is None else ring_slots(max_len, self.window, self.num_sinks)
         cache = kv_cache_bytes(batch_size, slots, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)
         return cache + (0 if self.select is None else batch_size * self.select.state_bytes(max_len, self.itemsize))
@@ -306,6 +324,8 @@ class Attention(Block):
             token += 3 * q_width  # gate, its sigmoid, the product
         if self.select is not None:
             token += self.num_heads + self.select.kept(seq_len)  # the denominators and the lists
+        elif self.cache is not None:
+            token += self.cache.kept(seq_len)
         elif self.kernel in ("chunked", "reference") and seq_len <= QUERY_TILE:  # longer ones recompute their scores
             token += 4 * self.num_heads * seq_len
         return batch_size * seq_len * token
@@ -321,4 +341,6 @@ class Attention(Block):
         if self.select is not None and self.select.memory:
             reason = "select: a choice depends on the queries before it, which other ranks may hold"
             return ParallelPlan(tensor, units=self.num_kv_heads, reason=reason)
+        if self.cache is not None and self.cache.in_turn:
+            return ParallelPlan(tensor, units=self.num_kv_heads, context="pass_state")
         return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_kv")

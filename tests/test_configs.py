@@ -16,6 +16,10 @@ from golden import FOLDER, golden_text  # noqa: E402
 LANGUAGE = [n for n in config_names() if "architecture: vision" not in find_config(n).read_text()]
 SMALL = ["dim=64", "vocab_size=61"]
 SHRINK = {
+    "cache_small": [
+        "define.streaming[0].attention.cache.streaming_llm.window=6", "define.heavy[0].attention.cache.h2o.heavy=4",
+        "define.heavy[0].attention.cache.h2o.recent=4", "define.heavy[0].attention.cache.h2o.interval=4",
+    ],
     "select_small": [
         "define.quest[0].attention.select.quest.block_size=4", "define.quest[0].attention.select.quest.top_k=3",
         "define.lserve[0].attention.select.lserve.block_size=8", "define.lserve[0].attention.select.lserve.sinks=8",

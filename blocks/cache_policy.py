@@ -1,0 +1,60 @@
+"""Cache policies: what `attention` keeps of the past. `cache: h2o`, or `cache: {h2o: {heavy: 64}}`.
+
+A policy is one file: a subclass of `CachePolicy`, registered with kind="cache", its options the keywords of its
+constructor. It has no parameters. A token sees what a cache would still hold when it comes, so training, prefill and
+decoding agree, and the state does not grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from zoo.contract import State
+
+
+class CachePolicy:
+    """Base of cache policies: the state, and attention to what it holds."""
+
+    in_turn: bool = False  # whether what is kept follows from all that came before, so that segments come in turn
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+
+    def bind(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> None:
+        """Called once by the block whose cache it is; scores are multiplied by `scale`."""
+        self.num_heads, self.num_kv_heads, self.head_dim, self.scale = num_heads, num_kv_heads, head_dim, scale
+
+    def init_state(self, batch_size: int, max_len: int | None, like: Tensor) -> Any:
+        """An empty state of `like`'s dtype and device, with `length` [B]."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        *,
+        rotate: Callable[[Tensor, Tensor], Tensor],
+        doc_ids: Tensor | None = None,
+        state: State | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Attention o [B, T, Hq, D] of queries and keys at `positions` [B, T] that `rotate` has not yet rotated."""
+        raise NotImplementedError
+
+    def flops(self, batch_size: int, seq_len: int, context_len: int, streaming: bool) -> int:
+        """Matrix FLOPs of a call."""
+        raise NotImplementedError
+
+    def state_bytes(self, max_len: int, itemsize: int) -> int:
+        """Bytes of a row's state, of keys of `itemsize` bytes."""
+        raise NotImplementedError
+
+    def kept(self, seq_len: int) -> int:
+        """Elements kept for backward, a token, beside x, q, k, v and o."""
+        raise NotImplementedError
