@@ -16,6 +16,7 @@ from golden import FOLDER, golden_text  # noqa: E402
 LANGUAGE = [n for n in config_names() if "architecture: vision" not in find_config(n).read_text()]
 SMALL = ["dim=64", "vocab_size=61"]
 SHRINK = {
+    "block_attention_small": ["define.layer[0].block_attention.block_size=8"],
     "cache_small": [
         "define.streaming[0].attention.cache.streaming_llm.window=6", "define.heavy[0].attention.cache.h2o.heavy=4",
         "define.heavy[0].attention.cache.h2o.recent=4", "define.heavy[0].attention.cache.h2o.interval=4",
