@@ -233,6 +233,10 @@ class Attention(Block):
         o = o.flatten(2)
         return self.o_proj(o if gate is None else o * torch.sigmoid(gate))
 
+    @property
+    def sees_blocks(self) -> bool:
+        return self.window is None
+
     def write_keys(
         self, x: Tensor, keys: SharedKeys, *, positions: Tensor | None = None, doc_ids: Tensor | None = None
     ) -> None:
@@ -249,9 +253,9 @@ class Attention(Block):
             k = rope(k, positions, rotary_dim=self.rotary_dim, **self.rope_options)
         q_index = k_index = None
         if own is not None:
-            empty = own.size == 0  # then the keys are those of the segment, in order
+            plain = own.in_order
             k, v, k_index, q_index = own.append(k, v)
-            if empty:
+            if plain:
                 q_index = k_index = None
         elif doc_ids is not None and self.num_sinks:
             # each document has its own sinks

@@ -23,6 +23,7 @@ from zoo.contract import (
     positions_from,
     state_dtype,
 )
+from zoo.kernels.attention import TwoCopies
 from zoo.kernels.linear import Linear, linear
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
@@ -130,7 +131,9 @@ class BlockFFN(Block):
         y = self.down_proj((h * a[..., None]).flatten(-2))
         return self._sparsify(y, z, doc_ids) if self.training else y
 
-    def _sparsify(self, y: Tensor, z: Tensor, doc_ids: Tensor | None) -> Tensor:
+    def _sparsify(self, y: Tensor, z: Tensor, doc_ids: Tensor | TwoCopies | None) -> Tensor:
+        if isinstance(doc_ids, TwoCopies):
+            doc_ids = doc_ids.documents(z.shape[0], z.shape[1], z.device)
         record, metrics = recording(self), {}
         if self.locality_coef:
             loss = locality_loss(z, doc_ids)

@@ -12,6 +12,7 @@ not: backpropagation is truncated at the segment border.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +34,18 @@ def ring_slots(max_len: int | None, window: int, sinks: int = 0) -> int:
 
 @dataclass
 class KVCache(State):
-    """Keys and values of every token. k: [B, slots, H, Dk]; v: [B, slots, H, Dv]; length: [B] int64."""
+    """Keys and values of every token. k: [B, slots, H, Dk]; v: [B, slots, H, Dv]; length: [B] int64.
+
+    With `block` > 1 (block diffusion) a token sees its whole block of that many tokens, the later ones as they
+    were last written; so whoever sets it writes each block whole once, and may then `rewind` into it.
+    """
 
     k: Tensor
     v: Tensor
     length: Tensor
     max_len: int | None = None
     size: int = counter()
+    block: int = 1
 
     @classmethod
     def create(
@@ -53,26 +59,39 @@ class KVCache(State):
         """Write k [B, T, H, Dk], v [B, T, H, Dv] behind each row's tokens.
 
         Returns all keys and values [B, S, H, .], key_index [B, S] and query_index [B, T]: the order index of
-        each key (-1: empty slot) and of each new token in its row.
+        each key (-1: empty slot) and of the last token that each new one sees in its row, itself where block = 1.
         """
         self._reserve(k.shape[1])
-        query_index = segment_index(self.length, k.shape[1])
-        slots = query_index
-        k_all, v_all = _write(self.k, k, slots, self.size), _write(self.v, v, slots, self.size)
+        slots = segment_index(self.length, k.shape[1])
+        used = self._whole(self.size)
+        k_all, v_all = _write(self.k, k, slots, used), _write(self.v, v, slots, used)
         self.length.add_(k.shape[1])
-        return k_all, v_all, self.key_index(), query_index
+        return k_all, v_all, self.key_index(), self._whole(slots + 1) - 1
 
     def key_index(self) -> Tensor:
-        """Order index [B, size] of the token in each slot, -1 where empty."""
-        slot = torch.arange(self.size, device=self.length.device)
-        return torch.where(slot < self.length[:, None], slot, -1)
+        """Order index [B, S] of the token in each slot in use, -1 where empty."""
+        slot = torch.arange(self._whole(self.size), device=self.length.device)
+        return torch.where(slot < self._whole(self.length)[:, None], slot, -1)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the next segment will see its own keys only, each token those up to itself."""
+        return self.size == 0 and self.block == 1
+
+    def rewind(self, length: int) -> None:
+        """Go back to the first `length` tokens of every row; what was written behind them stays in its slots."""
+        self.length.fill_(length)
+        self.size = length
+
+    def _whole(self, tokens: Any) -> Any:
+        return tokens if self.block == 1 else -(-tokens // self.block) * self.block
 
     def _reserve(self, new: int) -> None:
         slots = self.k.shape[1]
-        if self.size + new > slots:
+        if self._whole(self.size + new) > slots:
             self.size = exact_size(self.length)
             check_max_len(self.size, new, self.max_len)
-            while slots < self.size + new:
+            while slots < self._whole(self.size + new):
                 slots *= 2
             self.k, self.v = _grow(self.k, slots), _grow(self.v, slots)
         self.size += new
@@ -94,6 +113,11 @@ class RingKVCache(State):
     sinks: int = 0
     max_len: int | None = None
     size: int = counter()
+
+    @property
+    def in_order(self) -> bool:
+        """As `KVCache.in_order`."""
+        return self.size == 0
 
     @classmethod
     def create(

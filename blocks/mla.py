@@ -129,13 +129,17 @@ class MultiHeadLatentAttention(Block):
         context = 0
         q_index = k_index = None
         if state is not None:
-            context = state.size
+            context, plain = state.size, state.in_order
             cached, _, k_index, q_index = state.append(cached, cached[..., :0])
-            if not context:
+            if plain:
                 q_index = k_index = None
         attend = self.attend_absorbed if self._absorbs(T, context) else self.attend_expanded
         o = attend(q, cached, q_index=q_index, k_index=k_index, doc_ids=doc_ids)
         return self.o_proj(o.flatten(2))
+
+    @property
+    def sees_blocks(self) -> bool:
+        return True
 
     def query_input(self, x: Tensor) -> Tensor:
         """What queries are projected from: the latent [B, T, q_lora_rank], or x itself."""

@@ -47,6 +47,12 @@ class State:
         for _, _, child in self._children():
             yield from child.tensors()
 
+    def walk(self) -> Iterator[State]:
+        """This state and every one inside it."""
+        yield self
+        for _, _, child in self._children():
+            yield from child.walk()
+
     @property
     def nbytes(self) -> int:
         """Bytes held, nested states included."""
@@ -292,6 +298,12 @@ class Block(nn.Module, metaclass=DrawsItself):
         """State for `batch_size` rows of up to `max_len` tokens (None: grows as needed)."""
         return EmptyState()
 
+    @property
+    def sees_blocks(self) -> bool:
+        """Whether block diffusion may let a token see its whole block: every token is treated alone, or the mixing
+        is attention over a `KVCache` that takes `TwoCopies` for document ids."""
+        return isinstance(self.init_state(1, 1), EmptyState)
+
     # cost, in three parts that a block overrides
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         """Executed matrix FLOPs of one forward of `seq_len` tokens per row, `context_len` tokens being in
@@ -349,7 +361,7 @@ class Block(nn.Module, metaclass=DrawsItself):
         return self.reference_parameter.element_size()
 
 
-def refuse_packed_streaming(state: State | None, doc_ids: Tensor | None) -> None:
+def refuse_packed_streaming(state: State | None, doc_ids: object) -> None:
     """Raise ValueError where both a state and document ids are given."""
     if state is not None and doc_ids is not None:
         raise ValueError("doc_ids with a state: stream one document per row, or pack documents without a state")

@@ -35,6 +35,27 @@ class Tile(NamedTuple):
         return torch.cat([x[:, : self.sinks], part], 1) if self.sinks else part
 
 
+class TwoCopies(NamedTuple):
+    """Given in place of document ids: a row of 2n tokens is a noisy copy of n tokens and behind it the clean one.
+
+    Token i of either copy lies in block i // block. A noisy token sees its own noisy block, both ways, and the
+    clean tokens of the blocks before. A clean token sees the clean tokens up to the end of its block, or with
+    `causal` up to itself. doc_ids [B, n]: documents, which still see only themselves (arXiv:2503.09573).
+    """
+
+    block: int
+    causal: bool = False
+    doc_ids: Tensor | None = None
+
+    def documents(self, batch_size: int, tokens: int, device: torch.device) -> Tensor:
+        """Document ids [batch_size, tokens] in which the copies are documents of their own, for blocks that only
+        ask which tokens are neighbours."""
+        if self.doc_ids is None:
+            copy = torch.arange(tokens, device=device) >= tokens // 2
+            return copy.long().expand(batch_size, tokens)
+        return torch.cat([2 * self.doc_ids, 2 * self.doc_ids + 1], 1)
+
+
 class Mask(NamedTuple):
     """Rules of visibility. Order indices and documents are None where they are 0.. and one document."""
 
