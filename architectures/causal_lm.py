@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from zoo.architectures.model import Model
+from zoo.architectures.model import Model, evaluating
 from zoo.contract import Cost, Mode, State, positions_from, refuse_packed_streaming
 from zoo.graph.nodes import Builder, Leaf
 from zoo.graph.spec import Graph
+from zoo.kernels.attention import TwoCopies
 from zoo.kernels.linear import Linear
 
 
@@ -80,18 +81,23 @@ class CausalLM(Model):
         """Logits [B, T, V]. state: from `init_state`, updated in place. doc_ids: [B, T], packed documents."""
         return self.head(self.hidden(tokens, state, doc_ids))
 
-    def hidden(self, tokens: Tensor, state: ModelState | None = None, doc_ids: Tensor | None = None) -> Tensor:
-        """The normed stream [B, T, D] in front of the head."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        doc_ids: Tensor | TwoCopies | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The normed stream [B, T, D] in front of the head. positions: [B, T], where they are not 0.. per document."""
         refuse_packed_streaming(state, doc_ids)
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tuple(tokens.shape)}")
         x = self.tok_embeddings(tokens)
         if self.embedding_scale != 1:
             x = x * self.embedding_scale
-        positions = None
         if state is not None:
             positions = state.seen[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        elif doc_ids is not None:
+        elif isinstance(doc_ids, Tensor):
             positions = positions_from(doc_ids, tokens.shape[0], tokens.shape[1], tokens.device)
         for i, layer in enumerate(self.layers):
             x = layer(x, state=state and state.children[i], positions=positions, doc_ids=doc_ids)
@@ -138,20 +144,12 @@ class CausalLM(Model):
         seed: int | None = None,
     ) -> Iterator[Tensor]:
         """The new tokens of `generate`, one [B, 1] at a time."""
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must be [B, T] with T >= 1, got {tuple(tokens.shape)}")
-        if temperature < 0 or max_new_tokens < 0:
-            raise ValueError("temperature and max_new_tokens must not be negative")
+        check_request(tokens, max_new_tokens, temperature)
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         state = self.init_state(tokens.shape[0], tokens.shape[1] + max_new_tokens)
         for _ in range(max_new_tokens):
-            was_training = self.training
-            self.eval()
-            try:
-                with torch.no_grad():
-                    tokens = _draw(self.head(self.hidden(tokens, state)[:, -1]), temperature, top_k, generator)
-            finally:
-                self.train(was_training)
+            with evaluating(self):
+                tokens, _ = draw(self.head(self.hidden(tokens, state)[:, -1:]), temperature, top_k, generator)
             yield tokens
 
     # --------------------------------------------------------------------------------------- cost
@@ -171,10 +169,24 @@ class CausalLM(Model):
         yield Leaf("lm_head", "head (tied)" if self._tied else "head", head, self.lm_head)
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+def check_request(tokens: Tensor, max_new_tokens: int, temperature: float) -> None:
+    """Raise ValueError where nothing can be generated from these."""
+    if tokens.dim() != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"tokens must be [B, T] with T >= 1, got {tuple(tokens.shape)}")
+    if temperature < 0 or max_new_tokens < 0:
+        raise ValueError("temperature and max_new_tokens must not be negative")
+
+
+def draw(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """A token for each of logits [B, T, V], and the probability it was drawn with (at temperature 0 that of 1)."""
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
+        best = logits.max(-1)
+        return best.indices, (best.values - logits.logsumexp(-1)).exp()
     if top_k is not None:
-        worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        worst = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < worst, -torch.inf)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+    p = (logits.float() / temperature).softmax(-1)
+    tokens = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:2])
+    return tokens, p.gather(-1, tokens[..., None]).squeeze(-1)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from zoo.architectures.block_diffusion import BlockDiffusionLM
 from zoo.architectures.causal_lm import CausalLM
 from zoo.architectures.model import Model
 from zoo.architectures.vision import VisionModel
@@ -27,7 +28,8 @@ ARCHITECTURES: dict[str, type[CausalLM] | type[VisionModel]] = {"causal_lm": Cau
 
 def assemble(graph: Graph, *, dtype: torch.dtype = torch.float32) -> Model:
     """The model of a graph on the meta device."""
-    return ARCHITECTURES[graph.architecture](graph, device="meta", dtype=dtype)
+    architecture = BlockDiffusionLM if graph.diffuses else ARCHITECTURES[graph.architecture]
+    return architecture(graph, device="meta", dtype=dtype)
 
 
 def build(

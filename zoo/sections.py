@@ -1,4 +1,4 @@
-"""The sections `vision:`, `train:`, `data:` and `distill:` of a configuration.
+"""The sections `vision:`, `train:`, `data:`, `distill:` and `diffusion:` of a configuration.
 
 Annotated fields are the schema; no torch here.
 """
@@ -130,6 +130,37 @@ class TrainSection(_Section):
             found.append(("betas", f"must be two numbers, got {list(self.betas)}"))
         if self.keep_checkpoints == 1:
             found.append(("keep_checkpoints", "must be 0 (all) or at least 2: the newest may be half-written"))
+        return found
+
+
+@dataclass(frozen=True)
+class DiffusionSection(_Section):
+    """Block diffusion: blocks of `block_size` tokens come one after the other, the tokens of a block in any order.
+    The last token of the vocabulary is the mask. The recipes (`zoo.architectures.block_diffusion`) say what is
+    trained; `sub_block` and `threshold` are how it is sampled where the caller says nothing."""
+
+    where: typing.ClassVar[str] = "diffusion"
+
+    recipe: Literal["bd3", "fast_dllm", "nbdiff"] = "bd3"
+    block_size: PositiveInt = 16
+    curriculum: tuple[PositiveInt, ...] = ()  # block sizes of training before block_size, each as long as the last
+    # training masks a share of each block drawn from here; a narrower range has less variance (bd3)
+    clip: tuple[ZeroToOne, ...] = (0.001, 1.0)
+    search_clip: bool = False  # bd3: at each evaluation of a run take the range over which the loss varies least
+    ar_weight: NonNegativeFloat = 1.0  # nbdiff: weight of the next-token loss of the clean copy
+    sub_block: PositiveInt | None = None  # tokens of a block that are decided together before the next ones
+    threshold: PositiveFloat | None = None  # tokens at least so sure come at once [bd3: one at a time, others 0.9]
+
+    def complaints(self) -> list[tuple[str, str]]:
+        found = []
+        if len(self.clip) != 2 or self.clip[1] <= 0 or self.clip[0] > self.clip[1]:
+            found.append(("clip", f"must be two shares, the lower one first, got {list(self.clip)}"))
+        if self.sub_block is not None and self.block_size % self.sub_block:
+            found.append(("sub_block", f"must divide block_size {self.block_size}, got {self.sub_block}"))
+        if self.search_clip and self.recipe != "bd3":
+            found.append(("search_clip", f"belongs to the bound that bd3 trains, not to {self.recipe}"))
+        if wrong := [n for n in self.curriculum if self.block_size % n]:
+            found.append(("curriculum", f"must be divisors of block_size {self.block_size}, got {wrong[0]}"))
         return found
 
 

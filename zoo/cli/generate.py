@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,20 +27,34 @@ def command(
         int | None,
         typer.Option("--seed", help="The same seed gives the same text."),
     ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option("--threshold", min=0.0, help="Block diffusion: take all tokens at least so sure at once."),
+    ] = None,
+    sub_block: Annotated[
+        int | None,
+        typer.Option("--sub-block", min=1, help="Block diffusion: tokens of a block decided before the next ones."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text by a trained model, until its end or --max-new-tokens."""
     with output.working("loading"):
         import torch
 
+        from zoo.architectures.block_diffusion import BlockDiffusionLM
         from zoo.architectures.storage import from_pretrained
-        from zoo.errors import DataError
+        from zoo.errors import ConfigError, DataError
         from zoo.train.run import tokenizer_of
 
         model = from_pretrained(run)
         if "decode" not in model.modes:
             raise DataError(f"{run} holds no language model")
         tokenizer = tokenizer_of(run)
+    wanted = {k: v for k, v in (("threshold", threshold), ("sub_block", sub_block)) if v is not None}
+    if wanted and not isinstance(model, BlockDiffusionLM):
+        raise ConfigError(f"{run} takes one token after the other: --threshold and --sub-block are for block diffusion")
+    if isinstance(model, BlockDiffusionLM):
+        model.sampler = replace(model.sampler, **wanted)
     # a document begins behind the end of the one before, as in training
     ids = [tokenizer.end, *tokenizer.encode([prompt.encode("utf-8", "surrogateescape")])[0].tolist()]
     if max(ids) >= model.vocab_size:

@@ -18,12 +18,12 @@ from zoo.graph.parse import Parser, graph_of
 from zoo.graph.reading import MAX_VALUES, Source, read_file, read_text, scalar
 from zoo.graph.spec import Graph
 from zoo.schema import PositiveFloat, PositiveInt, check_type
-from zoo.sections import DataSection, DistillSection, TrainSection, VisionSection
+from zoo.sections import DataSection, DiffusionSection, DistillSection, TrainSection, VisionSection
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # the keys that only one architecture has; it needs the first of them
 KEYS_OF = {
-    "causal_lm": ("vocab_size", "tie_embeddings", "embedding_scale", "logit_scale", "logit_cap"),
+    "causal_lm": ("vocab_size", "tie_embeddings", "embedding_scale", "logit_scale", "logit_cap", "diffusion"),
     "vision": ("vision", "distill"),
 }
 _INTERPOLATION = re.compile(r"\$\{([^${}]*)\}")
@@ -48,6 +48,7 @@ class TopLevel:
     embedding_scale: PositiveFloat = 1.0
     logit_scale: PositiveFloat = 1.0
     logit_cap: PositiveFloat | None = None
+    diffusion: DiffusionSection | None = None
     train: TrainSection | None = None
     data: DataSection | None = None
     distill: DistillSection | None = None
@@ -165,7 +166,11 @@ def _try_blocks(graph: Graph, parser: Parser) -> None:
         steps = spec.options.get("steps", len(spec.children))
         parts.append((spec.router, {"steps": steps, "nested": spec.name == "loop"}, 1))
         if spec.kind == "combinator":
-            parts += [(part, {}, width) for part, width in registry.load(spec.name).own_blocks(spec)]
+            combinator = registry.load(spec.name)
+            parts += [(part, {}, width) for part, width in combinator.own_blocks(spec)]
+            # a loop with a ring of states runs token by token
+            if graph.diffuses and (not combinator.sees_blocks or spec.options.get("ring")):
+                parser.complain(spec.path, f"{spec.name} goes by the order of tokens, block diffusion in any order")
         for part, context, width in parts:
             if part is None:
                 continue
@@ -198,6 +203,14 @@ def _try(spec, context: dict, dim: int, graph: Graph, parser: Parser) -> None:
             spec.path,
             f"{spec.name} with these options looks at later tokens and {graph.architecture} is causal"
             + (f" ({note})" if note else ""),
+        )
+    elif graph.diffuses and spec.kind == "router" and spec.name != "fixed":
+        parser.complain(spec.path, f"{spec.name} chooses among tokens; block diffusion needs all of a block everywhere")
+    elif graph.diffuses and not getattr(block, "sees_blocks", True):
+        parser.complain(
+            spec.path,
+            f"{spec.name} with these options cannot show a token the later ones of its block, as block diffusion must; "
+            "attention without a window and mla can, and so can blocks that treat each token alone",
         )
 
 

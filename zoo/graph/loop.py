@@ -71,6 +71,7 @@ class Loop(Composite):
     """
 
     main_field = "steps"
+    sees_blocks = True
 
     def __init__(
         self,

@@ -177,6 +177,8 @@ class Composite(Node):
 
     main_field: ClassVar[str] = "of"
     uses_norm: ClassVar[bool] = False
+    # whether it treats each token alone, so that block diffusion may let tokens see their whole block
+    sees_blocks: ClassVar[bool] = False
 
     @staticmethod
     def own_blocks(spec: Spec) -> Iterator[tuple[Spec, int]]:
@@ -191,6 +193,8 @@ class Sequence(Composite):
     Fields: `of`, a list of nodes; a plain YAML list means the same. A list of blocks is a layer:
     `[attention, swiglu]` is x += attention(norm(x)); x += swiglu(norm(x)).
     """
+
+    sees_blocks = True
 
     def __init__(self, items: list[nn.Module], order: tuple[int, ...] = (), label: str = ""):
         super().__init__()

@@ -26,6 +26,7 @@ class Parallel(Composite):
     """
 
     main_field = "branches"
+    sees_blocks = True
     uses_norm = True
 
     def __init__(

@@ -74,6 +74,8 @@ class Revisit(Composite):
     options of the attention block, whose heads are by default those of a width of 2 D. Norms are the default norm.
     """
 
+    sees_blocks = True
+
     def __init__(
         self,
         items: list[nn.Module],

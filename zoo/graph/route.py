@@ -44,6 +44,7 @@ class Route(Composite):
     """
 
     main_field = "of"
+    sees_blocks = True
 
     def __init__(self, bodies: list[nn.Module | None], router: Router, dim: int):
         super().__init__()

@@ -31,6 +31,7 @@ class Stage(Composite):
     """
 
     main_field = "steps"
+    sees_blocks = True
 
     def __init__(
         self,
