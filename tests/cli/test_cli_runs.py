@@ -74,9 +74,18 @@ def test_generate_from_a_built_model(zoo, tiny, tmp_path):
     zoo("generate", tmp_path / "m", "--prompt", "a", "--max-new-tokens", 3)
 
 
+def test_block_diffusion_generates(zoo, tmp_path):
+    zoo("build", "bd3_small", "dim=32", "trunk[0].repeat=1", "--out", tmp_path / "m")
+    more = ("--max-new-tokens", 20, "--threshold", 0.5, "--sub-block", 8, "--seed", 1)
+    texts = [json.loads(zoo("generate", tmp_path / "m", "--prompt", "ab", *more, "--json").out) for _ in range(2)]
+    assert texts[0]["text"] == texts[1]["text"] and 0 < texts[0]["tokens"] <= 20
+    assert "sub_block=5" in zoo("generate", tmp_path / "m", "--prompt", "a", "--sub-block", 5, code=2).err
+
+
 def test_generate_refuses(zoo, tmp_path, tiny):
     assert "config.yaml" in zoo("generate", tmp_path, "--prompt", "a", code=2).err
     zoo("build", tiny, "vocab_size=50", "--out", tmp_path / "small")
+    assert "for block diffusion" in zoo("generate", tmp_path / "small", "--prompt", "a", "--threshold", 0.9, code=2).err
     assert "knows 50 tokens" in zoo("generate", tmp_path / "small", "--prompt", "a", code=2).err
 
 

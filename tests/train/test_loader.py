@@ -107,7 +107,7 @@ def test_tasks_are_reproducible_and_splits_differ(source):
 def test_mqar_answers_are_the_bound_values():
     sample = make_task(DataSection(source="mqar", num_pairs=4), 40, 32)
     for index in range(50):
-        inputs, labels, _ = TaskRows(sample, 0).row(index)
+        inputs, labels, *_ = TaskRows(sample, 0).row(index)
         bound = dict(zip(inputs[0:8:2].tolist(), inputs[1:8:2].tolist(), strict=True))
         asked = np.flatnonzero(labels != IGNORE)
         assert len(bound) == 4 == len(asked) and asked.min() >= 8
@@ -118,12 +118,12 @@ def test_mqar_answers_are_the_bound_values():
 def test_selective_copy_and_induction_answers():
     sample = make_task(DataSection(source="selective_copy", num_copied=5), 20, 12)
     for index in range(20):
-        inputs, labels, _ = TaskRows(sample, 0).row(index)
+        inputs, labels, *_ = TaskRows(sample, 0).row(index)
         assert [t for t in inputs[:-5] if t > 1] == labels[-5:].tolist()
         assert set(inputs[-5:]) == {1} and set(labels[:-5]) == {IGNORE}
     sample = make_task(DataSection(source="induction"), 20, 12)
     for index in range(20):
-        inputs, labels, _ = TaskRows(sample, 0).row(index)
+        inputs, labels, *_ = TaskRows(sample, 0).row(index)
         first, last = np.flatnonzero(inputs == 0)
         assert last == 19 and labels[-1] == inputs[first + 1] and (labels != IGNORE).sum() == 1
 

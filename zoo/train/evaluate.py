@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
+from zoo.architectures.model import evaluating
 from zoo.train.corpus import Corpus, Document, Stream
 from zoo.train.loader import HeldoutRows, Rows, batch
 from zoo.train.synthetic import IGNORE
@@ -20,35 +20,34 @@ from zoo.train.tokenizer import ByteTokenizer, Tokenizer
 Advance = Callable[[int, int], None]  # (batches done, batches in all)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before is restored."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-def score(model: nn.Module, rows: Rows, count: int, size: int, advance: Advance | None = None) -> dict[str, float]:
+def score(model: Any, rows: Rows, count: int, size: int, advance: Advance | None = None) -> dict[str, float]:
     """Loss in nats per scored token (or image), accuracy of the most likely one, and how many were scored, over
-    the first `count` rows in batches of `size`."""
-    nats, right, tokens = 0.0, 0, 0
+    the first `count` rows in batches of `size`.
+
+    Of noisy rows the loss is the bound sum_masked -log p / rate, whatever the model was trained on, and the
+    accuracy that of the masked tokens.
+    """
+    nats, right, asked, tokens = 0.0, 0, 0, 0
     device = next(model.parameters()).device
     with evaluating(model):
         for first in range(0, count, size):
-            part = batch(rows, first, min(size, count - first))
-            documents = {} if part.doc_ids is None else {"doc_ids": part.doc_ids.to(device)}
-            labels = part.labels.to(device).flatten()
-            logits = model(part.inputs.to(device), **documents).float().flatten(0, -2)
-            nats += float(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"))
-            right += int((logits.argmax(-1) == labels).sum())
-            tokens += int((labels != IGNORE).sum())
+            part = batch(rows, first, min(size, count - first)).to(device)
+            labels, noise = part.labels.flatten(), part.noise
+            weight = (labels != IGNORE).float()
+            tokens += int(weight.sum())
+            if noise is None:
+                logits = model(part.inputs, **({} if part.doc_ids is None else {"doc_ids": part.doc_ids}))
+            else:
+                logits = model.logits_of(model.two_copies(part.inputs, noise > 0, part.doc_ids)[0])
+                weight = torch.where(noise.flatten() > 0, weight / noise.flatten(), 0)
+            logits = logits.float().flatten(0, -2)
+            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+            nats += float(losses @ weight)
+            right += int(((logits.argmax(-1) == labels) & (weight > 0)).sum())
+            asked += int((weight > 0).sum())
             if advance:
                 advance(min(first + size, count), count)
-    return {"loss": nats / tokens, "accuracy": right / tokens, "tokens": tokens}
+    return {"loss": nats / tokens, "accuracy": right / max(asked, 1), "tokens": tokens}
 
 
 def some_heldout(corpus: Corpus, limit: int) -> list[Document]:
@@ -65,7 +64,7 @@ def some_heldout(corpus: Corpus, limit: int) -> list[Document]:
 
 
 def evaluate_text(
-    model: nn.Module,
+    model: Any,
     corpus: Corpus,
     tokenizer: Tokenizer,
     *,
@@ -73,28 +72,36 @@ def evaluate_text(
     batch_size: int,
     limit: int,
     doc_ids: bool = False,
+    noisy: Callable[[Rows], Rows] | None = None,
     advance: Advance | None = None,
 ) -> dict[str, float | int]:
-    """Bits per byte of the model and of the references on the same held-out bytes.
+    """Bits per byte of the model and of the references on the same held-out bytes; of a model trained on `noisy`
+    rows an estimate of the bound.
 
     The ends of documents are predicted too, and paid for, by the model, the unigram and the bigram; gzip reads
     the documents joined. Every row starts without context.
     """
     documents = some_heldout(corpus, limit)
     size = sum(len(d.text) for d in documents)
-    rows = HeldoutRows(Stream.of(documents, tokenizer), seq_len, doc_ids)
-    result = score(model, rows, len(rows), batch_size, advance)
+    stream = Stream.of(documents, tokenizer)
+    rows = HeldoutRows(stream, seq_len, doc_ids)
+    result = score(model, noisy(rows) if noisy else rows, len(rows), batch_size, advance)
     unigram, bigram = ngram_bits(corpus.train, documents)
     return {
         "heldout_bytes": size,
         "heldout_tokens": int(result["tokens"]),
         "loss": result["loss"],
         "accuracy": result["accuracy"],
-        "bits_per_byte": result["loss"] * result["tokens"] / math.log(2) / size,
+        "bits_per_byte": bits_per_byte(result["loss"], stream, size),
         "unigram_bits_per_byte": unigram / size,
         "bigram_bits_per_byte": bigram / size,
         "gzip_bits_per_byte": 8 * len(gzip.compress(b"".join(d.text for d in documents), 9)) / size,
     }
+
+
+def bits_per_byte(loss: float, stream: Stream, size: int) -> float:
+    """What `loss` nats a token make of a text of `size` bytes; tokens that no row scores count like the others."""
+    return loss * (len(stream.ids) - 1) / math.log(2) / size
 
 
 def ngram_bits(train: Sequence[Document], heldout: Sequence[Document]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from zoo.train.synthetic import IGNORE, Sample
 
 
 class Row(NamedTuple):
-    """inputs, labels: [T]; labels are IGNORE where nothing is scored. doc_ids: [T], or None.
-    Of an image: inputs [C, H, W] float32, labels [1]."""
+    """inputs, labels: [T]; labels are IGNORE where nothing is scored. doc_ids: [T], or None. noise, block: see
+    `NoisyRows`. Of an image: inputs [C, H, W] float32, labels [1]."""
 
     inputs: np.ndarray
     labels: np.ndarray
     doc_ids: np.ndarray | None = None
+    noise: np.ndarray | None = None
+    block: int | None = None
 
 
 class Rows(Protocol):
@@ -32,11 +34,17 @@ class Rows(Protocol):
 
 
 class Batch(NamedTuple):
-    """Rows stacked: int64 [B, T] each; images are float32 [B, C, H, W]."""
+    """Rows stacked: int64 [B, T] each, the noise float32; images are float32 [B, C, H, W]."""
 
     inputs: Tensor
     labels: Tensor
     doc_ids: Tensor | None
+    noise: Tensor | None
+    block: int | None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(t.to(device) if isinstance(t, Tensor) else t for t in self))  # type: ignore[arg-type]
 
 
 def batch(rows: Rows, first: int, count: int) -> Batch:
@@ -48,7 +56,10 @@ def batch(rows: Rows, first: int, count: int) -> Batch:
         return torch.from_numpy(stacked if stacked.dtype == np.float32 else stacked.astype(np.int64))
 
     ids = None if parts[0].doc_ids is None else stack([p.doc_ids for p in parts if p.doc_ids is not None])
-    return Batch(stack([p.inputs for p in parts]), stack([p.labels for p in parts]), ids)
+    noise = None
+    if parts[0].noise is not None:
+        noise = torch.from_numpy(np.stack([p.noise for p in parts if p.noise is not None]).astype(np.float32))
+    return Batch(stack([p.inputs for p in parts]), stack([p.labels for p in parts]), ids, noise, parts[0].block)
 
 
 class TrainRows:
@@ -123,10 +134,13 @@ class Loader:
             self.seen += self.world * self.size
             yield batch(self.rows, first, self.size)
 
-    def state_dict(self) -> dict[str, int]:
-        """The position."""
-        return {"rows": self.seen}
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the rates where they were searched."""
+        low, high = getattr(self.rows, "clip", (None, None))
+        return {"rows": self.seen} | ({} if low is None else {"low": low, "high": high})
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position, of a run on any number of processes."""
         self.seen = int(state["rows"])
+        if "low" in state:
+            self.rows.clip = float(state["low"]), float(state["high"])  # type: ignore[attr-defined]

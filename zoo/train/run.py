@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -36,14 +36,15 @@ from torch import nn
 
 import zoo
 from zoo.errors import ConfigError, DataError, Problem, ZooError
-from zoo.sections import SHAPES, DataSection, DistillSection, TrainSection, VisionSection
+from zoo.sections import SHAPES, DataSection, DiffusionSection, DistillSection, TrainSection, VisionSection
 from zoo.train.corpus import Corpus, Stream, read_corpus
-from zoo.train.curve import LN2, MetricsFile, draw
+from zoo.train.curve import MetricsFile, draw
 from zoo.train.distill import Distillation, LayerDistillation, objective_of
-from zoo.train.evaluate import evaluate_text, score, some_heldout
+from zoo.train.evaluate import bits_per_byte, evaluate_text, score, some_heldout
 from zoo.train.files import new_folder, write_text
 from zoo.train.images import read_images
 from zoo.train.loader import HeldoutRows, Rows, TaskRows, TrainRows, batch
+from zoo.train.noise import NoisyRows, search_clip
 from zoo.train.progress import Reporter, step_text
 from zoo.train.synthetic import IGNORE, make_task
 from zoo.train.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
@@ -372,23 +373,36 @@ def _prepare(
 
 def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) -> _Data:
     tokenizer = load_tokenizer(data.tokenizer)
-    if document["vocab_size"] < tokenizer.vocab_size:
+    diffusion = _diffusion(document, section)
+    if document["vocab_size"] < tokenizer.vocab_size + (diffusion is not None):
         have = f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids"
+        have += " and the mask needs one" if diffusion else ""
         raise ConfigError([Problem(f"{have}, vocab_size is {document['vocab_size']}", "vocab_size")])
     corpus = read_corpus(data)
     stream = Stream.of(corpus.train, tokenizer)
     rows = TrainRows(stream, section.seq_len, section.seed, data.doc_ids)
+    training = noisy = None
+    if diffusion:
+        training = NoisyRows(rows, diffusion, section.seed, section.batch_size, section.steps)
+        whole = replace(diffusion, clip=DiffusionSection.clip, curriculum=())
+        noisy = partial(NoisyRows, diffusion=whole, seed=section.seed, group=section.batch_size, split=1)
     summary = corpus.summary()
     # about eval_batches batches of held-out text, in whole bytes
     wanted = section.eval_batches * section.batch_size * section.seq_len
     seen = some_heldout(corpus, max(1, round(wanted * int(summary["train_bytes"]) / len(stream.ids))))
-    seen_rows = HeldoutRows(Stream.of(seen, tokenizer), section.seq_len, data.doc_ids)
+    seen_stream = Stream.of(seen, tokenizer)
+    seen_rows = HeldoutRows(seen_stream, section.seq_len, data.doc_ids)
     size = section.batch_size // section.accumulation
 
     def glance(model: nn.Module) -> dict[str, float]:
-        result = score(model, seen_rows, len(seen_rows), size)
-        bits = result["loss"] * result["tokens"] / LN2 / sum(len(d.text) for d in seen)
-        return {"heldout_loss": result["loss"], "heldout_bits_per_byte": bits}
+        judged = noisy(seen_rows, counted=True) if noisy else seen_rows
+        loss = score(model, judged, len(seen_rows), size)["loss"]
+        bits = bits_per_byte(loss, seen_stream, sum(len(d.text) for d in seen))
+        found = {"heldout_loss": loss, "heldout_bits_per_byte": bits}
+        if diffusion and training and noisy and diffusion.search_clip:
+            training.clip = search_clip(model, noisy(seen_rows), len(seen_rows), size)
+            found |= {"clip_low": training.clip[0], "clip_high": training.clip[1]}
+        return found
 
     def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
         report.begin("evaluating", -(-data.heldout_bytes // section.seq_len))
@@ -400,11 +414,12 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
             batch_size=size,
             limit=data.heldout_bytes,
             doc_ids=data.doc_ids,
+            noisy=noisy and partial(noisy, counted=True),
             advance=lambda done, total: report.advance(done, total=total),
         )
 
     return _Data(
-        rows,
+        training or rows,
         summary,
         glance,
         judge,
@@ -412,6 +427,16 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         tokenizer,
         data.tokenizer == "bytes",
     )
+
+
+def _diffusion(document: dict[str, Any], section: TrainSection) -> DiffusionSection | None:
+    if document.get("diffusion") is None:
+        return None
+    diffusion = DiffusionSection.from_mapping(document["diffusion"])
+    if section.seq_len % diffusion.block_size:
+        why = f"must be a multiple of diffusion.block_size {diffusion.block_size}, got {section.seq_len}"
+        raise ConfigError([Problem(why, "train.seq_len")])
+    return diffusion
 
 
 def _continue(model: nn.Module, corpus: Corpus, tokenizer: Tokenizer) -> str:
@@ -424,6 +449,8 @@ def _continue(model: nn.Module, corpus: Corpus, tokenizer: Tokenizer) -> str:
 
 
 def _task(data: DataSection, section: TrainSection, document: dict[str, Any]) -> _Data:
+    if document.get("diffusion") is not None:
+        raise ConfigError([Problem(f"block diffusion learns text, and {data.source} is a task", "data.source")])
     sample = make_task(data, section.seq_len, document["vocab_size"])
     heldout = TaskRows(sample, section.seed, split=1)
     size = section.batch_size // section.accumulation

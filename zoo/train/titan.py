@@ -34,6 +34,7 @@ from zoo.errors import ZooError
 from zoo.sections import TrainSection
 from zoo.train.files import new_folder
 from zoo.train.loader import Loader, Rows
+from zoo.train.noise import NoisyRows
 from zoo.train.parallelize import parallelize
 
 
@@ -215,9 +216,19 @@ class _Model(BaseModel):
         self.model.init_weights(self.section.seed)
         self.job.prepare(self.model)
 
-    def forward(self, inputs: Tensor, *, doc_ids: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        doc_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        noise: Tensor | None = None,
+        block: int | None = None,
+    ) -> Tensor:
         if self.job.objective is not None and labels is not None:
             return self.job.objective(self.model, inputs, labels, self.step)
+        if noise is not None:
+            return self.model.losses(inputs, noise, doc_ids, block)
         if doc_ids is not None:
             return self.model(inputs, doc_ids=doc_ids)
         logits = self.model(inputs)
@@ -243,14 +254,14 @@ class _Data(BaseDataLoader):
         self.with_labels = config.job.objective is not None
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for inputs, labels, doc_ids in self.loader:
-            beside = {"labels": labels} if self.with_labels else {}
-            yield {"input": inputs} | beside | ({} if doc_ids is None else {"doc_ids": doc_ids}), labels
+        for inputs, labels, doc_ids, noise, block in self.loader:
+            more = {"labels": labels if self.with_labels else None, "doc_ids": doc_ids, "noise": noise, "block": block}
+            yield {"input": inputs} | {k: v for k, v in more.items() if v is not None}, labels
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return self.loader.state_dict()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
 
 
@@ -275,7 +286,7 @@ class _NoTokenizer(BaseTokenizer):
 
 
 class _Sum(BaseLoss):
-    """The losses that an objective gave, summed; torchtitan divides by the number of labels."""
+    """The losses that an objective or the model itself gave, summed; torchtitan divides by the number of labels."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseLoss.Config):
@@ -451,7 +462,7 @@ def _config(job: Job) -> _Trainer.Config:
         dump_folder=str(job.folder or ""),
         tokenizer=_NoTokenizer.Config(),
         dataloader=_Data.Config(job=job),
-        loss=CrossEntropyLoss.Config() if job.objective is None else _Sum.Config(),
+        loss=(_Sum if job.objective or isinstance(job.rows, NoisyRows) else CrossEntropyLoss).Config(),
         optimizer=OptimizersContainer.Config(param_groups=_groups(job.build("meta"), train)),
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=warmup,
