@@ -235,7 +235,8 @@ class Attention(Block):
 
     @property
     def sees_blocks(self) -> bool:
-        return self.window is None
+        # a subclass has a mask of its own
+        return type(self) is Attention and self.window is None and self.select is None and self.cache is None
 
     def write_keys(
         self, x: Tensor, keys: SharedKeys, *, positions: Tensor | None = None, doc_ids: Tensor | None = None

@@ -139,7 +139,7 @@ class MultiHeadLatentAttention(Block):
 
     @property
     def sees_blocks(self) -> bool:
-        return True
+        return type(self) is MultiHeadLatentAttention  # a subclass has a mask of its own
 
     def query_input(self, x: Tensor) -> Tensor:
         """What queries are projected from: the latent [B, T, q_lora_rank], or x itself."""

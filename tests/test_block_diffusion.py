@@ -388,6 +388,9 @@ def test_saved_models_diffuse(tmp_path):
     [
         (["gla"], "trunk[0]: gla"),
         ([{"attention": {"window": 8}}], "trunk[0].attention: attention"),
+        ([{"attention": {"select": "quest"}}], "trunk[0].attention: attention"),
+        ([{"attention": {"cache": "h2o"}}], "trunk[0].attention: attention"),
+        (["dsa"], "trunk[0]: dsa"),
         ([["attention", "rwkv7_ffn"]], "trunk[0][1]: rwkv7_ffn"),
         ([{"repeat": 1, "of": ["attention", {"moba": {"block_size": 4}}]}], "trunk[0].of[1].moba: moba"),
     ],

@@ -210,7 +210,7 @@ def _try(spec, context: dict, dim: int, graph: Graph, parser: Parser) -> None:
         parser.complain(
             spec.path,
             f"{spec.name} with these options cannot show a token the later ones of its block, as block diffusion must; "
-            "attention without a window and mla can, and so can blocks that treat each token alone",
+            "attention to everything before and mla can, and so can blocks that treat each token alone",
         )
 
 
