@@ -39,6 +39,23 @@ def default_num_heads(dim: int, head_dim: int = 64) -> int:
     return next(h for h in range(max(dim // head_dim, 1), 0, -1) if dim % h == 0)
 
 
+def grouped_heads(
+    dim: int, num_heads: int | None, num_kv_heads: int | None, head_dim: int | None, *, rotated: bool = False
+) -> tuple[int, int, int]:
+    """Query heads, key-value heads and channels of a head, with defaults for what is not given. ValueError where
+    they do not fit each other, or where heads that are `rotated` have an odd number of channels."""
+    num_heads = num_heads or default_num_heads(dim)
+    num_kv_heads = num_kv_heads or num_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
+    if head_dim is None and dim % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide dim={dim}: change it or give head_dim")
+    head_dim = head_dim or dim // num_heads
+    if rotated and head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even to be rotated: give another head_dim or num_heads")
+    return num_heads, num_kv_heads, head_dim
+
+
 @register(
     "attention",
     kind="mixer",
@@ -118,13 +135,7 @@ class Attention(Block):
         super().__init__(dim)
         check_backend("attention" if select is None else "sparse_attention", kernel)
         check_scaling(rope_scaling)
-        self.num_heads = num_heads or default_num_heads(dim)
-        self.num_kv_heads = num_kv_heads or self.num_heads
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        if head_dim is None and dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide dim={dim}: change it or give head_dim")
-        self.head_dim = head_dim or dim // self.num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = grouped_heads(dim, num_heads, num_kv_heads, head_dim)
         self.rotary_dim = (self.head_dim if rotary_dim is None else rotary_dim) if rope else 0
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.blocks.attention import default_num_heads
+from zoo.blocks.attention import grouped_heads
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels.attention import QUERY_TILE, attention_flops
@@ -59,13 +59,8 @@ class ContextualPositionAttention(Block):
         dtype=None,
     ):
         super().__init__(dim)
-        self.num_heads = num_heads or default_num_heads(dim)
-        self.num_kv_heads = num_kv_heads or self.num_heads
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        if head_dim is None and dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide dim={dim}: change it or give head_dim")
-        self.head_dim, self.num_positions = head_dim or dim // self.num_heads, num_positions
+        self.num_heads, self.num_kv_heads, self.head_dim = grouped_heads(dim, num_heads, num_kv_heads, head_dim)
+        self.num_positions = num_positions
         factory = {"device": device, "dtype": dtype}
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = Linear(dim, q_width, bias=False, **factory)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from zoo.blocks.attention import default_num_heads
+from zoo.blocks.attention import grouped_heads
 from zoo.blocks.chunks import finished_chunks
 from zoo.blocks.compression import write_slots
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes, segment_index
@@ -99,18 +99,12 @@ class HierarchicalSparseAttention(Block):
         dtype=None,
     ):
         super().__init__(dim)
-        self.num_heads = num_heads or default_num_heads(dim)
-        self.num_kv_heads = num_kv_heads or self.num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = grouped_heads(dim, num_heads, num_kv_heads, head_dim)
         self.num_retrieval_heads = num_retrieval_heads or self.num_kv_heads
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.num_kv_heads % self.num_retrieval_heads:
             raise ValueError(
                 f"num_retrieval_heads={self.num_retrieval_heads} must divide num_kv_heads={self.num_kv_heads}"
             )
-        if head_dim is None and dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide dim={dim}: change it or give head_dim")
-        self.head_dim = head_dim or dim // self.num_heads
         check_backend("sparse_attention", kernel)
         self.chunk_size, self.top_k, self.weights, self.kernel = chunk_size, top_k, weights, kernel
         self.retrieval_dim = retrieval_dim

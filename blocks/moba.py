@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.blocks.attention import default_num_heads
+from zoo.blocks.attention import grouped_heads
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes, segment_index
 from zoo.blocks.norms import RMSNorm
 from zoo.contract import (
@@ -100,15 +100,9 @@ class MoBA(Block):
         dtype=None,
     ):
         super().__init__(dim)
-        self.num_heads = num_heads or default_num_heads(dim)
-        self.num_kv_heads = num_kv_heads or self.num_heads
-        self.head_dim = head_dim or dim // self.num_heads
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        if head_dim is None and dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide dim={dim}: change it or give head_dim")
-        if rope and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: give another head_dim, or rope: false")
+        self.num_heads, self.num_kv_heads, self.head_dim = grouped_heads(
+            dim, num_heads, num_kv_heads, head_dim, rotated=rope
+        )
         check_backend("sparse_attention", kernel)
         self.block_size, self.top_k, self.kernel = block_size, top_k, kernel
         self.rope_base = rope_base if rope else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.blocks.attention import default_num_heads
+from zoo.blocks.attention import grouped_heads
 from zoo.blocks.compression import CompressedSelection, write_slots
 from zoo.blocks.kv_cache import KVCache, RingKVCache, kv_cache_bytes, ring_slots, segment_index
 from zoo.contract import (
@@ -135,16 +135,10 @@ class NativeSparseAttention(Block):
         dtype=None,
     ):
         super().__init__(dim)
-        self.num_heads = num_heads or default_num_heads(dim)
-        self.num_kv_heads = num_kv_heads or self.num_heads
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        if head_dim is None and dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide dim={dim}: change it or give head_dim")
-        self.head_dim = head_dim or dim // self.num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = grouped_heads(
+            dim, num_heads, num_kv_heads, head_dim, rotated=rope
+        )
         self.v_head_dim = v_head_dim or self.head_dim
-        if rope and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: give another head_dim, or rope: false")
         check_backend("sparse_attention", kernel)
         self.rule = CompressedSelection(
             kernel_size, kernel_stride, block_size, top_k, init_blocks, local_blocks, pool="sum"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from zoo.blocks.attention import default_num_heads
+from zoo.blocks.attention import grouped_heads
 from zoo.blocks.kv_cache import KVCache
 from zoo.blocks.recurrent import ShortConv, l2_normalise, previous, wide
 from zoo.contract import (
@@ -90,13 +90,7 @@ class PaTHAttention(Block):
         dtype=None,
     ):
         super().__init__(dim)
-        self.num_heads = num_heads or default_num_heads(dim)
-        self.num_kv_heads = num_kv_heads or self.num_heads
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        if head_dim is None and dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide dim={dim}: change it or give head_dim")
-        self.head_dim = head_dim or dim // self.num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = grouped_heads(dim, num_heads, num_kv_heads, head_dim)
         self.conv_size, self.chunk_size = conv_size, chunk_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.blocks.attention import default_num_heads
+from zoo.blocks.attention import grouped_heads
 from zoo.blocks.kv_cache import segment_index
 from zoo.contract import (
     Block,
@@ -106,15 +106,9 @@ class WindowGlobal(Block):
     ):
         super().__init__(dim)
         check_backend("sparse_attention", kernel)
-        self.num_heads = num_heads or default_num_heads(dim)
-        self.num_kv_heads = num_kv_heads or self.num_heads
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        if head_dim is None and dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide dim={dim}: change it or give head_dim")
-        self.head_dim = head_dim or dim // self.num_heads
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even to be rotated: give another head_dim or num_heads")
+        self.num_heads, self.num_kv_heads, self.head_dim = grouped_heads(
+            dim, num_heads, num_kv_heads, head_dim, rotated=True
+        )
         self.window, self.num_globals, self.chunk_size = window, num_globals, chunk_size
         self.rope_base, self.kernel = rope_base, kernel
         factory = {"device": device, "dtype": dtype}
