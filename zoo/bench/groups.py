@@ -31,7 +31,7 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     rounds: int = 7
-    compiled: bool = False  # peers through torch.compile too
+    compiled: bool = False  # peers, and layers of ours, through torch.compile too
     peer: str | None = None  # whose time the ratios compare with; the quickest peer where it is None
     patience: float = 20.0  # seconds a single call may take
 

@@ -26,7 +26,7 @@ WHATS: tuple[What, ...] = ("forward", "forward+backward", "step")
 class LayerCase:
     """A block of ours, the function that builds its peer from it, and the peer's settings worth trying (the first
     is its default). wanted: the ratios to reach on one CPU thread in float32, forward, forward+backward, step.
-    unrolled: the peer is a Python loop over tokens, which torch.compile would unroll for hours."""
+    unrolled: the peer is a Python loop over tokens, which torch.compile would unroll."""
 
     block: str
     options: dict[str, Any]

@@ -27,7 +27,7 @@ def command(
     dtype: Annotated[str | None, typer.Option("--dtype", help="[float32; on cuda bfloat16]")] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Interleaved rounds.")] = 7,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Race peers under torch.compile too; minutes.")] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Also all layers under torch.compile; minutes.")] = False,
     peer: Annotated[
         str | None, typer.Option("--peer", metavar="NAME", help="Compare with this row. [the quickest peer]")
     ] = None,
