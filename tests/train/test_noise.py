@@ -140,9 +140,9 @@ SMALL = ["dim=32", "vocab_size=258", "trunk[0].repeat=1", "define.layer[0].atten
 @pytest.mark.parametrize("name", ["bd3_small", "fast_dllm_small", "nbdiff_small"])
 def test_small_configurations_learn(name, tmp_path, monkeypatch):
     pytest.importorskip("torchtitan")
-    from zoo.train import run
+    from zoo.train import prepare, run
 
-    monkeypatch.setattr(run, "SAMPLE_TOKENS", 40)
+    monkeypatch.setattr(prepare, "SAMPLE_TOKENS", 40)
     config = zoo.load_config(name, [*SMALL, f"data.source={texts(tmp_path / 'data')}"])
     searched = name == "bd3_small"
     config.diffusion.search_clip = searched

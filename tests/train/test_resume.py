@@ -8,7 +8,7 @@ import tiny_runs
 from tiny_runs import config, full_disk, history, same, texts, weights
 
 from zoo.errors import DataError, ZooError
-from zoo.train import curve, run
+from zoo.train import curve, prepare
 from zoo.train.curve import read_metrics
 from zoo.train.run import train
 
@@ -16,7 +16,7 @@ from zoo.train.run import train
 @pytest.fixture(autouse=True, scope="module")
 def short_samples():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "SAMPLE_TOKENS", 8)
+        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
         yield
 
 

@@ -12,14 +12,15 @@ from tiny_runs import config, history, texts, weights
 import zoo
 from zoo import contract
 from zoo.errors import ConfigError, ZooError
-from zoo.train import parallelize, run
-from zoo.train.run import free_folder, tokenizer_of, train
+from zoo.train import parallelize, prepare
+from zoo.train.folder import free_folder, tokenizer_of
+from zoo.train.run import train
 
 
 @pytest.fixture(autouse=True, scope="module")
 def short_samples():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "SAMPLE_TOKENS", 8)
+        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
         yield
 
 

@@ -44,7 +44,7 @@ def command(
         from zoo.architectures.block_diffusion import BlockDiffusionLM
         from zoo.architectures.storage import from_pretrained
         from zoo.errors import ConfigError, DataError
-        from zoo.train.run import tokenizer_of
+        from zoo.train.folder import tokenizer_of
 
         model = from_pretrained(run)
         if "decode" not in model.modes:

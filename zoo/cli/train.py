@@ -33,7 +33,8 @@ def command(
 
     document = load_config(config, overrides or ())  # before seconds are spent on loading the trainer
     with output.stdout_kept_for_json(as_json):
-        from zoo.train.run import free_folder, train
+        from zoo.train.folder import free_folder
+        from zoo.train.run import train
 
         folder = out or (Path(config) if resume else free_folder(str(document.get("name", "model"))))
         result = train(document, out=folder, resume=resume, steps=steps)

@@ -8,60 +8,30 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import logging
 import math
-import os
 import re
-import resource
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from zoo.contract import set_auxiliary_scale
 from zoo.errors import ZooError
-from zoo.sections import TrainSection
+from zoo.train.device import Cpu, process_group, quiet
 from zoo.train.files import new_folder
-from zoo.train.loader import Loader, Rows
+from zoo.train.job import Job
+from zoo.train.loader import Loader
 from zoo.train.noise import NoisyRows
+from zoo.train.optim import Group, groups
 from zoo.train.parallelize import parallelize
-
-
-class _Cpu:
-    """torch.cpu, and the calls that torchtitan makes of an accelerator's module."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cpu, name)
-
-    def current_device(self) -> int:
-        return 0
-
-    def get_device_name(self, device: Any = None) -> str:
-        return "CPU"
-
-    def get_device_properties(self, device: Any = None) -> SimpleNamespace:
-        return SimpleNamespace(name="CPU", total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-    def memory_stats(self, device: Any = None) -> dict[str, int]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "num_alloc_retries": 0, "num_ooms": 0}
-
-    def reset_peak_memory_stats(self, device: Any = None) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
 
 
 def _bind_device() -> None:
@@ -71,7 +41,7 @@ def _bind_device() -> None:
     if not torch.cuda.is_available() and utils.device_type != "cpu":
         if loaded:
             raise ZooError("import zoo.train.titan before torchtitan: torchtitan fixes its device when it is imported")
-        utils.device_type, utils.device_module = "cpu", _Cpu()
+        utils.device_type, utils.device_module = "cpu", Cpu()
 
 
 _bind_device()
@@ -88,40 +58,12 @@ with warnings.catch_warnings():
     from torchtitan.protocols.model_spec import ModelSpec
     from torchtitan.trainer import Trainer
 
-_CHECKPOINT = re.compile(r"step-(\d+)")
-_NOT_DECAYED = ("A_log", "D", "dt_bias")
-
 
 # ------------------------------------------------------------------------------------------- interface
-@dataclass
-class Job:
-    """One training run. `build(device)` gives the model; `on_step(record)` is called after each step, with what
-    `evaluate(model)` returned in steps that are due; `stop()` ends the run after a step.
-
-    `objective(model, inputs, labels, step)` gives losses [B] in place of the cross-entropy of the logits, and
-    `prepare(model)` changes a model that was just drawn.
-    """
-
-    build: Callable[[str], nn.Module]
-    train: TrainSection
-    rows: Rows
-    folder: Path | None = None
-    resume_from: int | None = None
-    on_step: Callable[[dict[str, Any]], None] = lambda record: None
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None
-    stop: Callable[[], bool] = lambda: False
-    objective: Callable[[nn.Module, Tensor, Tensor, int], Tensor] | None = None
-    prepare: Callable[[nn.Module], None] = lambda model: None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nothing: torchtitan writes its configuration out, and this is none of it."""
-        return {}
-
-
 def fit(job: Job) -> tuple[nn.Module, int]:
     """Run a job to its end, or until `job.stop()`. Returns the trained model and the step that was reached."""
     collecting = gc.isenabled()
-    with _process_group(), _quiet(), torch.random.fork_rng(devices=[]):
+    with process_group(), quiet(), torch.random.fork_rng(devices=[]):
         trainer = None
         try:
             trainer = _config(job).build()
@@ -133,53 +75,6 @@ def fit(job: Job) -> tuple[nn.Module, int]:
             set_auxiliary_scale(1.0)
             if collecting:
                 gc.enable()  # torchtitan collects by itself and leaves collection switched off
-
-
-def newest_checkpoint(folder: Path) -> int | None:
-    """Step of the newest complete checkpoint under a run folder."""
-    found = [
-        _CHECKPOINT.fullmatch(p.name) for p in (folder / "checkpoint").glob("step-*") if (p / ".metadata").is_file()
-    ]
-    return max((int(m[1]) for m in found if m), default=None)
-
-
-# --------------------------------------------------------------------------------------- surroundings
-@contextmanager
-def _process_group() -> Iterator[None]:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ZooError("training runs in one process; start it without torchrun")
-    mine, hook = not dist.is_initialized(), sys.excepthook
-    had = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = had or "0"
-    try:
-        if mine:  # a store in memory needs no network
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
-        yield
-    finally:
-        if mine and dist.is_initialized():
-            dist.destroy_process_group()
-            sys.excepthook = hook  # torch put the rank in front of every line of it
-        if had is None:
-            del os.environ["LOCAL_RANK"]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # torchtitan logs to the root logger: leave other people's records alone
-    def keep(record: logging.LogRecord) -> bool:
-        return f"{os.sep}torchtitan{os.sep}" not in record.pathname or record.levelno >= logging.ERROR
-
-    root, own = logging.getLogger(), logging.getLogger("torchtitan")
-    level = own.level
-    root.addFilter(keep)
-    own.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"torch\.(distributed|optim)\.|torchtitan\.")
-            yield
-    finally:
-        root.removeFilter(keep)
-        own.setLevel(level)
 
 
 # ------------------------------------------------------------------------------------------- adapters
@@ -463,7 +358,7 @@ def _config(job: Job) -> _Trainer.Config:
         tokenizer=_NoTokenizer.Config(),
         dataloader=_Data.Config(job=job),
         loss=(_Sum if job.objective or isinstance(job.rows, NoisyRows) else CrossEntropyLoss).Config(),
-        optimizer=OptimizersContainer.Config(param_groups=_groups(job.build("meta"), train)),
+        optimizer=OptimizersContainer.Config(param_groups=[_group(g) for g in groups(job.build("meta"), train)]),
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=warmup,
             decay_ratio=train.decay_fraction if train.schedule == "wsd" else None,
@@ -499,19 +394,6 @@ def _parallelize(model: _Model, *, parallel_dims: Any, **unused: Any) -> _Model:
     return model
 
 
-def _groups(model: nn.Module, train: TrainSection) -> list[ParamGroupConfig]:
-    """AdamW with weight decay for matrices, without for vectors and for what SSMs keep undecayed."""
-    decayed: dict[bool, list[str]] = {True: [], False: []}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decayed[p.ndim > 1 and name.rpartition(".")[2] not in _NOT_DECAYED].append(re.escape(f"model.{name}"))
-    shared = {"lr": train.lr, "betas": train.betas, "eps": 1e-8}
-    return [
-        ParamGroupConfig(
-            pattern=rf"^(?:{'|'.join(names)})$",
-            optimizer_name="AdamW",
-            optimizer_kwargs=shared | {"weight_decay": train.weight_decay if decay else 0.0},
-        )
-        for decay, names in decayed.items()
-        if names
-    ]
+def _group(group: Group) -> ParamGroupConfig:
+    names = "|".join(re.escape(f"model.{name}") for name in group.names)
+    return ParamGroupConfig(pattern=rf"^(?:{names})$", optimizer_name=group.optimizer, optimizer_kwargs=group.options)

@@ -1,0 +1,49 @@
+"""A training run as the trainer sees it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from zoo.sections import TrainSection
+from zoo.train.loader import Rows
+
+_CHECKPOINT = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class Job:
+    """One training run. `build(device)` gives the model; `on_step(record)` is called after each step, with what
+    `evaluate(model)` returned in steps that are due; `stop()` ends the run after a step.
+
+    `objective(model, inputs, labels, step)` gives losses [B] in place of the cross-entropy of the logits, and
+    `prepare(model)` changes a model that was just drawn.
+    """
+
+    build: Callable[[str], nn.Module]
+    train: TrainSection
+    rows: Rows
+    folder: Path | None = None
+    resume_from: int | None = None
+    on_step: Callable[[dict[str, Any]], None] = lambda record: None
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+    stop: Callable[[], bool] = lambda: False
+    objective: Callable[[nn.Module, Tensor, Tensor, int], Tensor] | None = None
+    prepare: Callable[[nn.Module], None] = lambda model: None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nothing: torchtitan writes its configuration out, and this is none of it."""
+        return {}
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """Step of the newest complete checkpoint under a run folder."""
+    found = [
+        _CHECKPOINT.fullmatch(p.name) for p in (folder / "checkpoint").glob("step-*") if (p / ".metadata").is_file()
+    ]
+    return max((int(m[1]) for m in found if m), default=None)

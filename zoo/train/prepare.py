@@ -1,0 +1,208 @@
+"""What a run learns from: rows to train on, and how a model is judged on what it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.errors import ConfigError, Problem
+from zoo.sections import SHAPES, DataSection, DiffusionSection, TrainSection, VisionSection
+from zoo.train.corpus import Corpus, Stream, read_corpus
+from zoo.train.distill import Distillation, LayerDistillation
+from zoo.train.evaluate import bits_per_byte, evaluate_text, score, some_heldout
+from zoo.train.images import read_images
+from zoo.train.loader import HeldoutRows, Rows, TaskRows, TrainRows, batch
+from zoo.train.noise import NoisyRows, search_clip
+from zoo.train.progress import Reporter
+from zoo.train.synthetic import IGNORE, make_task
+from zoo.train.tokenizer import Tokenizer, load_tokenizer
+
+SAMPLE_TOKENS = 400
+PROMPT_BYTES = 120
+TASK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows to train on, and how to judge a model on what it has not seen."""
+
+    rows: Rows
+    summary: dict[str, Any]
+    glance: Callable[[nn.Module], dict[str, float]]
+    judge: Callable[[nn.Module, Reporter], dict[str, float | int]]
+    sample: Callable[[nn.Module], str]
+    tokenizer: Tokenizer | None
+    bits: bool  # one token is one byte
+    unit: str = "tokens"
+    loss: str = "nats per token"
+
+
+def prepare(
+    data: DataSection, section: TrainSection, document: dict[str, Any], distillation: Distillation | None
+) -> Data:
+    """Read what `data:` names. ConfigError and DataError say what cannot be used."""
+    if "vision" in document:
+        return _images(data, section, VisionSection.from_mapping(document["vision"]), distillation)
+    if data.source == SHAPES:
+        raise ConfigError([Problem("shapes are images: they go with architecture: vision", "data.source")])
+    return _task(data, section, document) if data.synthetic else _text(data, section, document)
+
+
+def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) -> Data:
+    tokenizer = load_tokenizer(data.tokenizer)
+    diffusion = _diffusion(document, section)
+    if document["vocab_size"] < tokenizer.vocab_size + (diffusion is not None):
+        have = f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids"
+        have += " and the mask needs one" if diffusion else ""
+        raise ConfigError([Problem(f"{have}, vocab_size is {document['vocab_size']}", "vocab_size")])
+    corpus = read_corpus(data)
+    stream = Stream.of(corpus.train, tokenizer)
+    rows = TrainRows(stream, section.seq_len, section.seed, data.doc_ids)
+    training = noisy = None
+    if diffusion:
+        training = NoisyRows(rows, diffusion, section.seed, section.batch_size, section.steps)
+        whole = replace(diffusion, clip=DiffusionSection.clip, curriculum=())
+        noisy = partial(NoisyRows, diffusion=whole, seed=section.seed, group=section.batch_size, split=1)
+    summary = corpus.summary()
+    # about eval_batches batches of held-out text, in whole bytes
+    wanted = section.eval_batches * section.batch_size * section.seq_len
+    seen = some_heldout(corpus, max(1, round(wanted * int(summary["train_bytes"]) / len(stream.ids))))
+    seen_stream = Stream.of(seen, tokenizer)
+    seen_rows = HeldoutRows(seen_stream, section.seq_len, data.doc_ids)
+    size = section.batch_size // section.accumulation
+
+    def glance(model: nn.Module) -> dict[str, float]:
+        judged = noisy(seen_rows, counted=True) if noisy else seen_rows
+        loss = score(model, judged, len(seen_rows), size)["loss"]
+        bits = bits_per_byte(loss, seen_stream, sum(len(d.text) for d in seen))
+        found = {"heldout_loss": loss, "heldout_bits_per_byte": bits}
+        if diffusion and training and noisy and diffusion.search_clip:
+            training.clip = search_clip(model, noisy(seen_rows), len(seen_rows), size)
+            found |= {"clip_low": training.clip[0], "clip_high": training.clip[1]}
+        return found
+
+    def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
+        report.begin("evaluating", -(-data.heldout_bytes // section.seq_len))
+        return evaluate_text(
+            model,
+            corpus,
+            tokenizer,
+            seq_len=section.seq_len,
+            batch_size=size,
+            limit=data.heldout_bytes,
+            doc_ids=data.doc_ids,
+            noisy=noisy and partial(noisy, counted=True),
+            advance=lambda done, total: report.advance(done, total=total),
+        )
+
+    return Data(
+        training or rows,
+        summary,
+        glance,
+        judge,
+        lambda model: _continue(model, corpus, tokenizer),
+        tokenizer,
+        data.tokenizer == "bytes",
+    )
+
+
+def _diffusion(document: dict[str, Any], section: TrainSection) -> DiffusionSection | None:
+    if document.get("diffusion") is None:
+        return None
+    diffusion = DiffusionSection.from_mapping(document["diffusion"])
+    if section.seq_len % diffusion.block_size:
+        why = f"must be a multiple of diffusion.block_size {diffusion.block_size}, got {section.seq_len}"
+        raise ConfigError([Problem(why, "train.seq_len")])
+    return diffusion
+
+
+def _continue(model: nn.Module, corpus: Corpus, tokenizer: Tokenizer) -> str:
+    text = next((d.text for d in corpus.heldout if len(d.text) > 8 * PROMPT_BYTES), corpus.heldout[0].text)
+    prompt = tokenizer.encode([text[: text.find(b"\n", min(PROMPT_BYTES, len(text) - 1)) + 1 or PROMPT_BYTES]])[0]
+    ids = torch.tensor([[tokenizer.end, *prompt.tolist()]])
+    made = model.generate(ids, SAMPLE_TOKENS, 0.8, seed=0)[0].tolist()  # type: ignore[operator]
+    begun = tokenizer.decode(made[: ids.shape[1]])
+    return f"{begun}\N{BLACK RIGHT-POINTING SMALL TRIANGLE}{tokenizer.decode(made[ids.shape[1] :])}\n"
+
+
+def _task(data: DataSection, section: TrainSection, document: dict[str, Any]) -> Data:
+    if document.get("diffusion") is not None:
+        raise ConfigError([Problem(f"block diffusion learns text, and {data.source} is a task", "data.source")])
+    sample = make_task(data, section.seq_len, document["vocab_size"])
+    heldout = TaskRows(sample, section.seed, split=1)
+    size = section.batch_size // section.accumulation
+
+    def glance(model: nn.Module) -> dict[str, float]:
+        result = score(model, heldout, section.eval_batches * section.batch_size, size)
+        return {"heldout_loss": result["loss"], "heldout_accuracy": result["accuracy"]}
+
+    def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
+        report.begin("evaluating", TASK_ROWS)
+        fresh = TaskRows(sample, section.seed, split=2)
+        result = score(model, fresh, TASK_ROWS, size, lambda done, total: report.advance(done))
+        return {"loss": result["loss"], "accuracy": result["accuracy"], "scored_tokens": int(result["tokens"])}
+
+    def answer(model: nn.Module) -> str:
+        row = batch(TaskRows(sample, section.seed, split=2), 0, 1)
+        with torch.no_grad():
+            said = model(row.inputs).argmax(-1)
+        scored = row.labels != IGNORE
+        parts = (("input", row.inputs[0]), ("wanted", row.labels[scored]), ("answered", said[scored]))
+        return "".join(f"{name}: {' '.join(map(str, ids.tolist()))}\n" for name, ids in parts)
+
+    summary = {"task": data.source, "num_pairs": data.num_pairs, "num_copied": data.num_copied}
+    return Data(TaskRows(sample, section.seed), summary, glance, judge, answer, None, False)
+
+
+def _images(data: DataSection, section: TrainSection, vision: VisionSection, distillation: Distillation | None) -> Data:
+    if not vision.num_classes and distillation is None:
+        raise ConfigError(
+            [Problem("is 0: nothing can be learnt but from a teacher, see distill", "vision.num_classes")]
+        )
+    size = section.batch_size // section.accumulation
+    found = read_images(data, vision, section.seed, section.eval_batches * section.batch_size)
+
+    def glance(model: nn.Module) -> dict[str, float]:
+        result = score(model, found.seen, found.seen_images, size) if vision.num_classes else {}
+        seen = {f"heldout_{name}": result[name] for name in ("loss", "accuracy") if result}
+        if distillation is not None:  # its loss is the one that is trained
+            seen["heldout_loss"] = distillation.figures(model, found.seen, found.seen_images, size)["distill_loss"]
+        return seen
+
+    def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
+        count, made = found.fresh_images, {}
+        report.begin("evaluating", count)
+
+        def labelled(model: nn.Module) -> dict[str, float]:
+            return score(model, found.fresh, count, size, lambda done, total: report.advance(done))
+
+        if vision.num_classes:
+            result = labelled(model)
+            made = {"loss": result["loss"], "accuracy": result["accuracy"]}
+        if distillation is not None:
+            made |= distillation.figures(model, found.fresh, count, size)
+            if vision.num_classes:
+                made["teacher_accuracy"] = labelled(distillation.teacher)["accuracy"]
+        return made | {"scored_images": count}
+
+    def answers(model: nn.Module) -> str:
+        part = batch(found.fresh, 0, min(16, found.fresh_images))
+        with torch.no_grad():
+            said = model(part.inputs).argmax(-1).tolist()
+        names = dict(enumerate(found.classes))
+        pairs = zip(part.labels.flatten().tolist(), said, strict=True)
+        return "".join(f"wanted: {names[w]}  answered: {names.get(a, a)}\n" for w, a in pairs)
+
+    sample, summary, loss = answers, found.summary, "nats per image"
+    if distillation is not None:
+        summary = summary | {"teacher_sha256": distillation.fingerprint()}
+    if isinstance(distillation, LayerDistillation):
+        loss = "squared distance to the teacher"
+        if not vision.num_classes:
+            sample = partial(distillation.sample, rows=found.fresh, count=min(16, found.fresh_images))
+    return Data(found.train, summary, glance, judge, sample, None, False, "images", loss)
