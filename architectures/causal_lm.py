@@ -65,7 +65,8 @@ class CausalLM(Model):
 
     @property
     def _tied(self) -> bool:
-        return self.lm_head.weight is self.tok_embeddings.weight
+        both = self.lm_head is not None and self.tok_embeddings is not None  # a pipeline stage may lack either
+        return both and self.lm_head.weight is self.tok_embeddings.weight
 
     def _own_draws(self) -> dict[str, Callable[[], None]]:
         return {"tok_embeddings": self._reset_embedding} | ({} if self._tied else {"lm_head": self._reset_head})
@@ -92,9 +93,7 @@ class CausalLM(Model):
         refuse_packed_streaming(state, doc_ids)
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tuple(tokens.shape)}")
-        x = self.tok_embeddings(tokens)
-        if self.embedding_scale != 1:
-            x = x * self.embedding_scale
+        x = self.begin(tokens)
         if state is not None:
             positions = state.seen[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         elif isinstance(doc_ids, Tensor):
@@ -104,6 +103,15 @@ class CausalLM(Model):
         if state is not None:
             state.seen += tokens.shape[1]
         return x if self.norm is None else self.norm(x)
+
+    def begin(self, tokens: Tensor) -> Tensor:
+        """The stream in front of the first layer."""
+        x = self.tok_embeddings(tokens)
+        return x * self.embedding_scale if self.embedding_scale != 1 else x
+
+    def end(self, x: Tensor) -> Tensor:
+        """Logits of the stream behind the last layer."""
+        return self.head(x if self.norm is None else self.norm(x))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the normed stream."""

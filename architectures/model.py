@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.contract import Cost, Mode
 from zoo.graph.nodes import Builder, Leaf
@@ -39,9 +39,10 @@ class Model(nn.Module):
 
     # --------------------------------------------------------------------------------- parameters
     @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> None:
+    def init_weights(self, seed: int = 0, whole: Callable[[nn.Module], Any] = contextlib.nullcontext) -> None:
         """Draw every parameter; what a module gets depends on the seed and its name only, so not on the order
-        of building nor on which modules a rank holds. Safe after `to_empty`."""
+        of building nor on which modules a rank holds. Safe after `to_empty`. Inside `whole(module)` the parameters of
+        a module that is spread over ranks are whole."""
         done: set[int] = set()
         own = self._own_draws()
         module: Any
@@ -58,7 +59,16 @@ class Model(nn.Module):
                 key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 with torch.random.fork_rng(devices=_cuda_devices(module)):
                     torch.manual_seed(int.from_bytes(key[:7], "big"))
-                    draw()
+                    with whole(module):
+                        draw()
+
+    def begin(self, inputs: Tensor) -> Tensor:
+        """The stream in front of the first layer."""
+        raise NotImplementedError
+
+    def end(self, x: Tensor) -> Tensor:
+        """What the model says of the stream behind the last layer."""
+        raise NotImplementedError
 
     def _own_draws(self) -> dict[str, Callable[[], None]]:
         """How the modules outside the trunk are drawn, by name."""

@@ -123,12 +123,26 @@ class VisionModel(Model):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K]; H and W are multiples of the patch size."""
-        logits, distilled = self.answers(images)
+        return self._mean(*self.answers(images))
+
+    def begin(self, images: Tensor) -> Tensor:
+        """The stream in front of the first layer."""
+        return self.embed(images)
+
+    def end(self, x: Tensor) -> Tensor:
+        """Logits [B, K] of the stream behind the last layer."""
+        return self._mean(*self._read(x if self.norm is None else self.norm(x)))
+
+    @staticmethod
+    def _mean(logits: Tensor, distilled: Tensor | None) -> Tensor:
         return logits if distilled is None else (logits + distilled) / 2
 
     def answers(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [B, K] of the head (the pooled features where there is none) and of the distillation head."""
-        x, parts = self.features(images), []
+        return self._read(self.features(images))
+
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        parts = []
         if self.options.pool != "mean":
             parts.append(x[:, 0])
         if self.options.pool != "class":

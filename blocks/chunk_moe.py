@@ -22,6 +22,7 @@ from zoo.contract import (
     ParallelPlan,
     State,
     add_auxiliary_loss,
+    counted_by_all,
     init_linear_,
     positions_from,
     refuse_packed_streaming,
@@ -142,7 +143,7 @@ class ChunkMixtureOfExperts(Block):
         return self._balance(y, logits, best.indices) if self.training else y
 
     def _balance(self, y: Tensor, logits: Tensor, indices: Tensor) -> Tensor:
-        counts = group_counts(indices, self.num_experts)
+        counts = counted_by_all(group_counts(indices, self.num_experts))
         if self.aux_coef:
             y = add_auxiliary_loss(y, self.aux_coef * balance_loss(logits.softmax(-1), counts))
         if recording(self):

@@ -18,7 +18,17 @@ from torch.nn import functional as F
 from zoo.blocks.experts import SwiGLUExperts
 from zoo.blocks.measure import balance_loss, group_counts, load_metrics, recording
 from zoo.blocks.swiglu import SwiGLU, swiglu_width
-from zoo.contract import Block, Cost, Mode, ParallelPlan, State, add_auxiliary_loss, init_linear_, linear_flops
+from zoo.contract import (
+    Block,
+    Cost,
+    Mode,
+    ParallelPlan,
+    State,
+    add_auxiliary_loss,
+    counted_by_all,
+    init_linear_,
+    linear_flops,
+)
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
@@ -241,7 +251,7 @@ class MixtureOfExperts(Block):
 
     def _balance(self, y: Tensor, logits: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
         record = recording(self)
-        counts = group_counts(indices, self.num_experts)
+        counts = counted_by_all(group_counts(indices, self.num_experts))
         metrics = load_metrics(counts)
         shares = scores / scores.sum(-1, keepdim=True)
         if self.balance == "aux" and self.aux_coef:
@@ -264,8 +274,7 @@ class MixtureOfExperts(Block):
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """Move the selection bias against the loads counted since the last call; once per optimiser step. With
-        several data-parallel ranks, sum `expert_counts` over them first."""
+        """Move the selection bias against the loads counted since the last call, once per optimiser step."""
         bias = self.gate.e_score_correction_bias
         if bias is not None:
             load = self.expert_counts.to(bias.dtype)

@@ -6,6 +6,7 @@ only torch, so that kernels, blocks, graph and foreign code can all speak the sa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -250,10 +251,39 @@ def set_auxiliary_scale(scale: float) -> None:
     _auxiliary_scale = float(scale)
 
 
+@contextlib.contextmanager
+def auxiliary_share(share: float) -> Iterator[None]:
+    """Inside, auxiliary losses count `share` times: where each of n ranks adds the same one, 1 / n."""
+    global _auxiliary_scale
+    before, _auxiliary_scale = _auxiliary_scale, _auxiliary_scale * share
+    try:
+        yield
+    finally:
+        _auxiliary_scale = before
+
+
 def add_auxiliary_loss(x: Tensor, loss: Tensor) -> Tensor:
     """Return `x` unchanged; in backward, the gradient of the scalar `loss` is added. So the loss survives
     pipeline stages, compilation and any foreign trainer."""
     return _AuxiliaryLoss.apply(x, loss, _auxiliary_scale) if loss.requires_grad else x
+
+
+_reduction: Callable[[Tensor], Any] | None = None
+
+
+def set_reduction(reduce: Callable[[Tensor], Any] | None) -> None:
+    """`reduce(counts)` adds up, in place, what ranks that hold different tokens have counted; None: there are none."""
+    global _reduction
+    _reduction = reduce
+
+
+def counted_by_all(counts: Tensor) -> Tensor:
+    """Counts over the tokens of all ranks, for statistics of a batch that must not depend on how it is spread."""
+    if _reduction is None:
+        return counts
+    total = counts.detach().clone()
+    _reduction(total)
+    return total
 
 
 # ------------------------------------------------------------------------------------- initialisation

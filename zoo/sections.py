@@ -1,4 +1,4 @@
-"""The sections `vision:`, `train:`, `data:`, `distill:` and `diffusion:` of a configuration.
+"""The sections `vision:`, `train:`, `parallel:`, `data:`, `distill:` and `diffusion:` of a configuration.
 
 Annotated fields are the schema; no torch here.
 """
@@ -131,6 +131,41 @@ class TrainSection(_Section):
         if self.keep_checkpoints == 1:
             found.append(("keep_checkpoints", "must be 0 (all) or at least 2: the newest may be half-written"))
         return found
+
+
+@dataclass(frozen=True)
+class ParallelSection(_Section):
+    """How a run is spread over processes: their number is dp_replicate * dp_shard * cp * tp * pp. What a run computes
+    does not depend on it, and a resumed run may have another one."""
+
+    where: typing.ClassVar[str] = "parallel"
+
+    dp_replicate: PositiveInt = 1  # copies of the sharded model, each on rows of its own (HSDP)
+    dp_shard: Annotated[int, Range(ge=-1)] = -1  # ranks that share weights and split the rows (FSDP); -1: those left
+    tp: PositiveInt = 1  # ranks that split heads, channels, experts and vocabulary
+    cp: PositiveInt = 1  # ranks that split the sequence
+    pp: PositiveInt = 1  # ranks that split the layers
+    ep: PositiveInt = 1  # of the data-parallel ranks: ranks that split the experts of a mixture
+    schedule: Literal["1F1B", "GPipe", "Interleaved1F1B"] = "1F1B"  # of the pipeline
+    microbatches: PositiveInt | None = None  # of the pipeline, a piece [as many as it has stages]
+
+    def complaints(self) -> list[tuple[str, str]]:
+        found = [("dp_shard", "must be -1 (the ranks that are left) or at least 1")] if self.dp_shard == 0 else []
+        if self.ep > 1 and self.tp > 1:
+            found.append(("ep", "goes with tp: 1, where each rank has tokens of its own; tp alone splits experts too"))
+        if self.pp == 1 and self.microbatches is not None:
+            found.append(("microbatches", "goes with pp, the number of pipeline stages"))
+        return found
+
+    def data_ranks(self, world: int) -> int:
+        """Ranks that see different rows, among `world`. ConfigError where the numbers do not multiply to it."""
+        model = self.cp * self.tp * self.pp
+        shard = world // (model * self.dp_replicate) if self.dp_shard == -1 else self.dp_shard
+        if shard < 1 or shard * self.dp_replicate * model != world:
+            shown = "what is left" if self.dp_shard == -1 else str(self.dp_shard)
+            text = f"dp_replicate {self.dp_replicate} * dp_shard {shown} * cp {self.cp} * tp {self.tp} * pp {self.pp}"
+            raise ConfigError([Problem(f"{text} does not give the {world} processes that were started", self.where)])
+        return shard * self.dp_replicate
 
 
 @dataclass(frozen=True)

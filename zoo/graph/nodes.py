@@ -109,7 +109,7 @@ class ResidualBlock(Node):
         self.style, self.skip, self.block_name = residual.style, residual.skip, name
         self.fixed_scale = residual.scale if residual.learn == "none" else None
         self.scale_start, self.drop_path = residual.scale, residual.drop_path
-        shape = {"none": None, "scalar": (), "channel": (block.dim,)}[residual.learn]
+        shape = {"none": None, "scalar": (1,), "channel": (block.dim,)}[residual.learn]
         self.scale = None if shape is None else nn.Parameter(torch.empty(shape, **factory))
 
     @classmethod

@@ -9,13 +9,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from zoo.errors import ZooError
+from zoo.train.files import being_filled, new_folder
 
 
 class Cpu:
@@ -44,16 +45,26 @@ class Cpu:
         pass
 
 
+def world_size() -> int:
+    """Processes of this run, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes the run folder and tells of the run."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """The process group that torchtitan needs; the one that is there, if one is."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ZooError("training runs in one process; start it without torchrun")
     mine, hook = not dist.is_initialized(), sys.excepthook
     had = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = had or "0"
     try:
-        if mine:  # a store in memory needs no network
+        if mine and world_size() > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        elif mine:  # a store in memory needs no network
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
         yield
     finally:
@@ -83,3 +94,20 @@ def quiet() -> Iterator[None]:
     finally:
         root.removeFilter(keep)
         own.setLevel(level)
+
+
+@contextmanager
+def shared_folder(path: Path) -> Iterator[Path]:
+    """`new_folder` that all processes of a run fill; it appears when the last one is done."""
+    if world_size() == 1:
+        with new_folder(path) as temporary:
+            yield temporary
+    elif is_main():
+        with new_folder(path) as temporary:
+            dist.barrier()
+            yield temporary
+            dist.barrier()
+    else:
+        dist.barrier()
+        yield being_filled(path)
+        dist.barrier()

@@ -39,10 +39,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def being_filled(path: Path) -> Path:
+    """Where `new_folder` keeps what will be `path`."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; on success it takes the place of `path`, on failure nothing stays."""
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    temporary, old = being_filled(path), path.with_name(f".{path.name}.old")
     with disk_errors(path):
         try:
             for left in (temporary, old):

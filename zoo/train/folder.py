@@ -73,7 +73,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[
                     continue
                 if getattr(a, option) != getattr(b, option):
                     yield f"{key}.{option}", getattr(a, option), getattr(b, option)
-        elif before.get(key) != now.get(key):
+        elif key != "parallel" and before.get(key) != now.get(key):
             yield key, _short(before.get(key)), _short(now.get(key))
 
 

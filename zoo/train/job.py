@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.sections import TrainSection
+from zoo.sections import ParallelSection, TrainSection
 from zoo.train.loader import Rows
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
@@ -21,6 +21,8 @@ class Job:
     """One training run. `build(device)` gives the model; `on_step(record)` is called after each step, with what
     `evaluate(model)` returned in steps that are due; `stop()` ends the run after a step.
 
+    Every process has the same job; `on_step` and `stop` may differ.
+
     `objective(model, inputs, labels, step)` gives losses [B] in place of the cross-entropy of the logits, and
     `prepare(model)` changes a model that was just drawn.
     """
@@ -28,6 +30,7 @@ class Job:
     build: Callable[[str], nn.Module]
     train: TrainSection
     rows: Rows
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     folder: Path | None = None
     resume_from: int | None = None
     on_step: Callable[[dict[str, Any]], None] = lambda record: None
@@ -47,3 +50,12 @@ def newest_checkpoint(folder: Path) -> int | None:
         _CHECKPOINT.fullmatch(p.name) for p in (folder / "checkpoint").glob("step-*") if (p / ".metadata").is_file()
     ]
     return max((int(m[1]) for m in found if m), default=None)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a job came to. state: whole tensors by name; on several processes only the first one has them."""
+
+    state: dict[str, Tensor]
+    parameters: int
+    step: int

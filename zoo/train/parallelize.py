@@ -1,4 +1,4 @@
-"""What is done to a model between construction and the first step. One process: recomputation and compilation."""
+"""Recomputation and compilation of layers, between construction and the first step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.errors import ZooError
 from zoo.sections import TrainSection
 
 COMPILE_BACKEND = "inductor"
 
 
-def parallelize(model: nn.Module, train: TrainSection, world: int) -> None:
+def parallelize(model: nn.Module, train: TrainSection) -> None:
     """Prepare `model` (on the meta device, `model.layers` being its layers) in place. Names of parameters stay."""
-    if world > 1:
-        raise ZooError(f"training runs in one process, but {world} were started")
     for layer in dict.fromkeys(model.layers):  # type: ignore[arg-type]  # a shared layer stands there several times
         if train.activation_checkpoint == "full":
             layer.forward = _recomputed(layer.forward)

@@ -24,9 +24,10 @@ from typing import Any
 from torch import nn
 
 import zoo
-from zoo.errors import ConfigError, ZooError
-from zoo.sections import DataSection, DistillSection, TrainSection
+from zoo.errors import ConfigError, Problem, ZooError
+from zoo.sections import DataSection, DistillSection, ParallelSection, TrainSection
 from zoo.train.curve import MetricsFile
+from zoo.train.device import is_main, world_size
 from zoo.train.distill import Distillation, objective_of
 from zoo.train.folder import check_folder, describe, finish, read_document
 from zoo.train.job import Job, newest_checkpoint
@@ -72,22 +73,36 @@ def train(
         section = TrainSection.from_mapping({**(document.get("train") or {}), "steps": steps})
         document["train"] = {**(document.get("train") or {}), "steps": steps}
     data_section = DataSection.from_mapping(document.get("data"))
+    layout = ParallelSection.from_mapping(document.get("parallel"))
     folder = None if out is None else Path(out)
-    if folder:
+    if folder and is_main():
         check_folder(folder, resume, document)
     elif resume:
         raise ConfigError("resume needs the run folder: give out")
     distillation = None
     if "distill" in document:
         distillation = objective_of(DistillSection.from_mapping(document["distill"]), section, document)
-    with Reporter(progress) as report:
+    if world_size() > 1:
+        _check_layout(document, layout, section, distillation)
+    with Reporter(progress and is_main()) as report:
         report.begin("loading torchtitan")
         titan = _titan()
         report.end()
         report.begin("reading data")
         data = prepare(data_section, section, document, distillation)
         report.end()
-        return _run(titan, document, section, data, distillation, folder, resume, report)
+        return _run(titan, document, section, layout, data, distillation, folder, resume, report)
+
+
+def _check_layout(
+    document: dict[str, Any], layout: ParallelSection, section: TrainSection, distillation: Distillation | None
+) -> None:
+    from zoo.parallel.layout import check
+
+    if distillation is not None:
+        raise ConfigError([Problem("a student learns in one process", "distill")])
+    layout.data_ranks(world_size())
+    check(zoo.build(document, device="meta"), layout, section.seq_len)
 
 
 def _titan() -> Any:
@@ -105,6 +120,7 @@ def _run(
     titan: Any,
     document: dict[str, Any],
     section: TrainSection,
+    layout: ParallelSection,
     data: Data,
     distillation: Distillation | None,
     folder: Path | None,
@@ -114,8 +130,9 @@ def _run(
     start = time.monotonic()
     at = newest_checkpoint(folder) if folder and resume else None
     records: list[dict[str, Any]] = []
+    metrics = None
     with ExitStack() as stack:
-        if folder:
+        if folder and is_main():
             describe(folder, document, data.summary, resume)
             metrics = stack.enter_context(MetricsFile(folder / "metrics.jsonl", at or 0))
             records = metrics.records
@@ -126,7 +143,7 @@ def _run(
             nonlocal heldout
             if distillation is not None:
                 record |= distillation.told(record["step"])
-            metrics.add(record) if folder else records.append(record)
+            metrics.add(record) if metrics else records.append(record)
             if "heldout_loss" in record:
                 key = "heldout_bits_per_byte" if "heldout_bits_per_byte" in record else "heldout_loss"
                 heldout = f"  held-out {record[key]:.3f}{' bits/byte' if key.endswith('byte') else ''}"
@@ -140,6 +157,7 @@ def _run(
             build=lambda device: build(document, device=device),
             train=section,
             rows=data.rows,
+            parallel=layout,
             folder=folder,
             resume_from=at,
             on_step=on_step,
@@ -148,25 +166,25 @@ def _run(
             **taught,
         )
         report.begin("training", section.steps, at or 0)
-        trained, step = titan.fit(job)
+        trained = titan.fit(job)
     seconds = time.monotonic() - start
     evaluation = text = model = None
-    if step >= section.steps:
-        # a fresh copy: the trained one may be compiled or recompute
+    if trained.step >= section.steps and is_main():
+        # a fresh copy: the trained one may be compiled, or lie on several processes
         model = zoo.build(document)
-        model.load_state_dict(trained.state_dict())
+        model.load_state_dict(trained.state)
         model.eval()
         evaluation = data.judge(model, report)
         text = data.sample(model)
-    if folder:
+    if folder and is_main():
         finish(folder, data, records, evaluation, text, model)
     fast = [r["tokens_per_second"] for r in records[-50:]]
     return RunResult(
         out=folder,
-        step=step,
+        step=trained.step,
         steps=section.steps,
-        interrupted=step < section.steps,
-        parameters=sum(p.numel() for p in trained.parameters()),
+        interrupted=trained.step < section.steps,
+        parameters=trained.parameters,
         loss=records[-1]["loss"] if records else None,
         seconds=seconds,
         tokens_per_second=sum(fast) / len(fast) if fast else 0.0,

@@ -16,18 +16,23 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from zoo.contract import set_auxiliary_scale
-from zoo.errors import ZooError
-from zoo.train.device import Cpu, process_group, quiet
-from zoo.train.files import new_folder
-from zoo.train.job import Job
+from zoo.contract import set_auxiliary_scale, set_reduction
+from zoo.errors import ConfigError, Problem, ZooError
+from zoo.parallel import context, pipeline, shard, tensor
+from zoo.parallel.expert import exchange, mixtures
+from zoo.parallel.pipeline import stages_per_rank
+from zoo.parallel.weights import full_state, whole
+from zoo.train.device import Cpu, is_main, process_group, quiet, shared_folder, world_size
+from zoo.train.job import Job, Trained
 from zoo.train.loader import Loader
 from zoo.train.noise import NoisyRows
 from zoo.train.optim import Group, groups
@@ -60,19 +65,20 @@ with warnings.catch_warnings():
 
 
 # ------------------------------------------------------------------------------------------- interface
-def fit(job: Job) -> tuple[nn.Module, int]:
-    """Run a job to its end, or until `job.stop()`. Returns the trained model and the step that was reached."""
+def fit(job: Job) -> Trained:
+    """Run a job to its end, or until `job.stop()`. All processes of a run call it alike."""
     collecting = gc.isenabled()
     with process_group(), quiet(), torch.random.fork_rng(devices=[]):
         trainer = None
         try:
             trainer = _config(job).build()
             trainer.train()
-            return trainer.trained, trainer.step
+            return trainer.result()
         finally:
             if trainer is not None:
                 trainer.close()
             set_auxiliary_scale(1.0)
+            set_reduction(None)
             if collecting:
                 gc.enable()  # torchtitan collects by itself and leaves collection switched off
 
@@ -108,7 +114,7 @@ class _Model(BaseModel):
         for (first, name), *others in self.ties:  # `to_empty` gave each of them a tensor of its own
             for module, other in others:
                 module.register_parameter(other, getattr(first, name))
-        self.model.init_weights(self.section.seed)
+        self.model.init_weights(self.section.seed, whole)
         self.job.prepare(self.model)
 
     def forward(
@@ -124,6 +130,9 @@ class _Model(BaseModel):
             return self.job.objective(self.model, inputs, labels, self.step)
         if noise is not None:
             return self.model.losses(inputs, noise, doc_ids, block)
+        if self.job.parallel.pp > 1:
+            logits = pipeline.run(self.model, inputs, doc_ids)
+            return logits if logits.dim() == 3 else logits[:, None]
         if doc_ids is not None:
             return self.model(inputs, doc_ids=doc_ids)
         logits = self.model(inputs)
@@ -219,13 +228,13 @@ class _Checkpoints(CheckpointManager):
 
     def __init__(self, config: Config, **parts: Any):
         super().__init__(config, **parts)
-        if self.enable:
+        if self.enable and is_main():
             for left in Path(self.folder).glob(".step-*"):  # of a run that was killed while it saved
                 shutil.rmtree(left, ignore_errors=True)
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            with new_folder(Path(checkpoint_id)) as temporary:
+            with shared_folder(Path(checkpoint_id)) as temporary:
                 return super().dcp_save(state_dict, str(temporary), *args, **kwargs)
         except CheckpointException as error:
             cause = next((c for c, _ in error.failures.values()), error)
@@ -250,15 +259,25 @@ class _Trainer(Trainer):
     def __init__(self, config: Config):
         super().__init__(config)
         self.job = config.job
-        self.wrapper: Any = self.model_parts[0]
-        self.trained: Any = self.wrapper.model
-        set_auxiliary_scale(1 / self.gradient_accumulation_steps)
-        modules = list(self.trained.modules())
+        self.wrappers: list[Any] = list(self.model_parts)
+        self.parts: list[Any] = [w.model for w in self.wrappers]
+        self.ranks = dist.get_world_size()
+        dims = self.parallel_dims
+        pieces = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+        set_auxiliary_scale(1 / (pieces * dims.dp_replicate * dims.dp_shard * dims.cp))
+        if dims.dp_cp_enabled:
+            set_reduction(partial(dist.all_reduce, group=dims.get_mesh("loss").get_group()))
+        modules = [m for part in self.parts for m in part.modules()]
         # what modules do once per optimiser step: move a selection bias, count the steps of a warm-up
         hooks = ("update_bias", "after_step")
         self.hooks: list[Any] = [h for m in modules for name in hooks if callable(h := getattr(m, name, None))]
         self.measuring: list[Any] = [m for m in modules if isinstance(getattr(m, "metrics", None), dict)]
-        self.parameters = list(self.trained.parameters())
+        self.parameters = [p for part in self.parts for p in part.parameters()]
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model, where one process holds all layers."""
+        return self.parts[0]
 
     def train(self) -> None:
         """The loop of torchtitan's Trainer without its end-of-run pause, with evaluation and a way to stop."""
@@ -267,7 +286,7 @@ class _Trainer(Trainer):
             self.checkpointer.load(job.resume_from)
             self._apply_schedule()
         batches = self.batch_generator(self.dataloader)
-        while self.step < train.steps and not job.stop():
+        while self.step < train.steps and not self._agreed(job.stop()):
             self.step += 1
             self.gc_handler.run(self.step)
             record = self._timed_step(batches)
@@ -275,7 +294,7 @@ class _Trainer(Trainer):
             if job.evaluate and train.eval_every and (last or self.step % train.eval_every == 0):
                 record |= job.evaluate(self.trained)
             job.on_step(record)
-            if last or job.stop():
+            if last or self._agreed(job.stop()):
                 self.checkpointer.save_now(self.step)
             elif train.checkpoint_every:
                 self.checkpointer.save(self.step)
@@ -285,7 +304,7 @@ class _Trainer(Trainer):
         start, before = time.perf_counter(), self.ntokens_seen
         self.train_step(batches)
         seconds = time.perf_counter() - start
-        last = self.metrics_processor.last
+        last = self._from_last_stage(self.metrics_processor.last)
         if not math.isfinite(last["grad_norm"]):
             raise self._diverged("gradient norm", last["grad_norm"])
         return {
@@ -294,7 +313,7 @@ class _Trainer(Trainer):
             "lr": lr,
             "grad_norm": last["grad_norm"],
             "tokens": last["tokens"],
-            "tokens_per_second": (self.ntokens_seen - before) / seconds,
+            "tokens_per_second": self.data_ranks * (self.ntokens_seen - before) / seconds,
             "seconds": seconds,
         } | self._block_metrics()
 
@@ -310,7 +329,8 @@ class _Trainer(Trainer):
         # a step's random numbers are its own: checkpoints hold no generator state
         key = f"{self.job.train.seed}/{self.step}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-        self.wrapper.step = self.step
+        for wrapper in self.wrappers:
+            wrapper.step = self.step
         super().train_step(data_iterator)
         for hook in self.hooks:
             hook()
@@ -324,6 +344,52 @@ class _Trainer(Trainer):
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
         return loss
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Any], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """This rank's part of the rows."""
+        inputs, more = input_dict["input"], {k: v for k, v in input_dict.items() if k != "input"}
+        if self.parallel_dims.cp_enabled:
+            mesh = self.parallel_dims.get_mesh("cp")
+
+            def own(t: Any) -> Any:
+                return t.chunk(mesh.size(), 1)[mesh.get_local_rank()].contiguous() if isinstance(t, Tensor) else t
+
+            inputs, labels, more = own(inputs), own(labels), {k: own(v) for k, v in more.items()}
+        self.ntokens_seen += labels.numel()
+        return inputs, labels, more
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different tokens."""
+        return self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard * self.parallel_dims.cp
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process wants to stop."""
+        if self.ranks == 1:
+            return stop
+        flag = torch.tensor(float(stop), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _from_last_stage(self, figures: dict[str, float]) -> dict[str, float]:
+        if not self.parallel_dims.pp_enabled:
+            return figures
+        group = self.parallel_dims.get_mesh("pp").get_group()
+        told = [figures]
+        dist.broadcast_object_list(told, dist.get_global_rank(group, dist.get_world_size(group) - 1), group)
+        return figures | {"loss": told[0]["loss"]}
+
+    def result(self) -> Trained:
+        """The weights, whole."""
+        state, count = full_state(self.parts), sum(p.numel() for part in self.parts for p in part.parameters())
+        if self.parallel_dims.pp_enabled:
+            group = self.parallel_dims.get_mesh("pp").get_group()
+            stages: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(stages, (state, count), group)
+            state, count = {k: v for s, _ in stages for k, v in s.items()}, sum(n for _, n in stages)
+        return Trained(state, count, self.step)
 
     def _apply_schedule(self) -> None:
         # the loaded groups carry the old run's rate, which differs where the schedule was changed
@@ -341,7 +407,18 @@ class _Trainer(Trainer):
 
 
 def _config(job: Job) -> _Trainer.Config:
-    train = job.train
+    train, layout = job.train, job.parallel
+    ranks = layout.data_ranks(world_size())
+    rows = train.batch_size // (train.accumulation * ranks)  # of a rank, at once
+    if rows * train.accumulation * ranks != train.batch_size:
+        text = (
+            f"{train.batch_size} is no multiple of {ranks} data-parallel ranks times accumulation {train.accumulation}"
+        )
+        raise ConfigError([Problem(text, "train.batch_size")])
+    microbatches = layout.microbatches or layout.pp * stages_per_rank(layout.schedule)
+    if layout.pp > 1 and rows % microbatches:
+        text = f"must divide the {rows} rows of a rank, got {microbatches}; a larger train.batch_size helps"
+        raise ConfigError([Problem(text, "parallel.microbatches")])
     warmup = min(train.warmup_steps, train.steps)
     return _Trainer.Config(
         job=job,
@@ -350,7 +427,7 @@ def _config(job: Job) -> _Trainer.Config:
             flavor="",
             model=_Model.Config(job=job),
             parallelize_fn=_parallelize,
-            pipelining_fn=None,
+            pipelining_fn=_pipeline,
             post_optimizer_build_fn=None,
             state_dict_adapter=None,
         ),
@@ -366,7 +443,7 @@ def _config(job: Job) -> _Trainer.Config:
             min_lr_factor=train.min_lr_factor,
         ),
         training=TrainingConfig(
-            local_batch_size=train.batch_size // train.accumulation,
+            local_batch_size=rows,
             global_batch_size=train.batch_size,
             seq_len=train.seq_len,
             steps=train.steps,
@@ -374,7 +451,19 @@ def _config(job: Job) -> _Trainer.Config:
             disable_cuda_graphs=True,
         ),
         # the backend for modules that know nothing of torchtitan
-        parallelism=ParallelismConfig(spmd_backend="partial_dtensor", context_parallel_load_balancer=None),
+        parallelism=ParallelismConfig(
+            data_parallel_replicate_degree=layout.dp_replicate,
+            data_parallel_shard_degree=layout.dp_shard,
+            tensor_parallel_degree=layout.tp,
+            context_parallel_degree=layout.cp,
+            pipeline_parallel_degree=layout.pp,
+            pipeline_parallel_schedule=layout.schedule,
+            pipeline_parallel_microbatch_size=rows // microbatches if layout.pp > 1 else 1,
+            expert_parallel_degree=layout.ep,
+            enable_sequence_parallel=False,
+            spmd_backend="partial_dtensor",
+            context_parallel_load_balancer=None,
+        ),
         checkpoint=_Checkpoints.Config(
             enable=job.folder is not None,
             interval=train.checkpoint_every or train.steps,
@@ -389,9 +478,44 @@ def _config(job: Job) -> _Trainer.Config:
     )
 
 
-def _parallelize(model: _Model, *, parallel_dims: Any, **unused: Any) -> _Model:
-    parallelize(model.model, model.section, parallel_dims.world_size)
-    return model
+def _parallelize(wrapper: _Model, *, parallel_dims: Any, **unused: Any) -> _Model:
+    model, dims = wrapper.model, parallel_dims
+    if dims.ep_enabled:
+        for experts in mixtures(model).values():
+            exchange(experts, dims.get_mesh("ep"))
+    if dims.tp_enabled:
+        tensor.apply(model, dims.get_mesh("tp"))
+    if dims.cp_enabled:
+        context.apply(model, dims.get_mesh("cp").get_group())
+    parallelize(model, wrapper.section)
+    if dims.world_size > 1:
+        replicas = ["dp_replicate"] if dims.dp_replicate_enabled else []
+        experts = dims.get_mesh([*replicas, "efsdp"]) if dims.ep_enabled else None
+        mesh = dims.get_mesh([*replicas, "fsdp"])
+        shard.apply(model, mesh, root=wrapper, experts=experts, reshard=not dims.pp_enabled)
+    return wrapper
+
+
+def _pipeline(whole: _Model, *, parallel_dims: Any, parallelism: Any, training: Any, device: Any, parallelize_fn: Any,
+              loss_fn: Any, **given: Any) -> tuple[Any, list[nn.Module], bool, bool]:  # fmt: skip
+    mesh = parallel_dims.get_mesh("pp")
+    rank, per_rank = mesh.get_local_rank(), stages_per_rank(parallelism.pipeline_parallel_schedule)
+    count = mesh.size() * per_rank
+    cuts = pipeline.balanced(pipeline.layer_weights(whole.model, training.seq_len), count)
+    own = [rank + i * mesh.size() for i in range(per_rank)]
+    parts: list[nn.Module] = []
+    for number in own:
+        with torch.device("meta"):
+            part = _Model(_Model.Config(job=whole.job))
+        pipeline.keep(part.model, cuts[number], number == 0, number == count - 1)
+        part.ties = _ties(part.model)
+        parts.append(parallelize_fn(part, parallel_dims=parallel_dims))
+    schedule = pipeline.build_schedule(
+        parts, mesh, device, parallelism.pipeline_parallel_schedule,
+        training.local_batch_size // parallelism.pipeline_parallel_microbatch_size,
+        lambda *args, **kwargs: loss_fn(*args, **kwargs)[0],
+    )  # fmt: skip
+    return schedule, parts, own[0] == 0, own[-1] == count - 1
 
 
 def _group(group: Group) -> ParamGroupConfig:
