@@ -25,6 +25,7 @@ class Model(nn.Module):
 
     modes: ClassVar[tuple[Mode, ...]]
     embedding: ClassVar[str]
+    is_last: bool = True  # of the stages of a pipeline
     layers: Any  # an nn.ModuleList, which forgets the type of its items
     norm: Any
 

@@ -20,6 +20,7 @@ from zoo.contract import (
     add_auxiliary_loss,
     init_linear_,
     linear_flops,
+    own_part,
     positions_from,
     state_dtype,
 )
@@ -127,8 +128,8 @@ class BlockFFN(Block):
         self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
     ) -> Tensor:
         z, a = self._route(x)
-        h = ACTIVATIONS[self.activation](self.up_proj(x)).unflatten(-1, (self.num_experts, self.expert_dim))
-        y = self.down_proj((h * a[..., None]).flatten(-2))
+        h = ACTIVATIONS[self.activation](self.up_proj(x)).unflatten(-1, (-1, self.expert_dim))
+        y = self.down_proj((h * own_part(a)[..., None]).flatten(-2))
         return self._sparsify(y, z, doc_ids) if self.training else y
 
     def _sparsify(self, y: Tensor, z: Tensor, doc_ids: Tensor | TwoCopies | None) -> Tensor:
@@ -169,4 +170,4 @@ class BlockFFN(Block):
 
     def parallel_plan(self) -> ParallelPlan:
         plan = {"router": "replicate", "router_norm": "replicate", "up_proj": "column", "down_proj": "row"}
-        return ParallelPlan(plan, units=self.num_experts, context="token", reason="the router's output is sliced too")
+        return ParallelPlan(plan, units=self.num_experts, context="token")

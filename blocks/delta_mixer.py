@@ -124,13 +124,14 @@ class DeltaMixer(Block):
         doc_ids: Tensor | None = None,
     ) -> Tensor:
         refuse_packed_streaming(state, doc_ids)
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        qkv = torch.cat(parts, -1)
         if self.conv_size:
             carried = None if state is None else state.conv
             qkv = silu_conv(qkv, self.conv_weight(), None, carried, doc_ids, "auto")
         else:
             qkv = F.silu(qkv)
-        q, k, v = qkv.split(self.widths, -1)
+        q, k, v = qkv.split([part.shape[-1] for part in parts], -1)
         q, k = (l2_normalise(wide(t).unflatten(-1, (-1, self.key_dim))) for t in (q, k))
         v = v.unflatten(-1, (-1, self.value_dim))
         beta = wide(self.b_proj(x)).sigmoid() * (2 if self.allow_neg_eigval else 1)

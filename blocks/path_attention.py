@@ -131,15 +131,15 @@ class PaTHAttention(Block):
     ) -> Tensor:
         refuse_packed_streaming(state, doc_ids)
         B, T, _ = x.shape
-        Hkv, D = self.num_kv_heads, self.head_dim
+        D, group = self.head_dim, self.num_heads // self.num_kv_heads
         w = self.w_conv1d(self.w_proj(x), None if state is None else state.tail, doc_ids)
-        w = l2_normalise(wide(w).unflatten(-1, (Hkv, D))).transpose(1, 2)
+        w = l2_normalise(wide(w).unflatten(-1, (-1, D))).transpose(1, 2)
         beta = 2 * wide(self.bt_proj(x)).sigmoid().transpose(1, 2)
         gate = None
         if self.g_proj is not None:
-            gate = F.logsigmoid(wide(self.g_proj(x))).transpose(1, 2).unflatten(1, (Hkv, -1))
-        q = wide(self.q_proj(x)).view(B, T, Hkv, -1, D).permute(0, 2, 3, 1, 4)
-        k, v = (wide(p(x)).view(B, T, Hkv, D).transpose(1, 2) for p in (self.k_proj, self.v_proj))
+            gate = F.logsigmoid(wide(self.g_proj(x))).transpose(1, 2).unflatten(1, (-1, group))
+        q = wide(self.q_proj(x)).view(B, T, -1, group, D).permute(0, 2, 3, 1, 4)
+        k, v = (wide(p(x)).view(B, T, -1, D).transpose(1, 2) for p in (self.k_proj, self.v_proj))
         # whom a token sees: the earlier ones of the same number; -1 marks empty slots of the cache
         owner = torch.zeros(B, T, dtype=torch.int64, device=x.device) if doc_ids is None else doc_ids
         past, keys, forgotten = 0, k[:, :, :0], None if gate is None else gate[..., :0]
@@ -149,7 +149,7 @@ class PaTHAttention(Block):
             v = torch.cat([state.cache.v[:, :past].transpose(1, 2).to(v.dtype), v], 2)
             owner = torch.cat([state.cache.key_index().clamp(max=0), owner], 1)
             if gate is not None:
-                forgotten = previous(state.forgotten[:, :past]).transpose(1, 2).unflatten(1, (Hkv, -1))
+                forgotten = previous(state.forgotten[:, :past]).transpose(1, 2).unflatten(1, (-1, group))
         outputs = []
         recompute = self.chunk_size < T and torch.is_grad_enabled()
         for start in range(0, T, self.chunk_size):

@@ -211,5 +211,5 @@ class ParallelLSTM(Block):
     def parallel_plan(self) -> ParallelPlan:
         gates = ("source", "mark", "direct", "eigenvalues", "inproj", "outproj")
         column = dict.fromkeys(("q_proj", "k_proj", "v_proj", *gates, "mhnorm"), "column")
-        whole = {"conv": "replicate", "passthrough": "replicate"}
+        whole = {"conv": "replicate", "passthrough": "once"}
         return ParallelPlan({**column, "o_proj": "row", **whole}, units=self.num_heads, context="pass_state")

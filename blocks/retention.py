@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import LinearState
-from zoo.contract import ParallelPlan, State, positions_from
+from zoo.contract import State, own_part, positions_from
 from zoo.kernels.rope import rope
 from zoo.registry import register
 from zoo.schema import Fraction, PositiveFloat, PositiveInt
@@ -109,7 +109,7 @@ class Retention(LinearMixer):
 
     def log_decay(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        heads = torch.arange(self.num_heads, device=x.device, dtype=dtype)
+        heads = own_part(torch.arange(self.num_heads, device=x.device, dtype=dtype))
         if self.decay is not None:
             return torch.full_like(heads, self.decay).log()
         return torch.log1p(-torch.exp2(-5 - heads))
@@ -120,8 +120,3 @@ class Retention(LinearMixer):
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return super().state_bytes(batch_size, max_len) + batch_size * torch.int64.itemsize
-
-    def parallel_plan(self) -> ParallelPlan:
-        return ParallelPlan(
-            context="pass_state", reason="a head's decay follows from its index, so a rank must hold all heads"
-        )

@@ -178,7 +178,7 @@ class RWKV7(Block):
         nn.init.zeros_(self.g_norm.bias)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def value(self, x: Tensor, *, state: ShiftedLinearState | None = None, doc_ids: Tensor | None = None) -> Tensor:
         """W_v x^v [B, T, D]: what the first layer gives to later ones. With a state: before forward moves it on."""
@@ -223,7 +223,8 @@ class RWKV7(Block):
         if state is not None:
             state.memory.copy_(memory.detach())
             state.shift.copy_(x[:, -1].detach())
-        o = self.g_norm(o.flatten(0, 1).flatten(1)).view(x.shape)
+        norm, heads = self.g_norm, o.shape[2]  # under tensor parallelism a rank holds only some
+        o = F.group_norm(o.flatten(0, 1).flatten(1), heads, norm.weight, norm.bias, norm.eps).view(*x.shape[:2], -1)
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         y = (o + bonus.flatten(-2)) * self.g_lora(x_g)
         return self.o_proj(y.to(x.dtype))

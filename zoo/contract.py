@@ -216,8 +216,10 @@ def linear_flops(tokens: int, *layers: nn.Linear | None) -> int:
 # ------------------------------------------------------------------------------------- parallel plan
 @dataclass(frozen=True)
 class ParallelPlan:
-    """How a block is split. `tensor` maps parameter-name patterns to `column`, `row`, `expert` or
-    `replicate`; the tensor-parallel degree must divide `units` (heads, channels, experts). `context` says what
+    """How a block is split. `tensor` maps parameters or modules below it to `column`, `row`, `expert`, `replicate`,
+    or `once` (held by all, added by all: each adds its part); the tensor-parallel degree must divide `units` (heads,
+    channels, experts). A split block sees its share of the parameters and computes a part of its increment: it takes
+    numbers of heads from shapes, and parts of what all ranks have by `own_part`. `context` says what
     is exchanged when the sequence is cut over ranks: `token` (nothing), `gather_kv`, `pass_state`, `halo`,
     or `none`, with the `reason`."""
 
@@ -251,21 +253,33 @@ def set_auxiliary_scale(scale: float) -> None:
     _auxiliary_scale = float(scale)
 
 
-@contextlib.contextmanager
-def auxiliary_share(share: float) -> Iterator[None]:
-    """Inside, auxiliary losses count `share` times: where each of n ranks adds the same one, 1 / n."""
-    global _auxiliary_scale
-    before, _auxiliary_scale = _auxiliary_scale, _auxiliary_scale * share
-    try:
-        yield
-    finally:
-        _auxiliary_scale = before
-
-
 def add_auxiliary_loss(x: Tensor, loss: Tensor) -> Tensor:
     """Return `x` unchanged; in backward, the gradient of the scalar `loss` is added. So the loss survives
     pipeline stages, compilation and any foreign trainer."""
     return _AuxiliaryLoss.apply(x, loss, _auxiliary_scale) if loss.requires_grad else x
+
+
+# ----------------------------------------------------------------------------------- several processes
+_part: tuple[int, int] = (0, 1)
+
+
+@contextlib.contextmanager
+def one_part(number: int, count: int) -> Iterator[None]:
+    """Inside, a block computes one of `count` parts of its increment. Auxiliary losses, which every part adds, count
+    that much less."""
+    global _part, _auxiliary_scale
+    before = _part, _auxiliary_scale
+    _part, _auxiliary_scale = (number, count), _auxiliary_scale / count
+    try:
+        yield
+    finally:
+        _part, _auxiliary_scale = before
+
+
+def own_part(t: Tensor, dim: int = -1) -> Tensor:
+    """What belongs to the heads or experts of this part, of a tensor that has all of them along `dim`."""
+    number, count = _part
+    return t if count == 1 else t.chunk(count, dim)[number]
 
 
 _reduction: Callable[[Tensor], Any] | None = None

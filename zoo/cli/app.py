@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from zoo.cli import bench, build, doctor, generate, listing, phases, profile, show, train, verify
+from zoo.cli import bench, build, doctor, generate, launch, listing, phases, profile, show, train, verify
 from zoo.errors import ConfigError, DataError, Problem, ZooError
 
 MOST_PROBLEMS = 20
@@ -108,6 +108,7 @@ app.command("show")(show.command)
 app.command("build")(build.command)
 app.command("profile")(profile.command)
 app.command("train")(train.command)
+app.command("launch")(launch.command)
 app.command("generate")(generate.command)
 app.command("phases")(phases.command)
 app.command("verify")(verify.command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +27,10 @@ def command(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Run folder. [runs/NAME, or with a number behind it]"),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, help="Processes on this machine, laid out as `parallel` says. [1]"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -32,18 +38,33 @@ def command(
     from zoo.graph.loader import load_config
 
     document = load_config(config, overrides or ())  # before seconds are spent on loading the trainer
+    # torchrun or Slurm started the processes again: go on, from the first step if there is no checkpoint yet
+    again = any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    resume = resume or bool(again and out and (out / "config.yaml").is_file())
+    if nproc and nproc > 1 and "WORLD_SIZE" not in os.environ:
+        from zoo.cli.launch import several
+
+        folder = out or (Path(config) if resume else _free(document))
+        raise typer.Exit(several(nproc, sys.argv[1:], document, folder))
     with output.stdout_kept_for_json(as_json):
-        from zoo.train.folder import free_folder
         from zoo.train.run import train
 
-        folder = out or (Path(config) if resume else free_folder(str(document.get("name", "model"))))
+        folder = out or (Path(config) if resume else _free(document))
         result = train(document, out=folder, resume=resume, steps=steps)
-    if as_json:
+    if int(os.environ.get("RANK", "0")):  # the first process tells of the run
+        pass
+    elif as_json:
         output.emit(_document(result))
     else:
         _print(result)
     if result.interrupted:
         raise typer.Exit(130)
+
+
+def _free(document: Any) -> Path:
+    from zoo.train.folder import free_folder
+
+    return free_folder(str(document.get("name", "model")))
 
 
 def _document(result: RunResult) -> dict[str, Any]:

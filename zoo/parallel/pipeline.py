@@ -46,6 +46,7 @@ def layer_weights(model: Any, seq_len: int) -> list[float]:
 
 def keep(model: Any, layers: range, first: bool, last: bool) -> None:
     """Take everything out of `model` that belongs to other stages. Names of what stays do not change."""
+    model.is_last = last
     for name in list(model.layers._modules):
         if int(name) not in layers:
             del model.layers._modules[name]

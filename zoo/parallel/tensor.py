@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn import functional as F
 
-from zoo.contract import Block, ParallelPlan, auxiliary_share
+from zoo.contract import Block, ParallelPlan, one_part
 from zoo.parallel import expert
 from zoo.parallel.local import LocalParameters, Lying, enter, leave
 
@@ -94,31 +94,41 @@ def units(model: nn.Module) -> list[nn.Module]:
 def _lies(name: str, plan: ParallelPlan, degree: int) -> Lying:
     matches = [key for key in plan.tensor if name == key or name.startswith(f"{key}.")]
     how = plan.tensor[max(matches, key=len)] if matches else "replicate"
-    if how == "row" and name.endswith(".bias"):  # every rank adds it to its part of the sum
-        return Lying(Replicate(), Partial(), 1 / degree)
+    if how == "row" and name.endswith(".bias"):
+        how = "once"
     return {
         "row": Lying(Shard(1)),
         "column": Lying(Shard(0)),
         "expert": Lying(Shard(0)),
         "replicate": Lying(Replicate(), Partial()),
+        "once": Lying(Replicate(), Partial(), 1 / degree),
     }[how]
 
 
 def _split(block: Any, plan: ParallelPlan, mesh: DeviceMesh) -> None:
-    forward, share = block.forward, 1 / mesh.size()
+    forward, inside = block.forward, False
     for name, how in plan.tensor.items():
         if how == "expert":
             expert.keep_own(block.get_submodule(name), mesh)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with auxiliary_share(share):  # each rank adds the loss, and the gradients are summed
-            y = forward(enter(x, mesh), *args, **kwargs)
+        nonlocal inside
+        inside = True
+        try:
+            with one_part(mesh.get_local_rank(), mesh.size()):
+                y = forward(enter(x, mesh), *args, **kwargs)
+        finally:
+            inside = False
         return leave(y, mesh)
 
     block.forward = run
     if block.shares_keys:
         write_keys = block.write_keys
-        block.write_keys = lambda x, *args, **kwargs: write_keys(enter(x, mesh), *args, **kwargs)
+
+        def write(x: Tensor, *args: Any, **kwargs: Any) -> None:  # called from outside or by forward
+            write_keys(x if inside else enter(x, mesh), *args, **kwargs)
+
+        block.write_keys = write
 
 
 def _lookup(embedding: nn.Embedding, mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:

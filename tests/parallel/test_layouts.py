@@ -1,0 +1,113 @@
+"""Whole models on two ranks: the same losses as on one, and refusals before anything starts."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import zoo
+from zoo.errors import ConfigError
+from zoo.parallel import pipeline
+from zoo.parallel.layout import check
+from zoo.sections import DataSection, ParallelSection, TrainSection
+
+MIXTURE = {
+    "dim": 32,
+    "vocab_size": 257,
+    "tie_embeddings": False,
+    "trunk": [{"repeat": 2, "of": [{"attention": {"num_heads": 2}}, {"moe": {"num_experts": 4, "top_k": 2}}]}],
+}
+HYBRID = {
+    "dim": 32,
+    "vocab_size": 257,
+    "trunk": [
+        [{"gla": {"num_heads": 2}}, {"swiglu": {}, "residual": {"learn": "scalar"}}],
+        {"loop": 2, "of": [{"attention": {"num_heads": 2}}], "router": "token_choice"},
+    ],
+}
+VISION = {
+    "architecture": "vision",
+    "dim": 32,
+    "vision": {"image_size": 16, "patch_size": 4, "num_classes": 8},
+    "trunk": [{"repeat": 2, "of": [{"attention": {"num_heads": 2, "causal": False, "rope": False}}, "mlp"]}],
+    "data": {"source": "shapes"},
+}
+TASK = {"source": "mqar", "num_pairs": 4}
+TRAIN = {"steps": 4, "batch_size": 8, "seq_len": 32, "lr": 1e-3, "eval_every": 0, "checkpoint_every": 0}
+
+
+def losses(config, layout, accumulation=1):
+    """Of each step of a short run; what every rank sees must agree."""
+    from zoo.train import titan
+    from zoo.train.job import Job
+    from zoo.train.prepare import prepare
+
+    document = {"data": TASK, **config, "train": {**TRAIN, "accumulation": accumulation}, "parallel": layout}
+    document = OmegaConf.to_container(zoo.load_config(document), resolve=True)
+    train = TrainSection.from_mapping(document["train"])
+    parallel = ParallelSection.from_mapping(document["parallel"])
+    check(zoo.build(document, device="meta"), parallel, train.seq_len)
+    found = []
+    done = titan.fit(
+        Job(
+            build=lambda device: zoo.build(document, device=device),
+            train=train,
+            parallel=parallel,
+            rows=prepare(DataSection.from_mapping(document["data"]), train, document, None).rows,
+            on_step=lambda record: found.append((record["loss"], record["grad_norm"])),
+        )
+    )
+    return found, done.parameters, {name: t.double().sum().item() for name, t in done.state.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "pieces"),
+    [
+        (HYBRID, {"dp_shard": 2}, 1),
+        (HYBRID, {"tp": 2}, 1),
+        (MIXTURE, {"dp_replicate": 2}, 1),
+        (MIXTURE, {"tp": 2}, 1),
+        (MIXTURE, {"ep": 2}, 1),
+        (MIXTURE, {"pp": 2}, 2),
+        (VISION, {"dp_shard": 2}, 1),
+        (VISION, {"pp": 2}, 2),
+    ],
+    ids=("hybrid dp", "hybrid tp", "moe hsdp", "moe tp", "moe ep", "moe pp", "vit dp", "vit pp"),
+)
+def test_layouts_do_not_change_what_is_learnt(workers, config, layout, pieces):
+    wanted, count, weights = losses(config, {}, pieces)
+    for found, parameters, state in workers(2).run(losses, config, layout, timeout_s=120):
+        assert torch.tensor(found) == pytest.approx(torch.tensor(wanted), rel=1e-4)
+        assert parameters == count
+        assert state.keys() == weights.keys()
+        assert list(state.values()) == pytest.approx(list(weights.values()), rel=1e-3, abs=1e-2)
+
+
+def refusal(config, **layout):
+    model = zoo.build({"vocab_size": 257, **config} if "vision" not in config else config, device="meta")
+    with pytest.raises(ConfigError) as caught:
+        check(model, ParallelSection.from_mapping(layout), 32)
+    return str(caught.value)
+
+
+def test_what_a_graph_cannot_do_is_refused_with_the_way_out():
+    assert "tie_embeddings: false" in refusal(HYBRID, pp=2)
+    assert "needs 4 layers, the trunk has 2" in refusal(MIXTURE, pp=2, schedule="Interleaved1F1B")
+    assert "4 experts cannot be spread evenly over 3" in refusal(MIXTURE, ep=3)
+    assert "no mixture of experts" in refusal(HYBRID, ep=2)
+    shared = {**MIXTURE, "trunk": [{"swiglu": {}, "share": "a"}, "gla", {"share": "a"}]}
+    assert "share" in refusal(shared, pp=2)
+
+
+def test_numbers_of_ranks_must_multiply():
+    assert ParallelSection.from_mapping({"tp": 2}).data_ranks(8) == 4
+    assert ParallelSection.from_mapping({"dp_replicate": 2, "dp_shard": 2, "cp": 2}).data_ranks(8) == 4
+    with pytest.raises(ConfigError, match="does not give the 8 processes"):
+        ParallelSection.from_mapping({"dp_shard": 3}).data_ranks(8)
+    with pytest.raises(ConfigError, match="goes with tp: 1"):
+        ParallelSection.from_mapping({"ep": 2, "tp": 2})
+
+
+def test_stages_are_balanced():
+    assert pipeline.balanced([1, 1, 1, 1], 2) == [range(0, 2), range(2, 4)]
+    assert pipeline.balanced([5, 1, 1, 1, 1], 2) == [range(0, 1), range(1, 5)]
+    assert pipeline.balanced([1, 1, 9], 3) == [range(0, 1), range(1, 2), range(2, 3)]
