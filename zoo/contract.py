@@ -57,7 +57,16 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes held, nested states included."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        return self._tensor_bytes() + sum(child.nbytes for _, _, child in self._children())
+
+    @property
+    def max_nbytes(self) -> int:
+        """Bytes held when the rows are full. More than `nbytes` only of a state that makes room as it is used, even
+        where `max_len` is given, because it may never need all of it; it says here what that would be."""
+        return self._tensor_bytes() + sum(child.max_nbytes for _, _, child in self._children())
+
+    def _tensor_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for _, t in self._tensors())
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """A new state with `fn` applied to every tensor; Python values are kept."""
@@ -355,7 +364,7 @@ class Block(nn.Module, metaclass=DrawsItself):
         raise NotImplementedError(f"{type(self).__name__}.forward_flops")
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
-        """Equals `init_state(batch_size, max_len).nbytes`."""
+        """Equals `init_state(batch_size, max_len).max_nbytes`."""
         return 0
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:

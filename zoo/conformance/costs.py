@@ -75,18 +75,19 @@ def flops_decode(subject: Subject) -> None:
 @check(needs=streams)
 @torch.no_grad()
 def state_size(subject: Subject) -> None:
-    """state_bytes equals the state's nbytes, before and after use, and grows no faster than the card says."""
+    """state_bytes equals the state's max_nbytes and, once it is full, its nbytes; it grows no faster than the card
+    says."""
     for dtype in (torch.float32, torch.bfloat16):
         block = subject.create(dtype).eval()
         for batch, length in ((1, 1), (2, 37), (3, 100)):
             state = block.init_state(batch, length)
             what = f"state bytes of {batch} rows, max_len {length}, {dtype}"
-            _equal(block.state_bytes(batch, length), state.nbytes, what)
-            _equal(block.cost(batch, 1, length - 1, "decode").state_bytes, state.nbytes, what + " (cost)")
+            _equal(block.state_bytes(batch, length), state.max_nbytes, what)
+            _equal(block.cost(batch, 1, length - 1, "decode").state_bytes, state.max_nbytes, what + " (cost)")
             block(tokens(batch, length, dtype), state=state)
             _equal(block.state_bytes(batch, length), state.nbytes, what + " after use")
     growth, block = subject.registration.state_growth, subject.create(device="meta")
-    short, long, longer = (block.init_state(2, n).nbytes for n in (1000, 500_000, 1_000_000))
+    short, long, longer = (block.init_state(2, n).max_nbytes for n in (1000, 500_000, 1_000_000))
     _equal(block.state_bytes(2, 500_000), long, "state bytes of max_len 500000 on meta")
     found = "none" if longer == 0 else "constant" if short == longer else "window" if long == longer else "linear"
     if GROWTH.index(found) > GROWTH.index(growth):
