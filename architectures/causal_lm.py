@@ -16,6 +16,8 @@ from zoo.graph.spec import Graph
 from zoo.kernels.attention import TwoCopies
 from zoo.kernels.linear import Linear
 
+WORTH_READING_ONCE = 64  # tokens that all prompts of a batch have in common
+
 
 @dataclass
 class ModelState(State):
@@ -137,7 +139,7 @@ class CausalLM(Model):
         """Continue tokens [B, T] by `max_new_tokens`; returns [B, T + new].
 
         temperature 0 takes the most likely token; otherwise tokens are drawn from the `top_k` best (all where
-        None), reproducibly where a `seed` is given.
+        None), reproducibly where a `seed` is given. What all prompts have in common at their beginning is read once.
         """
         new = list(self.stream(tokens, max_new_tokens, temperature, top_k=top_k, seed=seed))
         return torch.cat([tokens, *new], 1)
@@ -154,11 +156,25 @@ class CausalLM(Model):
         """The new tokens of `generate`, one [B, 1] at a time."""
         check_request(tokens, max_new_tokens, temperature)
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-        state = self.init_state(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        state, tokens = self._begin(tokens, tokens.shape[1] + max_new_tokens)
         for _ in range(max_new_tokens):
             with evaluating(self):
                 tokens, _ = draw(self.head(self.hidden(tokens, state)[:, -1:]), temperature, top_k, generator)
             yield tokens
+
+    def _begin(self, tokens: Tensor, max_len: int) -> tuple[ModelState, Tensor]:
+        """A state for rows of tokens [B, T], and those that it has yet to read, at least one a row: a long beginning
+        that all rows have in common is read once, in one row."""
+        rows, common = len(tokens), 0
+        if rows > 1:
+            common = int((tokens[:, :-1] == tokens[:1, :-1]).all(0).cumprod(0).sum())
+        if common < WORTH_READING_ONCE:
+            return self.init_state(rows, max_len), tokens
+        state = self.init_state(1, max_len)
+        with evaluating(self):
+            self.hidden(tokens[:1, :common], state)
+        state.reorder(torch.zeros(rows, dtype=torch.int64, device=tokens.device))
+        return state, tokens[:, common:]
 
     # --------------------------------------------------------------------------------------- cost
     def ends(self, batch_size: int, seq_len: int, mode: Mode) -> Iterator[Leaf]:

@@ -113,6 +113,20 @@ def test_generate():
             model.generate(bad, 1)
 
 
+@pytest.mark.parametrize("common", [63, 64, 79, 80])
+def test_generate_reads_a_common_beginning_once(common):
+    model = zoo.build({**CONFIG, "trunk": [*CONFIG["trunk"], "gla", "mamba2"]}, dtype=torch.float64)
+    x = torch.randint(20, (3, 80), generator=torch.Generator().manual_seed(0))
+    x[:, :common] = x[0, :common]
+    x[1:, common:] += 20  # row 0 differs from both there
+    seen = []
+    model.tok_embeddings.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
+    made = model.generate(x, 6)
+    once = {63: [(3, 80)], 64: [(1, 64), (3, 16)], 79: [(1, 79), (3, 1)], 80: [(1, 79), (3, 1)]}[common]
+    assert seen == [*once, *[(3, 1)] * 5]
+    assert torch.equal(made, torch.cat([model.generate(row[None], 6) for row in x]))
+
+
 def test_documents_with_a_state_are_refused():
     model = zoo.build(CONFIG)
     with pytest.raises(ValueError, match="doc_ids with a state"):
