@@ -94,7 +94,7 @@ class Attention(Block):
     document and cannot be streamed. Rotary options: `rotary_dim` channels of each head, `rope_interleaved`
     pairs (2i, 2i+1), `rope_scaling` as in Hugging Face (rope_type linear, llama3 or yarn).
     `select`: a policy that says which keys a query reads, by its name or as {name: options}; `zoo list --kind select`
-    names them, and `kernel` is then one of sparse_attention. `cache`: a policy that says what a bounded cache keeps.
+    names them, and `kernel` is then one of sparse_attention. `cache`: a policy that says what is kept, and how.
     State: keys and values, 2 G d a token, or of sinks + window tokens. 4 H d T^2 FLOPs a sequence (causal half
     of it useful), 4 H d T window with a window. A window of at least T is plain attention.
     Parameters and their layouts are those of Llama, Qwen3, OLMo 2, Gemma 2, GPT-OSS and Qwen3-Next in Hugging

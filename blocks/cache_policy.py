@@ -2,7 +2,8 @@
 
 A policy is one file: a subclass of `CachePolicy`, registered with kind="cache", its options the keywords of its
 constructor. It has no parameters. A token sees what a cache would still hold when it comes, so training, prefill and
-decoding agree, and the state does not grow.
+decoding agree. `streaming_llm` and `h2o` forget, so that the state does not grow; `prefix_tree` keeps all, and what
+rows have in common once.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class CachePolicy:
         raise NotImplementedError
 
     def state_bytes(self, max_len: int, itemsize: int) -> int:
-        """Bytes of a row's state, of keys of `itemsize` bytes."""
+        """Bytes of a full row's state, of keys of `itemsize` bytes; rows that could share some are counted apart."""
         raise NotImplementedError
 
     def kept(self, seq_len: int) -> int:
