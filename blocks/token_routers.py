@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.blocks.measure import balance_loss, group_counts, recording
-from zoo.contract import Pick, Router, add_auxiliary_loss, init_linear_
+from zoo.contract import Pick, Router, add_auxiliary_loss, counted_by_all, init_linear_
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -273,12 +273,12 @@ class TokenChoiceRouter(Router):
         return carry
 
     def _learn(self, logits, p, choice, carry):
-        counts = group_counts(choice, self.steps)
+        counts = counted_by_all(group_counts(choice, self.steps))
         carry["loss"] = self.z_coef * logits.logsumexp(-1).square().mean()
         if self.balance == "aux":
             carry["loss"] = carry["loss"] + self.balance_coef * balance_loss(p.flatten(0, 1), counts)
         if recording(self):
-            self.metrics = {f"share_{i}": n / choice.numel() for i, n in enumerate(counts.unbind())}
+            self.metrics = {f"share_{i}": n / counts.sum() for i, n in enumerate(counts.unbind())}
             if self.counts is not None:
                 self.counts.add_(counts)
 
