@@ -50,6 +50,11 @@ class ChunkRouteState(State):
     paper="arXiv:2508.15099",
     ops=("grouped_mm",),
     state_growth="constant",
+    relations=(
+        "chunk_moe(num_experts=1, top_k=1, hidden_dim=32, chunk_size=7) == swiglu(hidden_dim=32) at "
+        "experts.gate_up_proj[0, :32]=gate_proj.weight, experts.gate_up_proj[0, 32:]=up_proj.weight, "
+        "experts.down_proj[0]=down_proj.weight",
+    ),
     examples=(
         {"hidden_dim": 32, "chunk_size": 16},
         {"hidden_dim": 32, "num_experts": 4, "top_k": 3, "chunk_size": 5, "temperature": 2.0, "aux_coef": 0.0},

@@ -42,6 +42,7 @@ class ConvLinearState(LinearState):
     paper="arXiv:2412.06464",
     ops=("delta_rule", "short_conv"),
     state_growth="constant",
+    relations=("gated_deltanet(head_dim=16, expand_v=1.0, output_gate=False) == deltanet() at A_log=-inf",),
     examples=(
         {"chunk_size": 16},
         {"num_heads": 2, "num_v_heads": 6, "head_dim": 8, "allow_neg_eigval": True, "chunk_size": 16},

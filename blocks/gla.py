@@ -25,6 +25,8 @@ from zoo.schema import PositiveFloat, PositiveInt
     relations=(
         "gla(gate='none') == linear_attention(num_heads=4, head_dim=8, value_head_dim=16, feature_map='identity', "
         "normalize=False, output_norm=True, output_gate=True)",
+        "gla() == gla(gate='none') at gk_proj.1.bias=inf",
+        "gla(expand_k=1.0) == simple_gla() at gk_proj.1.weight=0, gk_proj.1.bias=-1, gk_proj.weight=0, gk_proj.bias=-1",
     ),
     examples=(
         {"chunk_size": 16},

@@ -52,6 +52,11 @@ class ForgetGate(nn.Module):
         "kda(decay='head', conv_size=0, output_gate=False) == gated_deltanet(head_dim=16, expand_v=1.0, conv_size=0, "
         "output_gate=False)",
         "kda(decay='none', conv_size=0, output_gate=False) == deltanet(conv_size=0)",
+        "kda() == kda(decay='none') at forget_gate.A_log=-inf",
+        "kda(conv_size=0, output_gate=False) == gated_deltanet(head_dim=16, expand_v=1.0, conv_size=0, "
+        "output_gate=False) at forget_gate.f_b_proj.weight=0, forget_gate.dt_bias=-2, forget_gate.A_log=0.5, "
+        "a_proj.weight=0, dt_bias=-2, A_log=0.5",
+        "kda(gate_lower_bound=-5.0) == kda(decay='none') at forget_gate.dt_bias=-inf",
     ),
     examples=(
         {"chunk_size": 16},

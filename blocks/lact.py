@@ -97,6 +97,11 @@ class LaCTState(State):
     paper="arXiv:2505.23884",
     ops=("attention", "rope"),
     state_growth="constant",
+    relations=(
+        "lact(num_heads=4, chunk_size=16, window=20) == attention(num_heads=4, window=20, qk_norm='full', "
+        "norm_eps=1e-5, rope_base=500000.0) at ttt_norm.weight=0, qkv.weight[:64]=q_proj.weight, "
+        "qkv.weight[64:128]=k_proj.weight, qkv.weight[128:]=v_proj.weight",
+    ),
     examples=(
         {"num_heads": 4, "chunk_size": 16},
         {"num_heads": 2, "chunk_size": 12, "window": 20, "momentum": True, "output_scale": True, "inter_multi": 1.5},

@@ -51,7 +51,15 @@ class GatedGroupNorm(nn.Module):
     paper="arXiv:2405.21060",
     ops=("linear_attention", "short_conv"),
     state_growth="constant",
-    relations=("mamba2(chunk_size=16) == mamba2(chunk_size=64)",),
+    relations=(
+        "mamba2(chunk_size=16) == mamba2(chunk_size=64)",
+        "mamba2(expand=1, head_dim=16, state_dim=16, gated_norm=False) == mamba(expand=1, state_dim=16) at "
+        "in_proj.weight[:64]=in_proj.weight[64:], in_proj.weight[64:128]=in_proj.weight[:64], "
+        "in_proj.weight[128:160]=in_proj.weight[:32], in_proj.weight[160:]=0, "
+        "conv1d.weight[:64]=conv1d.weight, conv1d.weight[64:]=conv1d.weight[:32], "
+        "conv1d.bias[:64]=conv1d.bias, conv1d.bias[64:]=conv1d.bias[:32], x_proj.weight=0, "
+        "x_proj.weight[4:36, :32]=eye, dt_proj.weight=0, dt_proj.bias=-1, dt_bias=-1, A_log=0.5, D=0.7",
+    ),
     examples=(
         {"state_dim": 16, "chunk_size": 16},
         {"num_heads": 4, "num_groups": 2, "state_dim": 8, "chunk_size": 16, "time_step_limit": [0.01, 0.5]},

@@ -56,13 +56,24 @@ class Mamba3State(State):
     paper="arXiv:2603.15569",
     ops=("linear_attention",),
     state_growth="constant",
-    relations=("mamba3(chunk_size=16) == mamba3(chunk_size=64)",),
+    relations=(
+        "mamba3(chunk_size=16) == mamba3(chunk_size=64)",
+        "mamba3(mimo_rank=2, head_dim=16, state_dim=8, rope_fraction=0.0) == "
+        "mamba3(head_dim=16, state_dim=8, rope_fraction=0.0) at mimo_x=0, mimo_x[:, 0]=1, "
+        "mimo_z=1, mimo_o=0, mimo_o[:, 0]=1, "
+        "in_proj.weight[:264]=in_proj.weight[:264], in_proj.weight[272:280]=in_proj.weight[264:272], "
+        "in_proj.weight[288:]=in_proj.weight[272:], B_bias[:, :1]=B_bias, C_bias[:, :1]=C_bias",
+        "mamba3(trapezoidal=False, rope_fraction=0.0, head_dim=16, state_dim=8, num_groups=2) == "
+        "mamba2(head_dim=16, state_dim=8, num_groups=2, gated_norm=False) at conv1d=identity, "
+        "B_norm=identity, C_norm=identity, B_bias=0, C_bias=0, in_proj.weight[:296]=in_proj.weight, "
+        "in_proj.weight[296:]=0, A_log=-0.36651292058166435",
+    ),
     examples=(
         {"state_dim": 16, "chunk_size": 16},
         {"state_dim": 16, "mimo_rank": 4, "chunk_size": 16},
         {"head_dim": 16, "state_dim": 8, "num_groups": 2, "mimo_rank": 2, "output_norm": True, "chunk_size": 8},
         {"head_dim": 32, "expand": 1, "state_dim": 6, "rope_fraction": 1.0, "output_norm": True, "chunk_size": 16},
-        {"state_dim": 16, "rope_fraction": 0.0, "chunk_size": 16},
+        {"state_dim": 16, "rope_fraction": 0.0, "trapezoidal": False, "chunk_size": 16},
     ),
 )
 class Mamba3(Block):
@@ -73,12 +84,13 @@ class Mamba3(Block):
     are complex; there is no convolution. Of the N states, rope_fraction N are rotated: none at 0, a real recurrence.
     mimo_rank R > 1 writes R pairs (B_r, x_r) and reads R outputs a head and token, R times the arithmetic on a state
     of the same size. Pairs of rotated states are neighbours at R = 1 and N / 2 apart otherwise, as in the authors'
-    code. output_norm: an RMS norm per head, before the gate.
+    code. output_norm: an RMS norm per head, before the gate. trapezoidal=False is the paper's ablation, Euler's rule:
+    l = 1, and in_proj has no rows for it.
 
     x: [B, T, D] -> y: [B, T, D]; rows of in_proj are [z; x; B; C; dt; A; trap; angle], B and C by rank, then group.
     Time O(T), as matrix products in chunks of chunk_size, which changes speed only; state E N + E + H (R N + S)
     numbers, S = rope_fraction N / 2 angles.
-    As trap -> infinity, without rotation, norm and bias of B and C, it is Mamba-2 without its convolution.
+    By Euler's rule and without rotation, norm and bias of B and C it is Mamba-2 without its convolution.
     """
 
     def __init__(
@@ -91,6 +103,7 @@ class Mamba3(Block):
         expand: PositiveInt = 2,
         mimo_rank: PositiveInt = 1,
         rope_fraction: Annotated[float, Range(ge=0, le=1)] = 0.5,
+        trapezoidal: bool = True,
         output_norm: bool = False,
         norm_eps: PositiveFloat = 1e-5,
         chunk_size: PositiveInt = 64,
@@ -113,7 +126,9 @@ class Mamba3(Block):
         self.chunk_size, self.kernel = chunk_size, kernel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         H, R, N = self.num_heads, mimo_rank, state_dim
-        self.rows = [self.inner, self.inner, R * num_groups * N, R * num_groups * N, H, H, H, self.num_angles]
+        self.rows = [self.inner, self.inner, R * num_groups * N, R * num_groups * N, H, H]
+        self.rows += [H if trapezoidal else 0, self.num_angles]
+        self.trapezoidal = trapezoidal
         self.in_proj = Linear(dim, sum(self.rows), bias=False, **factory)
         self.dt_bias = nn.Parameter(torch.empty(H, **factory))
         self.B_bias = nn.Parameter(torch.empty(H, R, N, **factory))
@@ -156,7 +171,7 @@ class Mamba3(Block):
         z, u, B, C, dt, A, trap, angle = self.in_proj(x).split(self.rows, -1)
         delta = F.softplus(wide(dt) + wide(self.dt_bias))
         log_decay = delta * (-F.softplus(wide(A))).clamp(max=-SLOWEST)
-        gamma = torch.sigmoid(wide(trap)) * delta
+        gamma = torch.sigmoid(wide(trap)) * delta if self.trapezoidal else delta
         late = delta - gamma  # beta / alpha, the weight that a token leaves to the one before it
         ahead = F.pad(late[:, 1:], (0, 0, 0, 1))
         if doc_ids is not None:

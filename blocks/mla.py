@@ -32,7 +32,14 @@ from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
     paper="arXiv:2405.04434",
     ops=("attention", "rope"),
     state_growth="linear",
-    relations=("mla(rope=False, qk_rope_head_dim=0) == mla(qk_rope_head_dim=0)",),
+    relations=(
+        "mla(rope=False, qk_rope_head_dim=0) == mla(qk_rope_head_dim=0)",
+        "mla(num_heads=2, rope=False, qk_rope_head_dim=0, kv_lora_rank=64, qk_nope_head_dim=32, "
+        "v_head_dim=32) == attention(num_heads=2, rope=False) at kv_a_layernorm=identity, "
+        "kv_a_proj_with_mqa.weight=eye, kv_b_proj.weight[:32]=k_proj.weight[:32], "
+        "kv_b_proj.weight[32:64]=v_proj.weight[:32], kv_b_proj.weight[64:96]=k_proj.weight[32:], "
+        "kv_b_proj.weight[96:]=v_proj.weight[32:]",
+    ),
     examples=(
         {},
         {"num_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8},

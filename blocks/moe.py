@@ -126,6 +126,9 @@ class HypersphereRouter(TopKRouter):
         "moe(num_groups=4, top_groups=4) == moe()",
         "moe(balance='bias') == moe(balance='none')",
         "moe(top_k=8, renormalize=True) == moe(top_k=8, renormalize=False)",
+        "moe(num_experts=1, top_k=1, hidden_dim=32) == swiglu(hidden_dim=32) at "
+        "experts.gate_up_proj[0, :32]=gate_proj.weight, experts.gate_up_proj[0, 32:]=up_proj.weight, "
+        "experts.down_proj[0]=down_proj.weight",
     ),
     examples=(
         {"hidden_dim": 32},

@@ -83,6 +83,10 @@ class WindowMLP(nn.Module):
         "nsa(block_size=16, top_k=99) == nsa(block_size=4096)",
         "nsa(window=70) == nsa(window=4096)",
         "nsa(num_heads=4, num_kv_heads=4, top_k=3, block_size=16) == nsa(num_heads=4, top_k=3, block_size=16)",
+        "nsa(num_heads=4, num_kv_heads=1, compression='mean', block_size=16, top_k=99, window=4096) == "
+        "attention(num_heads=4, num_kv_heads=1) at g_proj.weight=0, v_proj.weight[:16]=0, "
+        "v_proj.weight[16:32]=v_proj.weight, v_proj.weight[32:]=v_proj.weight, "
+        "k_proj.weight[16:32]=k_proj.weight, k_proj.weight[32:]=k_proj.weight",
     ),
     examples=(
         {"num_heads": 4, "num_kv_heads": 2, "kernel_size": 8, "kernel_stride": 4, "block_size": 16, "top_k": 3,

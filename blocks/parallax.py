@@ -37,7 +37,10 @@ from zoo.schema import PositiveFloat, PositiveInt
     paper="arXiv:2605.29157",
     ops=("rope",),
     state_growth="linear",
-    relations=("parallax(num_heads=4, num_kv_heads=4) == parallax(num_heads=4)",),
+    relations=(
+        "parallax(num_heads=4, num_kv_heads=4) == parallax(num_heads=4)",
+        "parallax() == attention() at r_proj.weight=0",
+    ),
     examples=({"num_heads": 4, "num_kv_heads": 2}, {"num_heads": 2, "head_dim": 12, "rope": False}),
 )
 class Parallax(Block):

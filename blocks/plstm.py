@@ -40,6 +40,12 @@ def rotation(x: Tensor) -> Tensor:
     paper="arXiv:2506.11997",
     ops=("plstm", "short_conv"),
     state_growth="constant",
+    relations=(
+        "plstm(tracking_dim=1, conv_size=1) == linear_attention(feature_map='identity', normalize=False, "
+        "output_norm=True) at source.bias=inf, mark.bias=inf, direct.bias=inf, eigenvalues.bias=inf, "
+        "passthrough=0, conv.weight=1, conv.bias=0, q_proj.bias=0, k_proj.bias=0, v_proj.bias=0, "
+        "mhnorm.weight=1, o_norm.weight=1",
+    ),
     examples=(
         {"chunk_size": 16},
         {"num_heads": 2, "tracking_dim": 2, "conv_size": 2, "chunk_size": 8},

@@ -76,6 +76,12 @@ class RATState(State):
     paper="arXiv:2507.04416",
     ops=("attention", "diagonal_scan", "merge_lse", "rope"),
     state_growth="linear",
+    relations=(
+        "rat(num_heads=1, num_groups=1, chunk_size=1) == attention(num_heads=1, output_gate=True) at "
+        "gate_bias=-inf, in_proj.weight[:64]=q_proj.weight[64:], in_proj.weight[64:128]=v_proj.weight, "
+        "in_proj.weight[192:256]=q_proj.weight[:64], in_proj.weight[256:]=k_proj.weight, "
+        "out_proj.weight=o_proj.weight",
+    ),
     examples=(
         {"num_heads": 4, "chunk_size": 16},
         {"num_heads": 4, "num_groups": 4, "chunk_size": 5},

@@ -22,7 +22,11 @@ from zoo.schema import PositiveFloat, PositiveInt
     paper="arXiv:2312.06635",
     ops=("linear_attention",),
     state_growth="constant",
-    relations=("simple_gla(gate='none') == gla(gate='none', expand_k=1.0)",),
+    relations=(
+        "simple_gla(gate='none') == gla(gate='none', expand_k=1.0)",
+        "simple_gla(gate_logit_normalizer=1.0, num_heads=4) == retention(decay=0.5, rotary=False, "
+        "expand_v=1.0, num_heads=4) at gk_proj.weight=0, gk_proj.bias=0",
+    ),
     examples=(
         {"chunk_size": 16},
         {"num_heads": 2, "expand_k": 0.5, "gate_logit_normalizer": 1.0, "chunk_size": 8},

@@ -35,6 +35,24 @@ def guide_schedule(step: int, steps: int) -> float:
         "structured_ffn(guide=1.0) == swiglu()",
         "structured_ffn(structure='blast', guide=1.0) == swiglu()",
         "structured_ffn(structure='monarch') == structured_ffn(structure='block_shuffle')",
+        "structured_ffn(rank=64, hidden_dim=64) == swiglu(hidden_dim=64) at lr1.weight=eye, "
+        "gate_proj.lr2.weight=gate_proj.weight, up_proj.lr2.weight=up_proj.weight, "
+        "down_proj.lr2.weight=down_proj.weight",
+        "structured_ffn(structure='monarch', blocks=2, rank=32, hidden_dim=64) == swiglu(hidden_dim=64) at "
+        "blkdiag1[:, ::2]=eye, blkdiag1[:, 1::2]=eye, gate_proj.blkdiag2[0]=gate_proj.weight[::2], "
+        "gate_proj.blkdiag2[1]=gate_proj.weight[1::2], up_proj.blkdiag2[0]=up_proj.weight[::2], "
+        "up_proj.blkdiag2[1]=up_proj.weight[1::2], down_proj.blkdiag2[0]=down_proj.weight[::2], "
+        "down_proj.blkdiag2[1]=down_proj.weight[1::2]",
+        "structured_ffn(structure='blast', blocks=2, rank=64, hidden_dim=64) == swiglu(hidden_dim=64) at "
+        "s=1, v=0, v[0, :, :32]=eye, v[1, :, 32:]=eye, gate_proj.u[0]=gate_proj.weight[:32], "
+        "gate_proj.u[1]=gate_proj.weight[32:], up_proj.u[0]=up_proj.weight[:32], "
+        "up_proj.u[1]=up_proj.weight[32:], down_proj.u[0]=down_proj.weight[:32], "
+        "down_proj.u[1]=down_proj.weight[32:]",
+        "structured_ffn(structure='block_dense', blocks=1, rank=64, hidden_dim=64) == "
+        "structured_ffn(rank=64, hidden_dim=64) at gate_proj.blkdiag[0]=gate_proj.lr1.weight, "
+        "up_proj.blkdiag[0]=up_proj.lr1.weight, down_proj.blkdiag[0]=down_proj.lr1.weight, "
+        "gate_proj.lr.weight=gate_proj.lr2.weight, "
+        "up_proj.lr.weight=up_proj.lr2.weight, down_proj.lr.weight=down_proj.lr2.weight",
     ),
     examples=(
         {"hidden_dim": 96, "guide": 0.5},

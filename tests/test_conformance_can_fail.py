@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 
 import pytest
@@ -14,13 +15,14 @@ from torch import nn
 
 from zoo.conformance import verify
 from zoo.conformance.graphs import graph_relations
-from zoo.conformance.relations import parse
+from zoo.conformance.relations import parse, prove
 from zoo.conformance.report import CHECKS, Failure
 from zoo.conformance.subject import Subject
 from zoo.conformance.suite import registration_of
 from zoo.errors import ConfigError
 from zoo.kernels import dispatch
 from zoo.registry import register
+from zoo.relation import Place, Relation
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -125,8 +127,12 @@ def test_declared_parameter_may_be_without_gradient():
 
 
 @pytest.mark.parametrize(
-    "text", ["gla", "gla() == ", "gla(1) == mlp()", "a() != b()", "a() == b() == c()", "a(x=f()) == b()"]
-)
+    "text",
+    [
+        "gla", "gla() == ", "gla(1) == mlp()", "a() != b()", "a() == b() == c()", "a(x=f()) == b()", "a() == b() at ",
+        "a() == b() at x", "a() == b() at x=1 2", "a() == b() at x[a]=1", "a() == b() at x..y=1",
+    ],
+)  # fmt: skip
 def test_relation_that_cannot_be_read(text):
     with pytest.raises(Failure, match="relation"):
         parse(text)
@@ -148,7 +154,38 @@ def test_false_relation_of_a_combinator_is_noticed(relation, words):
 
 
 def test_relation_is_parsed():
-    assert parse("gla(gate='none') == linear_attention()") == (("gla", {"gate": "none"}), ("linear_attention", {}))
+    assert parse("gla(gate='none') == linear_attention()") == Relation(
+        ("gla", {"gate": "none"}), ("linear_attention", {})
+    )
+    limit = parse("a() == b() at x.bias=-inf, y[:2, 1]=eye, norm=identity, w.0[3:]=q.weight[:, ::2]")
+    assert limit.settings == (
+        (Place("x.bias"), -math.inf),
+        (Place("y", (slice(None, 2), 1)), Place("eye")),
+        (Place("norm"), Place("identity")),
+        (Place("w.0", (slice(3, None),)), Place("q.weight", (slice(None), slice(None, None, 2)))),
+    )
+    assert limit.skipped == (Place("norm"),)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("gate=0", ""),
+        ("conv=0, gate=7", ""),
+        ("v_proj.weight[:, :]=0", ""),
+        ("conv[:, 0]=0", "differs by"),
+        ("gate=0, scale=1", "neither side has a parameter named scale"),
+        ("gate=0, norm=identity", "neither side has a module named norm"),
+        ("gate=bias", "0 parameters named bias"),
+        ("gate=conv", "has shape"),
+        ("gate=conv[:, 0]", "differs by"),
+    ],
+)
+def test_limits_of_parameters_are_proven_and_missed(settings, words):
+    subject = Subject("toy_block:toy", registration_of("toy_block:toy"), {})
+    relation = f"toy(gate=True) == toy() at {settings}"
+    with pytest.raises(Failure, match=words) if words else contextlib.nullcontext():
+        prove(subject, relation)
 
 
 def test_unknown_check_and_unknown_block():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import types
 import typing
@@ -12,6 +11,7 @@ from typing import Any
 
 from zoo import registry
 from zoo.registry import CONTEXT_OPTIONS
+from zoo.relation import parse
 from zoo.schema import Range, type_name
 
 
@@ -75,20 +75,12 @@ def _edges() -> Iterator[tuple[str, str, str]]:
     for name in registry.list_blocks():
         card = registry.block_card(name)
         for relation in card.relations:
-            sides = [_block_of(side) for side in relation.split("==")]
-            if card.kind in registry.COMPONENTS:  # attention with it on the left
-                sides[0] = name
-            if len(sides) == 2 and all(sides):
-                yield sides[0], sides[1], relation
-
-
-def _block_of(side: str) -> str:
-    try:
-        node = ast.parse(side.strip(), mode="eval").body
-    except SyntaxError:
-        return ""
-    node = node.func if isinstance(node, ast.Call) else node
-    return node.id if isinstance(node, ast.Name) else ""
+            try:
+                found = parse(relation)
+            except ValueError:  # a stranger's; the conformance suite complains
+                continue
+            # a component is an option of the left side, which is attention
+            yield name if card.kind in registry.COMPONENTS else found.left[0], found.right[0], relation
 
 
 def _follow(edges: list[tuple[str, str, str]], name: str, down: bool, seen: tuple[str, ...]) -> tuple[Member, ...]:

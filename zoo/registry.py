@@ -49,7 +49,8 @@ class Registration:
     causal: bool = True
     streaming: bool = True
     state_growth: Literal["none", "constant", "window", "linear"] = "none"
-    # proven by the conformance suite: "gla(gate='none') == linear_attention()"; weights are copied by name
+    # proven by the conformance suite: "gla(gate='none') == linear_attention()"; weights are copied by name, limits of
+    # parameters stand behind `at` (zoo.relation)
     relations: tuple[str, ...] = ()
     # options under which the conformance suite runs the block at dim 64
     examples: tuple[Mapping[str, Any], ...] = ({},)

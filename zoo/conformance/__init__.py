@@ -23,7 +23,7 @@ from its registration alone:
     streaming     asks segment invariance, per-row states, reorder, rollback, decode FLOPs
     state_growth  bounds how the state's bytes may grow with max_len
     ops           asks each backend of these ops against its reference
-    relations     are proven
+    relations     are proven, in fp64, with documents and without; limits of parameters too (zoo.relation)
     examples      each is a subject of its own, at dim 64: keep chunk and block sizes small there
 
 A parameter whose gradient is zero for a reason is declared on the class: `without_gradient = {"name": "reason"}`.

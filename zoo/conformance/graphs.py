@@ -7,12 +7,13 @@ from torch import nn
 
 import zoo
 from zoo.conformance.causality import documents
-from zoo.conformance.relations import TOLERANCE, parse
+from zoo.conformance.relations import TOLERANCE, fill, parse
 from zoo.conformance.report import Failure, check
 from zoo.conformance.subject import DIM, Subject, same, stir
 
 LAYER = [{"attention": {"num_heads": 4}}, {"swiglu": {"hidden_dim": 96}}]
 VOCAB, LENGTH = 40, 70
+ADDED = (".router.", ".visits.", ".transformers.")  # what a combinator has beside its body
 
 
 def _model(name: str, fields: dict) -> nn.Module:
@@ -21,22 +22,28 @@ def _model(name: str, fields: dict) -> nn.Module:
     return stir(zoo.build({"dim": DIM, "vocab_size": VOCAB, "trunk": [node]}).double())
 
 
-def _weights(model: nn.Module) -> list[nn.Parameter]:
-    """In order, without those of the router, which the other side may lack."""
-    return [p for name, p in model.named_parameters() if ".router." not in name]
+def _pairs(left: nn.Module, right: nn.Module, told: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Parameters of the same name, of which the left side may have more; or, where the two sides name them
+    differently, those of the bodies in their order."""
+    ours, theirs = dict(left.named_parameters()), dict(right.named_parameters())
+    if theirs.keys() <= ours.keys():
+        return [(ours[name], p) for name, p in theirs.items()]
+    mine, others = ([p for name, p in side.items() if not any(a in name for a in ADDED)] for side in (ours, theirs))
+    if [p.shape for p in mine] != [p.shape for p in others]:
+        raise Failure(f"{told}: the two sides have other parameters")
+    return list(zip(mine, others, strict=True))
 
 
 @check(kinds=("combinator",), needs=lambda r: bool(r.relations), per_block=True)
 def graph_relations(subject: Subject) -> None:
     """Each relation on a combinator's card holds, in training and in eval(), with documents and without."""
     for relation in subject.registration.relations:
-        left, right = (_model(name, dict(fields)) for name, fields in parse(relation))
-        ours, theirs = _weights(left), _weights(right)
-        if [p.shape for p in ours] != [p.shape for p in theirs]:
-            raise Failure(f"{relation}: the two sides have other parameters")
+        parsed = parse(relation)
+        left, right = (_model(name, dict(fields)) for name, fields in (parsed.left, parsed.right))
         with torch.no_grad():
-            for mine, other in zip(ours, theirs, strict=True):
+            for mine, other in _pairs(left, right, relation):
                 mine.copy_(other)
+            fill(left, parsed)
             x = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
             for training in (True, False):
                 for ids in (None, documents()):

@@ -23,7 +23,12 @@ HALT_BIAS = -5.0  # nothing halts before it is trained to
 Count = Annotated[int, Range(ge=1, le=64)]
 
 
-@register("feedback", kind="combinator", paper="arXiv:2510.04871")
+@register(
+    "feedback",
+    kind="combinator",
+    paper="arXiv:2510.04871",
+    relations=("feedback(inner=1, outer=1) == loop(steps=2) at y_start=0, z_start=0",),
+)
 class Feedback(Composite):
     """Two latents that one small network improves by turns, the Tiny Recursive Model: an answer y, a thought z.
 

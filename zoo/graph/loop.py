@@ -45,6 +45,7 @@ START_STD = 0.4**0.5  # Huginn's: that of its embeddings, variance 2 / (5 D), af
         "loop(steps=1, kv='first') == sequence()",
         "loop(steps=3, router={'exit': {'threshold': 1e-30}}) == loop(steps=3)",
         "loop(steps=3, ring=3) == loop(steps=3)",
+        "loop(steps=3, router='act') == loop(steps=1) at halt.bias=inf",
     ),
 )
 class Loop(Composite):

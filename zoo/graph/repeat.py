@@ -48,7 +48,18 @@ def chosen(selector: object, times: int) -> Iterator[int]:
             raise ValueError(f"{part!r} is no copy number, slice, odd or even")
 
 
-@register("repeat", kind="combinator")
+@register(
+    "repeat",
+    kind="combinator",
+    relations=(
+        "repeat(times=3, tie='cycle', unique=3) == repeat(times=3)",
+        "repeat(times=3, tie='sequence', unique=3) == repeat(times=3)",
+        "repeat(times=4, tie='middle_cycle', unique=4) == repeat(times=4)",
+        "repeat(times=4, tie='middle_sequence', unique=3) == repeat(times=4, tie='middle_cycle', unique=3)",
+        "repeat(times=3, tie='all') == repeat(times=3, tie='cycle', unique=1)",
+        "repeat(times=2) == sequence()",
+    ),
+)
 class Repeat(Sequence):
     """Copies of a node: x -> f_n(... f_1(x)), each with its own weights unless tied.
 

@@ -64,7 +64,14 @@ class Visit(nn.Module):
         return self.linear(shared.down_proj(F.gelu(gate) * up))
 
 
-@register("revisit", kind="combinator", paper="arXiv:2411.15242")
+@register(
+    "revisit",
+    kind="combinator",
+    paper="arXiv:2411.15242",
+    relations=(
+        "revisit(at='0', attention={'num_heads': 4}, hidden_dim=96) == repeat(times=2) at visits.0.linear.weight=0",
+    ),
+)
 class Revisit(Composite):
     """Nodes one after the other, x <- x + f_i(x + W_i T(x, e)) at some, x <- x + f_i(x) at the others (Zamba2).
 

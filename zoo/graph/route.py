@@ -32,6 +32,7 @@ from zoo.registry import register
     relations=(
         "route(router='fixed') == sequence()",
         "route(router={'mod': {'capacity': 1.0, 'activation': 'one'}}) == sequence()",
+        "route(router='token_choice') == sequence()",
     ),
 )
 class Route(Composite):

@@ -20,7 +20,15 @@ from zoo.schema import PositiveInt
 START = 1e-4  # std of what makes the scales: they begin near 1
 
 
-@register("stage", kind="combinator", paper="arXiv:2512.19941")
+@register(
+    "stage",
+    kind="combinator",
+    paper="arXiv:2512.19941",
+    relations=(
+        "stage(steps=3, of=['attention', 'swiglu']) == loop(steps=3, of=['attention', 'swiglu']) at "
+        "depth_out.weight=0, depth_out.bias=0",
+    ),
+)
 class Stage(Composite):
     """One layer at depths l = first .. first + steps - 1: x <- t_i(l) * branch_i(x) + x, at last x <- t_out(l) * x.
 
