@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def skip(model: nn.Module, places: tuple[Place, ...]) -> set[Place]:
     return {place for place, _ in found}
 
 
-def fill(model: nn.Module, relation: Relation, values: dict[str, Tensor] | None = None) -> set[int]:
+def fill(model: nn.Module, relation: Relation, values: Mapping[str, Tensor] | None = None) -> set[int]:
     """Set what `at` names; `values` are the right side's parameters, without which only constants are set. Returns
     the numbers of the settings that found a parameter."""
     found = set()
@@ -73,7 +74,7 @@ def fill(model: nn.Module, relation: Relation, values: dict[str, Tensor] | None 
     return found
 
 
-def _value(place: Place, values: dict[str, Tensor], shape: torch.Size) -> Tensor:
+def _value(place: Place, values: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
     named = [v for name, v in values.items() if place.names(name)]
     if len(named) != 1:
         raise Failure(f"the right side has {len(named)} parameters named {place}")

@@ -23,7 +23,7 @@ from zoo.sections import DataSection, DiffusionSection, DistillSection, Parallel
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # the keys that only one architecture has; it needs the first of them
 KEYS_OF = {
-    "causal_lm": ("vocab_size", "tie_embeddings", "embedding_scale", "logit_scale", "logit_cap", "diffusion"),
+    "causal_lm": ("vocab_size", "tie_embeddings", "embedding_scale", "logit_scale", "logit_cap", "diffusion", "prefix"),
     "vision": ("vision", "distill"),
 }
 _INTERPOLATION = re.compile(r"\$\{([^${}]*)\}")
@@ -49,6 +49,7 @@ class TopLevel:
     logit_scale: PositiveFloat = 1.0
     logit_cap: PositiveFloat | None = None
     diffusion: DiffusionSection | None = None
+    prefix: PositiveInt | None = None
     train: TrainSection | None = None
     data: DataSection | None = None
     parallel: ParallelSection | None = None
@@ -125,6 +126,8 @@ def parse(document: Mapping[str, Any], source: Source) -> Graph:
         for key in keys if other != architecture else ():
             if key in document:
                 parser.complain((key,), f"goes with architecture: {other}, this is {architecture}")
+    if top.get("prefix") and top.get("diffusion") is not None:
+        parser.complain(("prefix",), "a block diffuser has no prefix: it shows every block to itself")
     graph = graph_of(parser, top, document)
     if not parser.problems:
         _try_blocks(graph, parser)
@@ -162,6 +165,9 @@ def _try_blocks(graph: Graph, parser: Parser) -> None:
     """Build every distinct block and router once on the meta device: finds combinations of options that do not
     go together, and nodes that look ahead where the architecture must not."""
     tried: set[str] = set()
+    # what gets some of the tokens, or chunks of them, cannot know a prefix of the row by its first ones
+    gathering = (n for n in graph.walk() if n.router is not None and n.router.name != "fixed")
+    gathered = {id(spec) for node in gathering for child in node.children for spec in child.walk()}
     for spec, dim in (pair for item in graph.trunk for pair in item.widths(graph.dim)):
         parts = [(spec.norm, {}, 1), (None if spec.kind in ("combinator", "skip") else spec, {}, 1)]
         steps = spec.options.get("steps", len(spec.children))
@@ -179,10 +185,10 @@ def _try_blocks(graph: Graph, parser: Parser) -> None:
             if key in tried:
                 continue
             tried.add(key)
-            _try(part, context, width * dim, graph, parser)
+            _try(part, context, width * dim, graph, parser, 0 if id(part) in gathered else graph.prefix)
 
 
-def _try(spec, context: dict, dim: int, graph: Graph, parser: Parser) -> None:
+def _try(spec, context: dict, dim: int, graph: Graph, parser: Parser, prefix: int) -> None:
     known = registry.options(spec.name)
     values = {**spec.options, **{k: v for k, v in context.items() if k in known}}
     if "num_layers" in known:
@@ -198,11 +204,13 @@ def _try(spec, context: dict, dim: int, graph: Graph, parser: Parser) -> None:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         parser.complain(spec.path, f"{spec.name} cannot be built with these sizes: {first}")
         return
-    if graph.architecture == "causal_lm" and not getattr(block, "causal", True):
+    ahead = getattr(block, "prefix_len", None)  # how far it looks ahead, if it says so
+    if graph.architecture == "causal_lm" and not getattr(block, "causal", True) and not (ahead and ahead <= prefix):
         note = registry.block_card(spec.name).note
+        hint = f"; the first {ahead} may, with `prefix: {ahead}` at the top and no router above" if ahead else ""
         parser.complain(
             spec.path,
-            f"{spec.name} with these options looks at later tokens and {graph.architecture} is causal"
+            f"{spec.name} with these options looks at later tokens and {graph.architecture} is causal{hint}"
             + (f" ({note})" if note else ""),
         )
     elif graph.diffuses and spec.kind == "router" and spec.name != "fixed":

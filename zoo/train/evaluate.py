@@ -72,11 +72,11 @@ def evaluate_text(
     batch_size: int,
     limit: int,
     doc_ids: bool = False,
-    noisy: Callable[[Rows], Rows] | None = None,
+    asked: Callable[[Rows], Rows] = lambda rows: rows,
     advance: Advance | None = None,
 ) -> dict[str, float | int]:
-    """Bits per byte of the model and of the references on the same held-out bytes; of a model trained on `noisy`
-    rows an estimate of the bound.
+    """Bits per byte of the model and of the references on the same held-out bytes; `asked` gives rows the labels that
+    are scored, or the noise of a block diffuser, of which it is an estimate of the bound.
 
     The ends of documents are predicted too, and paid for, by the model, the unigram and the bigram; gzip reads
     the documents joined. Every row starts without context.
@@ -85,7 +85,7 @@ def evaluate_text(
     size = sum(len(d.text) for d in documents)
     stream = Stream.of(documents, tokenizer)
     rows = HeldoutRows(stream, seq_len, doc_ids)
-    result = score(model, noisy(rows) if noisy else rows, len(rows), batch_size, advance)
+    result = score(model, asked(rows), len(rows), batch_size, advance)
     unigram, bigram = ngram_bits(corpus.train, documents)
     return {
         "heldout_bytes": size,

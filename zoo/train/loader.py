@@ -116,6 +116,22 @@ class TaskRows:
         return Row(*self.sample(np.random.Generator(np.random.Philox(key=[self.seed, 0], counter=counter))))
 
 
+class PrefixRows:
+    """Rows of a model whose first `length` tokens of a text see each other: what they have seen is not asked."""
+
+    def __init__(self, rows: Rows, length: int):
+        self.rows, self.length = rows, length
+
+    def row(self, index: int) -> Row:
+        """Row of an index of `rows`."""
+        row = self.rows.row(index)
+        place = np.arange(len(row.labels))
+        if row.doc_ids is not None:
+            starts = np.flatnonzero(np.diff(row.doc_ids, prepend=row.doc_ids[0] - 1))
+            place = place - starts[np.searchsorted(starts, place, side="right") - 1]
+        return row._replace(labels=np.where(place < self.length - 1, IGNORE, row.labels.astype(np.int64)))
+
+
 def documents(stream: Stream, start: int, count: int) -> np.ndarray:
     """Document number of each token of a window."""
     return np.searchsorted(stream.starts, np.arange(start, start + count), side="right")

@@ -16,7 +16,7 @@ from zoo.train.corpus import Corpus, Stream, read_corpus
 from zoo.train.distill import Distillation, LayerDistillation
 from zoo.train.evaluate import bits_per_byte, evaluate_text, score, some_heldout
 from zoo.train.images import read_images
-from zoo.train.loader import HeldoutRows, Rows, TaskRows, TrainRows, batch
+from zoo.train.loader import HeldoutRows, PrefixRows, Rows, TaskRows, TrainRows, batch
 from zoo.train.noise import NoisyRows, search_clip
 from zoo.train.progress import Reporter
 from zoo.train.synthetic import IGNORE, make_task
@@ -63,11 +63,13 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
     corpus = read_corpus(data)
     stream = Stream.of(corpus.train, tokenizer)
     rows = TrainRows(stream, section.seq_len, section.seed, data.doc_ids)
+    asked = _asked(document, section)
     training = noisy = None
     if diffusion:
         training = NoisyRows(rows, diffusion, section.seed, section.batch_size, section.steps)
         whole = replace(diffusion, clip=DiffusionSection.clip, curriculum=())
         noisy = partial(NoisyRows, diffusion=whole, seed=section.seed, group=section.batch_size, split=1)
+        asked = partial(noisy, counted=True)
     summary = corpus.summary()
     # about eval_batches batches of held-out text, in whole bytes
     wanted = section.eval_batches * section.batch_size * section.seq_len
@@ -77,8 +79,7 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
     size = section.batch_size // section.accumulation
 
     def glance(model: nn.Module) -> dict[str, float]:
-        judged = noisy(seen_rows, counted=True) if noisy else seen_rows
-        loss = score(model, judged, len(seen_rows), size)["loss"]
+        loss = score(model, asked(seen_rows), len(seen_rows), size)["loss"]
         bits = bits_per_byte(loss, seen_stream, sum(len(d.text) for d in seen))
         found = {"heldout_loss": loss, "heldout_bits_per_byte": bits}
         if diffusion and training and noisy and diffusion.search_clip:
@@ -96,12 +97,12 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
             batch_size=size,
             limit=data.heldout_bytes,
             doc_ids=data.doc_ids,
-            noisy=noisy and partial(noisy, counted=True),
+            asked=asked,
             advance=lambda done, total: report.advance(done, total=total),
         )
 
     return Data(
-        training or rows,
+        training or asked(rows),
         summary,
         glance,
         judge,
@@ -109,6 +110,16 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         tokenizer,
         data.tokenizer == "bytes",
     )
+
+
+def _asked(document: dict[str, Any], section: TrainSection) -> Callable[[Rows], Rows]:
+    """Which labels of rows are scored: all, or those that the prefix has not seen."""
+    prefix = document.get("prefix")
+    if prefix is None:
+        return lambda rows: rows
+    if section.seq_len <= prefix:
+        raise ConfigError([Problem(f"must be more than prefix: {prefix}, got {section.seq_len}", "train.seq_len")])
+    return partial(PrefixRows, length=prefix)
 
 
 def _diffusion(document: dict[str, Any], section: TrainSection) -> DiffusionSection | None:
@@ -134,7 +145,8 @@ def _task(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
     if document.get("diffusion") is not None:
         raise ConfigError([Problem(f"block diffusion learns text, and {data.source} is a task", "data.source")])
     sample = make_task(data, section.seq_len, document["vocab_size"])
-    heldout = TaskRows(sample, section.seed, split=1)
+    asked = _asked(document, section)
+    rows, heldout, fresh = (asked(TaskRows(sample, section.seed, split)) for split in range(3))
     size = section.batch_size // section.accumulation
 
     def glance(model: nn.Module) -> dict[str, float]:
@@ -143,12 +155,11 @@ def _task(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
 
     def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
         report.begin("evaluating", TASK_ROWS)
-        fresh = TaskRows(sample, section.seed, split=2)
         result = score(model, fresh, TASK_ROWS, size, lambda done, total: report.advance(done))
         return {"loss": result["loss"], "accuracy": result["accuracy"], "scored_tokens": int(result["tokens"])}
 
     def answer(model: nn.Module) -> str:
-        row = batch(TaskRows(sample, section.seed, split=2), 0, 1)
+        row = batch(fresh, 0, 1)
         with torch.no_grad():
             said = model(row.inputs).argmax(-1)
         scored = row.labels != IGNORE
@@ -156,7 +167,7 @@ def _task(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         return "".join(f"{name}: {' '.join(map(str, ids.tolist()))}\n" for name, ids in parts)
 
     summary = {"task": data.source, "num_pairs": data.num_pairs, "num_copied": data.num_copied}
-    return Data(TaskRows(sample, section.seed), summary, glance, judge, answer, None, False)
+    return Data(rows, summary, glance, judge, answer, None, False)
 
 
 def _images(data: DataSection, section: TrainSection, vision: VisionSection, distillation: Distillation | None) -> Data:
