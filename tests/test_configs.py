@@ -1,5 +1,6 @@
 """Every shipped configuration: its golden file, and the law at a size where fp64 is cheap."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import torch
 
 import zoo
 from zoo.architectures.causal_lm import CausalLM
-from zoo.graph.loader import config_names, find_config
+from zoo.graph.loader import config_names, find_config, load_graph
+from zoo.registry import block_card, list_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 from golden import FOLDER, golden_text  # noqa: E402
 
-LANGUAGE = [n for n in config_names() if "architecture: vision" not in find_config(n).read_text()]
+# whose every token sees what came before it alone; tests/test_prefix.py has the others
+LANGUAGE = [n for n in config_names() if not re.search("^(vision|prefix):", find_config(n).read_text(), re.M)]
 SMALL = ["dim=64", "vocab_size=61"]
 SHRINK = {
     "block_attention_small": ["define.layer[0].block_attention.block_size=8"],
@@ -31,6 +34,16 @@ SHRINK = {
         "define.pbs[0].attention.select.pbs.block_size=4", "define.pbs[0].attention.select.pbs.segment_size=8",
         "define.anchor[0].attention.select.anchor.block_size=4", "define.anchor[0].attention.select.anchor.init=4",
     ],
+    "sparse_small": [
+        "define.blocks[0].moba.block_size=8", "define.blocks[0].moba.top_k=2", "define.conv[0].moba.block_size=8",
+        "define.conv[0].moba.top_k=2", "define.seer[0].seer_attention.block_size=8",
+        "define.seer[0].seer_attention.top_k=2", "define.land[0].landmark.block_size=8",
+        "define.land[0].landmark.top_k=2",
+    ],
+    "content_small": ["define.chunks[0].rat.chunk_size=5", "define.count[0].cope.num_positions=9"],
+    "delta_small": ["define.gated[0].gated_deltanet.head_dim=16"],
+    "ssm_small": ["define.long[0].hyena.filter_len=32"],
+    "zamba2_small": ["trunk[0].revisit.hidden_dim=96", "trunk[0].revisit.rank=4"],
     "ramba_small": ["define.retrieve[0].hsa.chunk_size=8"],
     "algoformer_small": ["trunk[1].loop=3", "trunk[1].grad_last=2"],
     "deepseek_v3": [
@@ -124,6 +137,32 @@ def test_golden(name):
     expected = FOLDER / f"{name}.txt"
     assert expected.exists(), "run: make golden"
     assert golden_text(name) == expected.read_text(), "a model changed; if that is meant, run: make golden"
+
+
+def said(value) -> set[str]:
+    """Every word of a configuration: keys and strings."""
+    if isinstance(value, dict):
+        return set(value).union(*map(said, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(said, value))
+    return {value} if isinstance(value, str) else set()
+
+
+def test_every_block_is_in_a_configuration():
+    """Whatever is registered, a plug-in's apart, can be seen at work in a configuration that ships, mixers and the
+    like in one that trains on a CPU."""
+    shown: dict[str, set[str]] = {}
+    for config in config_names():
+        graph = load_graph(config)
+        words = said(dict(graph.document)) | {spec.name for spec in graph.walk()}
+        for word in words:
+            shown.setdefault(word, set()).add(config)
+    ours = [c for c in map(block_card, list_blocks()) if c.provider == "block-zoo"]
+    assert not [c.name for c in ours if c.name not in shown]
+    own = [c.name for c in ours if c.kind in ("mixer", "ffn", "memory", "select", "cache", "router", "chunker")]
+    params = {c: re.search(r"params ([\d,]+)", (FOLDER / f"{c}.txt").read_text()) for c in config_names()}
+    small = {config for config, found in params.items() if found and int(found[1].replace(",", "")) < 3e7}
+    assert not [name for name in own if not shown[name] & small]
 
 
 @pytest.fixture(scope="module", params=LANGUAGE)
