@@ -91,9 +91,8 @@ class RWKV7(Block):
     a = sigmoid(lora_a(x^a)); kappa = k * k_k of unit length per head; k <- k * (1 + (a - 1) * k_a), then
     y = W_o ((GroupNorm_head(o) + (r . r_k * k) v) * lora_g(x^g)). lora_w is W_2 tanh(W_1 x) + b, lora_g
     W_2 sigmoid(W_1 x). Names and shapes are those of flash-linear-attention, whose GroupNorm eps is 1e-5 Dh too.
-    Layers after the first mix the first layer's value into theirs, v <- v + (v_first - v) * sigmoid(lora_v(x^v)).
-    A block sees its own input only, so `value_residual` is off and no config can use it; a model written by hand
-    builds later layers with it and calls them with v_first=first.value(x, ...).
+    Layers after the first mix the first layer's value into theirs, v <- v + (v_first - v) * sigmoid(lora_v(x^v)): the
+    combinator `value_residual` builds them so and passes v_first=first.value(x, ...), which a block cannot see alone.
     x: [B, T, D] -> y: [B, T, D]; time O(T), state D Dh + D numbers, Dh = D / num_heads (64 where it fits).
     W_o starts at zero; layer_index of num_layers only sets initial values.
     With a = 0 it is linear attention with a decay per key channel.

@@ -33,7 +33,7 @@ COMPONENTS = ("select", "cache")
 ENTRY_POINTS = "zoo.blocks"
 _SCANNED_PACKAGES = ("blocks", "graph")
 # set by the graph, never by a config: they follow from where the block or router stands
-CONTEXT_OPTIONS = ("layer_index", "num_layers", "steps", "nested")
+CONTEXT_OPTIONS = ("layer_index", "num_layers", "steps", "nested", "value_residual")
 _NOT_OPTIONS = ("self", "dim", "device", "dtype")
 _Class = TypeVar("_Class", bound=type)
 

@@ -288,6 +288,33 @@ def test_revisit_takes_its_transformers_in_turn_and_adapts_from_zero():
     assert all(not v.adapter_up.weight.any() and v.linear.weight.any() for v in node.visits)
 
 
+def test_value_residual_is_the_stack_written_by_hand():
+    layer = [{"rwkv7": {"num_heads": 2}}, "rwkv7_ffn"]
+    node, x = build({"value_residual": [{"repeat": 3, "of": layer}]}).layers[0], stream()
+    expected, v_first = x, None
+    for mixer, ffn in zip(node.items[::2], node.items[1::2], strict=True):
+        h = mixer.norm(expected)
+        expected = expected + mixer.block(h, v_first=v_first)
+        v_first = mixer.block.value(h) if v_first is None else v_first
+        expected = expected + ffn.block(ffn.norm(expected))
+    assert [item.block.v_lora is None for item in node.items[::2]] == [True, False, False]
+    torch.testing.assert_close(node(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "words"),
+    [
+        ([{"value_residual": ["rwkv7", "rwkv7_ffn"]}], "needs two blocks that have a value"),
+        ([{"value_residual": ["rwkv7", {"loop": 2, "of": ["rwkv7"]}]}], "needs two blocks that have a value"),
+        ([{"value_residual": [{"rwkv7": {}, "share": "a"}, {"share": "a"}]}], "cannot be shared"),
+        ([{"rwkv7": {"value_residual": True}}], "comes from where the block stands"),
+    ],
+)
+def test_mistakes_of_value_residual(trunk, words):
+    with pytest.raises(zoo.ConfigError, match=words):
+        zoo.build({"dim": DIM, "vocab_size": VOCAB, "trunk": trunk})
+
+
 MODELS = {
     "fixed": [loop(steps=3, step_signal="learned")],
     "act": [loop(steps=3, router={"act": {"copy_halted": True}})],
@@ -310,6 +337,8 @@ MODELS = {
     "share": [{"sequence": LAYER, "share": "s"}, "swiglu", {"share": "s"}],
     "parallel": [{"parallel": [{"attention": {"num_heads": 4}}, "swiglu"], "merge": "concat", "norm": "layer"}],
     "revisit": [revisit(copies=2, rank=4)],
+    "value_residual": [{"value_residual": [["rwkv7", "swiglu"], {"repeat": 2, "of": [{"rwkv7": {"num_heads": 2}}]}]}],
+    "value_residual_routed": ["swiglu", {"route": [{"value_residual": ["rwkv7", LAYER, "rwkv7"]}], "router": "mod"}],
     "revisit_bare": [{**revisit(at=-1, of=["gla", "swiglu"]), "norm": "none"}, loop(steps=2, of=revisit(at=0))],
 }
 

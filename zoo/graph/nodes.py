@@ -128,9 +128,9 @@ class ResidualBlock(Node):
             return self(x, state=state, positions=positions, doc_ids=doc_ids) - x
         return self._branch(self._normed(x), state, positions, doc_ids)
 
-    def forward(self, x, *, state: Any = None, positions=None, doc_ids=None):
+    def forward(self, x, *, state: Any = None, positions=None, doc_ids=None, v_first: Tensor | None = None):
         h = self._normed(x)
-        y = self._branch(h, state, positions, doc_ids)
+        y = self._branch(h, state, positions, doc_ids, v_first)
         if self.style == "none":
             return y
         if self.style == "normed":
@@ -143,12 +143,17 @@ class ResidualBlock(Node):
         if self.block.shares_keys:
             self.block.write_keys(self._normed(x), keys, positions=positions, doc_ids=doc_ids)  # type: ignore[operator]
 
+    def value(self, x, *, state: Any = None, doc_ids=None):
+        """The value of a block that has one, before `forward` moves its state on; later blocks take it as v_first."""
+        return self.block.value(self._normed(x), state=state, doc_ids=doc_ids)  # type: ignore[operator]
+
     def _normed(self, x):
         """What the block reads."""
         return x if self.norm is None or self.style == "post" else self.norm(x)
 
-    def _branch(self, h, state, positions, doc_ids):
-        y = self.block(h, state=state, positions=positions, doc_ids=doc_ids)
+    def _branch(self, h, state, positions, doc_ids, v_first: Tensor | None = None):
+        given = {} if v_first is None else {"v_first": v_first}
+        y = self.block(h, state=state, positions=positions, doc_ids=doc_ids, **given)
         if self.style == "sandwich" and self.out_norm is not None:
             y = self.out_norm(y)
         if self.scale is not None:
