@@ -208,3 +208,132 @@ def test_path_attention(draw):
         return layer.o_proj(theirs(q, k, v, w, beta, none, layer.head_dim**-0.5).flatten(2))
 
     agree(layer, oracle, [draw(B, T, 48)])
+
+
+# ------------------------------------------------------------------------- whole blocks round the plain forms
+def split(layer, x: Tensor, *names: str) -> list[Tensor]:
+    """Projections of x in heads."""
+    return [getattr(layer, name)(x).unflatten(-1, (layer.num_heads, -1)) for name in names]
+
+
+def gla(layer, x):
+    q, k, v = split(layer, x, "q_proj", "k_proj", "v_proj")
+    g = (F.logsigmoid(layer.gk_proj(x)) / layer.gate_logit_normalizer).unflatten(-1, (layer.num_heads, -1))
+    return naive("gla", "naive_recurrent_gla")(q, k, v, g)[0]
+
+
+def simple_gla(layer, x):
+    g = F.logsigmoid(layer.gk_proj(x)) / layer.gate_logit_normalizer
+    return naive("simple_gla", "naive_recurrent_simple_gla")(*split(layer, x, "q_proj", "k_proj", "v_proj"), g)[0]
+
+
+def retention(layer, x):
+    q, k, v = heads_first(*split(layer, x, "q_proj", "k_proj", "v_proj"))
+    return naive("retention", "naive_retention")(q, k, v).transpose(1, 2)
+
+
+def hgrn2(layer, x):
+    q, f, v = split(layer, x, "q_proj", "f_proj", "i_proj")
+    f = 0.25 + 0.75 * f.sigmoid()
+    return naive("gla", "naive_recurrent_gla")(F.silu(q), 1 - f, v, f.log())[0]
+
+
+def softplus_gate(layer, x):
+    return -layer.A_log.exp() * F.softplus(layer.a_proj(x) + layer.dt_bias)
+
+
+def deltanet(layer, x):
+    q, k, v = (F.silu(h) for h in split(layer, x, "q_proj", "k_proj", "v_proj"))
+    o, _ = naive("delta_rule", "delta_rule_recurrence")(*heads_first(unit(q), unit(k), v, layer.b_proj(x).sigmoid()))
+    return o.transpose(1, 2)
+
+
+def gated_deltanet(layer, x):
+    q, k, v = (F.silu(h) for h in split(layer, x, "q_proj", "k_proj", "v_proj"))
+    beta, g = layer.b_proj(x).sigmoid(), softplus_gate(layer, x)
+    return naive("gated_delta_rule", "naive_recurrent_gated_delta_rule")(unit(q), unit(k), v, beta, g)[0]
+
+
+def kda(layer, x):
+    q, k, v = (F.silu(h) for h in split(layer, x, "q_proj", "k_proj", "v_proj"))
+    gate = layer.forget_gate
+    f = gate.f_b_proj(gate.f_a_proj(x)) + gate.dt_bias
+    g = -gate.A_log.exp() * F.softplus(f).unflatten(-1, (layer.num_heads, -1))
+    return naive("kda", "naive_recurrent_kda")(unit(q), unit(k), v, g, layer.b_proj(x).sigmoid())[0]
+
+
+MIXERS = {
+    "gla": (gla, {"num_heads": 3, "output_gate": False}),
+    "simple_gla": (simple_gla, {"num_heads": 3, "output_gate": False}),
+    "retention": (retention, {"num_heads": 3, "rotary": False, "output_gate": False}),
+    "hgrn2": (hgrn2, {"num_heads": 3, "lower_bound": 0.25}),
+    "deltanet": (deltanet, {"num_heads": 3, "conv_size": 0}),
+    "gated_deltanet": (gated_deltanet, {"num_heads": 3, "conv_size": 0, "output_gate": False}),
+    "kda": (kda, {"num_heads": 3, "conv_size": 0, "output_gate": False}),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers(draw, name):
+    core, options = MIXERS[name]
+    layer = block(name, **options)
+
+    def oracle(x):
+        o, norm = core(layer, x), layer.g_norm if name == "hgrn2" else layer.o_norm
+        width = norm.weight.shape[0]
+        return layer.o_proj(
+            F.rms_norm(o.flatten(2).unflatten(-1, (-1, width)), (width,), norm.weight, norm.eps).flatten(2)
+        )
+
+    agree(layer, oracle, [draw(B, T, 48)])
+
+
+def test_rwkv7(draw):
+    """Between the projections as the paper's equations have them, the recurrence of fla."""
+    theirs = naive("generalized_delta_rule.dplr", "dplr_recurrence")
+    layer = block("rwkv7", num_heads=3)
+
+    def oracle(x):
+        before = F.pad(x[:, :-1], (0, 0, 1, 0))
+        mix = {c: x + (before - x) * getattr(layer, f"x_{c}") for c in "rwkvag"}
+        heads = (layer.num_heads, layer.head_dim)
+        r, k, v = (getattr(layer, f"{c}_proj")(mix[c]).unflatten(-1, heads) for c in "rkv")
+        a = layer.a_lora(mix["a"]).sigmoid().unflatten(-1, heads)
+        g = -torch.exp(torch.tensor(-0.5)) * layer.w_lora(mix["w"]).sigmoid().unflatten(-1, heads)
+        kappa = unit(k * layer.k_k.view(heads))
+        k = k * (1 + (a - 1) * layer.k_a.view(heads))
+        # it scales queries by Dk^-1/2
+        o, _ = theirs(*heads_first(r * layer.head_dim**0.5, k, v, -kappa, kappa * a, g))
+        o = layer.g_norm(o.transpose(1, 2).flatten(2).flatten(0, 1)).view(x.shape)
+        bonus = (r * k * layer.r_k).sum(-1, keepdim=True) * v
+        return layer.o_proj((o + bonus.flatten(2)) * layer.g_lora(mix["g"]))
+
+    agree(layer, oracle, [draw(B, T, 48)])
+
+
+def test_native_sparse_attention(draw):
+    """The layer of flash-linear-attention is one setting of `nsa`: means as compression, keys and values shared by the
+    branches, windows and blocks alike."""
+    compress, choose, read = (naive("nsa", f"naive_nsa_{n}") for n in ("compression", "topk", "selection"))
+    size, window = 8, 20
+    layer = block("nsa", num_heads=4, num_kv_heads=2, compression="mean", shared_kv=True, kernel_size=size,
+                  kernel_stride=size, block_size=size, top_k=4, window=window, rope=False)  # fmt: skip
+    scale = layer.head_dim**-0.5
+
+    def oracle(x):
+        q, k, v = (p(x).unflatten(-1, (-1, layer.head_dim)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+        full = T // size * size
+        means = [t[:, :full].unflatten(1, (-1, size)).mean(2) for t in (k, v)]
+        compressed, _ = compress(q, *means, size, scale)
+        # their lists end at the last whole block; the own one, open as it may be, is one more
+        padded = torch.cat([means[0], torch.zeros_like(means[0][:, :1])], 1)
+        selected = read(q, k, v, choose(q, padded, 4, size, scale), size, scale)
+        place = torch.arange(T)
+        near = (place[:, None] >= place) & (place[:, None] < place + window)
+        keys, values = (t.repeat_interleave(2, 2).transpose(1, 2) for t in (k, v))
+        local = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=near).transpose(1, 2)
+        gates = layer.g_proj(x).sigmoid().unflatten(-1, (-1, 3, 1)).unbind(3)
+        parts = (compressed, selected, local)
+        return layer.o_proj(sum(g * o for g, o in zip(gates, parts, strict=True)).flatten(2))
+
+    agree(layer, oracle, [draw(B, T, 48)])

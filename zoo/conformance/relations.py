@@ -65,7 +65,7 @@ def fill(model: nn.Module, relation: Relation, values: Mapping[str, Tensor] | No
                 continue
             found.add(number)
             part = p[place.index] if place.index else p
-            if isinstance(value, float):
+            if not isinstance(value, Place):
                 part.fill_(value)
             elif not of_right:
                 part.copy_(torch.eye(*part.shape[-2:], dtype=p.dtype).expand_as(part))
