@@ -95,11 +95,34 @@ class Model(nn.Module):
             own = sum(p.numel() for p in self.norm.parameters())
             yield Leaf("norm", "norm", Cost(own, own, 0, stream, stream, stream if train else 0), self.norm)
 
+    def merge(self) -> None:
+        """Drop what only training needed, in every block that has such a thing (`structured_ffn`), and from `config`,
+        so that the model is saved and loaded as it is now. ValueError where a block still needs it."""
+        changed: dict[str, dict[str, Any]] = {}
+        for module in self.modules():
+            merge = getattr(module, "merge", None)
+            if module is not self and callable(merge):
+                changed.setdefault(module.zoo_registration.name, {}).update(merge())  # type: ignore[union-attr]
+        self.config = _with_options(self.config, changed)
+
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write config.yaml and model.safetensors into `directory`. See `zoo.from_pretrained`."""
         from zoo.architectures.storage import save_pretrained
 
         return save_pretrained(self, Path(directory))
+
+
+def _with_options(value: Any, changed: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A part of a configuration in which blocks of these names have other options, where they name them."""
+    if isinstance(value, (list, tuple)):
+        return [_with_options(v, changed) for v in value]
+    if not isinstance(value, Mapping):
+        return value
+    made = {k: _with_options(v, changed) for k, v in value.items()}
+    for name in made.keys() & changed.keys():
+        if isinstance(options := made[name], Mapping):
+            made[name] = options | {k: v for k, v in changed[name].items() if k in options}
+    return made
 
 
 @contextlib.contextmanager

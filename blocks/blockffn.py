@@ -6,6 +6,8 @@ expert; y = W_down (a_e h_e). An expert with a_e = 0 does nothing; there is no t
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -71,6 +73,7 @@ def chunk_sparsity_loss(z: Tensor, chunk_size: int, doc_ids: Tensor | None = Non
     examples=(
         {"num_experts": 8, "expert_dim": 16, "chunk_size": 16},
         {"num_experts": 6, "expert_dim": 8, "activation": "relu", "locality_coef": 0.0, "sparsity_coef": 0.0},
+        {"num_experts": 8, "expert_dim": 16, "chunk_size": 16, "inference": "union"},
     ),
 )
 class BlockFFN(Block):
@@ -83,8 +86,9 @@ class BlockFFN(Block):
     pairs; and CLS8, CLS<chunk_size>, the share of experts that a window of so many tokens leaves alone.
 
     x: [B, T, D] -> y: [B, T, D]; no state. E = num_experts of width d_e = expert_dim (default: E d_e about 4 D).
-    `forward` computes every expert: 2 D E + 4 D E d_e FLOPs a token; `forward_union` reads only those in use.
-    A constant router makes it a plain MLP.
+    `forward` computes every expert: 2 D E + 4 D E d_e FLOPs a token. inference='union': a call of at most chunk_size
+    tokens with a state (decoding, the drafts of speculative decoding) reads only the experts that some of them use, as
+    `forward_union` does; its predicted cost remains that of all. A constant router makes it a plain MLP.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class BlockFFN(Block):
         chunk_size: PositiveInt = 64,
         locality_coef: NonNegativeFloat = 2e-3,
         sparsity_coef: NonNegativeFloat = 5e-2,
+        inference: Literal["all", "union"] = "all",
         device=None,
         dtype=None,
     ):
@@ -105,7 +110,7 @@ class BlockFFN(Block):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.num_experts, self.activation, self.chunk_size = num_experts, activation, chunk_size
         self.expert_dim = expert_dim or -(-4 * dim // (8 * num_experts)) * 8
-        self.locality_coef, self.sparsity_coef = locality_coef, sparsity_coef
+        self.locality_coef, self.sparsity_coef, self.inference = locality_coef, sparsity_coef, inference
         factory = {"device": device, "dtype": dtype}
         self.router = Linear(dim, num_experts, bias=False, **factory)
         self.router_norm = RMSNorm(num_experts, **factory)
@@ -127,6 +132,9 @@ class BlockFFN(Block):
     def forward(
         self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
     ) -> Tensor:
+        few = x.shape[0] * x.shape[1] <= self.chunk_size
+        if self.inference == "union" and few and state is not None and not torch.is_grad_enabled():
+            return self.forward_union(x)
         z, a = self._route(x)
         h = ACTIVATIONS[self.activation](self.up_proj(x)).unflatten(-1, (-1, self.expert_dim))
         y = self.down_proj((h * own_part(a)[..., None]).flatten(-2))
@@ -159,6 +167,10 @@ class BlockFFN(Block):
             h = ACTIVATIONS[self.activation](linear(x, self.up_proj.weight[rows]))
             y += linear(h * a[..., e : e + 1], self.down_proj.weight[:, rows])
         return y.to(x.dtype)
+
+    @property
+    def assumption(self) -> str:
+        return "blockffn reads all experts" if self.inference == "union" else ""
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, self.router, self.up_proj, self.down_proj)

@@ -7,7 +7,7 @@ y = A_down (silu(A_gate x) * A_up x), every A of one structure: low-rank, block-
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from zoo.blocks.swiglu import SwiGLU, swiglu_width
 from zoo.contract import Block, ParallelPlan, State, state_dtype
 from zoo.kernels.dispatch import check_backend
 from zoo.registry import register
-from zoo.schema import PositiveInt, Range
+from zoo.schema import NonNegativeInt, PositiveInt, Range
 
 
 def guide_schedule(step: int, steps: int) -> float:
@@ -59,7 +59,7 @@ def guide_schedule(step: int, steps: int) -> float:
         {"hidden_dim": 96, "structure": "block_dense", "rank": 32, "blocks": 2},
         {"hidden_dim": 96, "structure": "block_shuffle"},
         {"hidden_dim": 96, "structure": "monarch", "rank": 2},
-        {"hidden_dim": 96, "structure": "blast", "guide": 0.5},
+        {"hidden_dim": 96, "structure": "blast", "guide": 0.5, "guide_steps": 10},
     ),
 )
 class StructuredFFN(Block):
@@ -75,11 +75,13 @@ class StructuredFFN(Block):
     a token twice that. Full rank (low_rank r = min(m, n), monarch r = min(m, n) / b): any SwiGLU.
 
     Self-guided training: with guide > 0 each matrix has a dense companion W that starts as A, and A x becomes
-    g W x + (1 - g) A x. The buffer `guide` holds g; a training recipe lowers it (`set_guide`, `guide_schedule`).
-    At 1 this is SwiGLU; at 0 `merge()` drops the companions and changes nothing. `dense()` multiplies out.
+    g W x + (1 - g) A x. The buffer `guide` holds g, which falls to 0 along a cosine within `guide_steps` optimiser
+    steps (the paper: half of training) or, at 0, where a recipe sets it (`set_guide`, `guide_schedule`). At g = 1 this
+    is SwiGLU; at 0 `merge()` drops the companions and changes nothing. `dense()` multiplies out.
     """
 
     guide: Tensor | None
+    steps_done: Tensor | None
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class StructuredFFN(Block):
         rank: PositiveInt | None = None,
         blocks: PositiveInt = 4,
         guide: Annotated[float, Range(ge=0, le=1)] = 0.0,
+        guide_steps: NonNegativeInt = 0,
         kernel: str = "auto",
         device=None,
         dtype=None,
@@ -98,7 +101,9 @@ class StructuredFFN(Block):
         if structure not in STRUCTURES:
             raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
         check_backend("block_linear", kernel)
-        self.structure, self.guide_start = structure, guide
+        if guide_steps and not guide:
+            raise ValueError(f"guide_steps={guide_steps} lower the guide, which is 0: give guide, or leave them out")
+        self.structure, self.guide_start, self.guide_steps = structure, guide, guide_steps
         self.hidden_dim = hidden_dim or swiglu_width(dim)
         if structure == "block_shuffle" and rank is not None:
             raise ValueError(f"rank={rank} is not free with structure: block_shuffle; use monarch, or leave it out")
@@ -119,6 +124,8 @@ class StructuredFFN(Block):
         self.down_proj = layer(self.hidden_dim, dim, **options)
         wide = state_dtype(dtype or torch.get_default_dtype())
         self.register_buffer("guide", torch.empty((), device=device, dtype=wide) if guide > 0 else None)
+        count = torch.empty((), dtype=torch.int64, device=device) if guide_steps else None
+        self.register_buffer("steps_done", count)
 
     def _layers(self) -> tuple[StructuredLinear, ...]:
         return self.gate_proj, self.up_proj, self.down_proj
@@ -128,6 +135,8 @@ class StructuredFFN(Block):
             layer.reset_parameters()
         if self.guide is not None:
             self.guide.fill_(self.guide_start)
+        if self.steps_done is not None:
+            self.steps_done.zero_()
 
     def forward(
         self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
@@ -143,15 +152,24 @@ class StructuredFFN(Block):
             raise ValueError(f"the guide's coefficient must be in [0, 1], got {coefficient}")
         self.guide.fill_(coefficient)
 
-    def merge(self) -> None:
-        """Drop the dense companions once their coefficient is 0: the same function, as built with guide 0."""
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Lower the coefficient; once per optimiser step."""
+        if self.steps_done is not None and self.guide is not None:
+            self.steps_done.add_(1)
+            self.guide.fill_(self.guide_start * guide_schedule(int(self.steps_done), 2 * self.guide_steps))
+
+    def merge(self) -> dict[str, Any]:
+        """Drop the dense companions once their coefficient is 0: the same function, as built with the options that
+        are returned."""
         if self.guide is None:
-            return
+            return {}
         if self.guide.item() != 0:
             raise ValueError(f"the dense companions still count {self.guide.item():g}; set_guide(0) first")
-        self.guide = None
+        self.guide = self.steps_done = None
         for layer in self._layers():
             layer.weight = None
+        return {"guide": 0.0, "guide_steps": 0}
 
     @torch.no_grad()
     def dense(self) -> SwiGLU:

@@ -357,6 +357,12 @@ class Block(nn.Module, metaclass=DrawsItself):
         is attention over a `KVCache` that takes `TwoCopies` for document ids."""
         return isinstance(self.init_state(1, 1), EmptyState)
 
+    @property
+    def assumption(self) -> str:
+        """In words, what predicted costs take for granted where the work depends on what the tokens are; then what a
+        call with a state executes is at most what they say."""
+        return ""
+
     # cost, in three parts that a block overrides
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         """Executed matrix FLOPs of one forward of `seq_len` tokens per row, `context_len` tokens being in

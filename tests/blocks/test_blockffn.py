@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import zoo.registry as registry
-from zoo.blocks.blockffn import chunk_sparsity_loss, locality_loss
+import zoo
+from zoo import registry
+from zoo.blocks.blockffn import BlockFFN, chunk_sparsity_loss, locality_loss
 from zoo.blocks.measure import chunk_level_sparsity
 
 DIM, E, WIDTH = 32, 6, 4
@@ -70,6 +71,22 @@ def test_union_form():
     torch.testing.assert_close(ours.forward_union(x), ours(x), rtol=0, atol=1e-12)
     ours.router.weight.data.zero_()  # nobody is active
     assert ours.forward_union(x).abs().max() == 0 == ours(x).abs().max()
+
+
+@torch.no_grad()
+def test_inference_reads_the_union_of_few_tokens(monkeypatch):
+    """A model that is told to in YAML decodes by the union, and prefills and trains by all."""
+    model = zoo.build({"dim": 32, "vocab_size": 20, "trunk": [
+        ["attention", {"blockffn": {"num_experts": 8, "expert_dim": 8, "chunk_size": 4, "inference": "union"}}]
+    ]}).double().eval()  # fmt: skip
+    union, calls = BlockFFN.forward_union, []
+    monkeypatch.setattr(BlockFFN, "forward_union", lambda self, x: calls.append(x.shape[1]) or union(self, x))
+    tokens = torch.arange(12).view(1, 12)
+    state, want = model.init_state(1), model(tokens)
+    parts = [model(part, state=state) for part in tokens.split([5, 4, 1, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=0, atol=1e-12)
+    assert calls == [4, 1, 1, 1]
+    assert "blockffn reads all experts" in zoo.estimate(model, batch_size=1, seq_len=1, mode="decode").assumptions
 
 
 @pytest.mark.parametrize("docs", [None, DOCS])

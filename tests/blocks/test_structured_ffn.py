@@ -1,10 +1,13 @@
 """Structured feed-forward: matrices written out, full rank, self-guided training, merging."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-import zoo.registry as registry
+import zoo
+from zoo import registry
 from zoo.blocks.structured_ffn import guide_schedule
 from zoo.blocks.structured_linear import STRUCTURES, orthogonal_
 
@@ -198,9 +201,44 @@ def test_the_coefficient_is_part_of_a_checkpoint():
     assert [guide_schedule(t, 100) for t in (0, 25, 50, 99)] == pytest.approx([1, 0.5, 0, 0])
 
 
+def test_the_guide_falls_within_its_steps():
+    ours, again = (block("blast", guide=0.8, guide_steps=4) for _ in range(2))
+    seen = []
+    for _ in range(6):
+        ours.after_step()
+        seen.append(ours.guide.item())
+        again.load_state_dict(ours.state_dict())
+        assert int(again.steps_done) == int(ours.steps_done)
+    assert seen == pytest.approx([0.8 * (1 + math.cos(math.pi * min(t / 4, 1))) / 2 for t in range(1, 7)])
+    assert seen[3:] == [0, 0, 0]
+
+
+def test_a_merged_model_is_saved_as_it_is(tmp_path):
+    ffn = {"structured_ffn": {"structure": "blast", "guide": 1.0, "guide_steps": 3}}
+    plain = {"structured_ffn": {"rank": 8}}
+    layers = {"guided": ["attention", ffn]}
+    model = zoo.build({"dim": 32, "vocab_size": 20, "define": layers, "trunk": [{"repeat": 2, "of": "guided"}, plain]})
+    with pytest.raises(ValueError, match="still count 1"):
+        model.merge()
+    for _ in range(3):
+        for module in model.modules():
+            if hasattr(module, "after_step"):
+                module.after_step()
+    tokens = torch.arange(12).view(2, 6)
+    want, size = model(tokens), sum(p.numel() for p in model.parameters())
+    model.merge()
+    model.save_pretrained(tmp_path)
+    again = zoo.from_pretrained(tmp_path)
+    assert torch.equal(model(tokens), want) and torch.equal(again(tokens), want)
+    assert sum(p.numel() for p in again.parameters()) < size
+    assert again.config["define"]["guided"][1]["structured_ffn"]["guide"] == 0
+    assert again.config["trunk"][1] == plain
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
+        ({"guide_steps": 5}, "lower the guide, which is 0"),
         ({"structure": "toeplitz"}, "structure must be one of low_rank"),
         ({"structure": "block_shuffle", "rank": 4}, "use monarch"),
         ({"structure": "monarch", "blocks": 5}, "blocks=5 must divide dim=16 and hidden_dim=24"),

@@ -59,7 +59,8 @@ def flops_prefill(subject: Subject) -> None:
 
 @check(needs=streams)
 def flops_decode(subject: Subject) -> None:
-    """cost().flops equals the counted run with a state, for one token and for segments, at any context."""
+    """cost().flops equals the counted run with a state, for one token and for segments, at any context; it is no less
+    where the block says what it takes for granted."""
     block = subject.build(torch.float32)
     for batch, length, context in ((2, 1, 0), (1, 1, 1), (2, 1, 37), (2, 5, 20), (1, 1, 80), (1, 33, 64)):
         x = tokens(batch, context + length, torch.float32)
@@ -69,6 +70,8 @@ def flops_decode(subject: Subject) -> None:
                 block(x[:, :context], state=state)
         said = block.cost(batch, length, context, "decode").flops
         seen = counted(block, x[:, context:], state=state)
+        if block.assumption and seen <= said:
+            continue
         _equal(said, seen, f"decode FLOPs of {batch} x {length} tokens after {context}")
 
 

@@ -143,6 +143,11 @@ class ResidualBlock(Node):
         if self.block.shares_keys:
             self.block.write_keys(self._normed(x), keys, positions=positions, doc_ids=doc_ids)  # type: ignore[operator]
 
+    @property
+    def assumption(self) -> str:
+        """That of the block."""
+        return getattr(self.block, "assumption", "")
+
     def value(self, x, *, state: Any = None, doc_ids=None):
         """The value of a block that has one, before `forward` moves its state on; later blocks take it as v_first."""
         return self.block.value(self._normed(x), state=state, doc_ids=doc_ids)  # type: ignore[operator]
