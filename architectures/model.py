@@ -121,7 +121,7 @@ def _with_options(value: Any, changed: Mapping[str, Mapping[str, Any]]) -> Any:
     made = {k: _with_options(v, changed) for k, v in value.items()}
     for name in made.keys() & changed.keys():
         if isinstance(options := made[name], Mapping):
-            made[name] = options | {k: v for k, v in changed[name].items() if k in options}
+            made[name] = {k: changed[name].get(k, v) for k, v in options.items()}
     return made
 
 

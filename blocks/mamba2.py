@@ -53,6 +53,7 @@ class GatedGroupNorm(nn.Module):
     state_growth="constant",
     relations=(
         "mamba2(chunk_size=16) == mamba2(chunk_size=64)",
+        "mamba2(multipliers=[1.0, 1.0, 1.0, 1.0, 1.0]) == mamba2()",
         "mamba2(expand=1, head_dim=16, state_dim=16, gated_norm=False) == mamba(expand=1, state_dim=16) at "
         "in_proj.weight[:64]=in_proj.weight[64:], in_proj.weight[64:128]=in_proj.weight[:64], "
         "in_proj.weight[128:160]=in_proj.weight[:32], in_proj.weight[160:]=0, "
