@@ -337,3 +337,42 @@ def test_native_sparse_attention(draw):
         return layer.o_proj(sum(g * o for g, o in zip(gates, parts, strict=True)).flatten(2))
 
     agree(layer, oracle, [draw(B, T, 48)])
+
+
+def test_hierarchical_sparse_attention_of_single_tokens_is_stick_breaking(draw):
+    theirs = naive("stickbreaking_attn", "naive_stickbreaking_attn")
+    layer = block("hsa", num_heads=4, chunk_size=1, top_k=T, retrieval_dim=32)
+
+    def oracle(x):
+        projections = (layer.retrieval_proj, layer.landmark_proj, layer.v_proj)
+        r, mark, v = (p(x).unflatten(-1, (4, -1)) for p in projections)
+        return layer.o_proj(theirs(r, mark, v)[0].flatten(2))
+
+    agree(layer, oracle, [draw(B, T, 48)])  # its q and k have nothing to choose from in a chunk of one token
+
+
+HEADS = {"num_heads": 4}
+LAYERS = [
+    ("rwkv7", HEADS | {"value_residual": True, "layer_index": 1, "num_layers": 3}, "RWKV7Attention",
+     HEADS | {"head_dim": 16, "layer_idx": 1, "num_hidden_layers": 3, "value_dim": 64}),
+    ("hgrn2", HEADS, "HGRN2Attention", HEADS | {"expand_ratio": 16}),
+    ("deltanet", HEADS, "DeltaNet", HEADS),
+    ("deltanet", HEADS | {"head_dim": 16, "expand_v": 2.0, "num_householder": 2, "decay": "head", "output_gate": True},
+     "GatedDeltaProduct", HEADS | {"head_dim": 16, "num_householder": 2}),
+    ("gated_deltanet", HEADS | {"head_dim": 12}, "GatedDeltaNet", HEADS | {"head_dim": 12}),
+    ("based", HEADS, "BasedLinearAttention", HEADS | {"num_key_value_heads": 4}),
+    ("mamba2", {"head_dim": 16, "state_dim": 16}, "Mamba2", {"head_dim": 16, "num_heads": 8, "state_size": 16}),
+    ("mamba3", {"head_dim": 16, "state_dim": 16}, "Mamba3", {"head_dim": 16, "state_size": 16}),
+    ("parallax", HEADS, "Parallax", HEADS),
+    ("path_attention", HEADS | {"forget_gate": True}, "PaTHAttention", HEADS | {"use_forget_gate": True}),
+    ("nsa", {"num_heads": 16, "num_kv_heads": 1, "head_dim": 4, "compression": "mean", "shared_kv": True},
+     "NativeSparseAttention", {"num_heads": 16, "num_kv_heads": 1, "head_dim": 4}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "layer", "theirs"), LAYERS, ids=[case[2] for case in LAYERS])
+def test_weights_have_the_names_and_shapes_of_its_layers(name, options, layer, theirs):
+    """So they can be loaded as they are. (KDA and lightning attention have those of Hugging Face.)"""
+    cls = getattr(importlib.import_module("fla.layers"), layer)
+    ours, wanted = registry.create(name, 64, **options), cls(hidden_size=64, **theirs)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in wanted.state_dict().items()}
