@@ -30,6 +30,10 @@ class ShiftState(State):
     kind="ffn",
     paper="arXiv:2503.14456",
     state_growth="constant",
+    relations=(
+        "rwkv7_ffn(hidden_dim=96) == mlp(activation='relu2', hidden_dim=96) at x_k=0, key.weight=up_proj.weight, "
+        "value.weight=down_proj.weight",
+    ),
     examples=({}, {"hidden_dim": 96, "layer_index": 2, "num_layers": 3}),
 )
 class RWKV7FeedForward(Block):
