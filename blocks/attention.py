@@ -68,7 +68,7 @@ def grouped_heads(
         "attention(num_heads=4, rotary_dim=16) == attention(num_heads=4)",
         "attention(rotary_dim=0) == attention(rope=False)",
         "attention(softcap=1000000.0) == attention()",
-        "attention(sink_logits=True) == attention() at sinks=-inf",
+        "attention(num_heads=4, sink_logits=True) == attention(num_heads=4) at sinks=-inf",
     ),
     examples=(
         {},

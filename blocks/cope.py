@@ -31,7 +31,7 @@ from zoo.schema import PositiveInt
     relations=(
         "cope(num_positions=1) == attention(rope=False)",
         "cope(num_heads=4, num_kv_heads=2, num_positions=1) == attention(num_heads=4, num_kv_heads=2, rope=False)",
-        "cope() == attention(rope=False) at pos_emb=0",
+        "cope(num_heads=4) == attention(num_heads=4, rope=False) at pos_emb=0",
     ),
     examples=(
         {"num_heads": 4, "num_kv_heads": 2, "num_positions": 16},

@@ -30,6 +30,8 @@ from zoo.schema import NonNegativeInt, PositiveInt
     state_growth="linear",
     relations=(
         "attention(select={'lserve': {'streaming_heads': []}}) == attention()",
+        "attention(num_heads=4, num_kv_heads=2, select={'lserve': {'streaming_heads': [0, 1], 'block_size': 1, "
+        "'page_size': 1, 'sinks': 3, 'window': 9}}) == attention(num_heads=4, num_kv_heads=2, sinks=3, window=9)",
         "attention(select={'lserve': {'window': 4096}}) == attention()",
     ),
     examples=({"block_size": 8, "page_size": 4, "top_k": 3, "sinks": 8, "window": 16},),

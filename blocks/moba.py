@@ -62,7 +62,8 @@ class MobaState(State):
         "moba(block_size=4096) == attention()",
         "moba(block_size=8, top_k=4096) == attention()",
         "moba(num_heads=4, num_kv_heads=2, block_size=8, top_k=99) == attention(num_heads=4, num_kv_heads=2)",
-        "moba(block_size=8, top_k=2, key_conv=3) == moba(block_size=8, top_k=2) at k_conv1d.weight=0",
+        "moba(num_heads=4, block_size=8, top_k=2, key_conv=3) == moba(num_heads=4, block_size=8, top_k=2) at "
+        "k_conv1d.weight=0",
     ),
     examples=(
         {"num_heads": 4, "num_kv_heads": 2, "block_size": 16, "top_k": 3},

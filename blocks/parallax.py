@@ -39,7 +39,7 @@ from zoo.schema import PositiveFloat, PositiveInt
     state_growth="linear",
     relations=(
         "parallax(num_heads=4, num_kv_heads=4) == parallax(num_heads=4)",
-        "parallax() == attention() at r_proj.weight=0",
+        "parallax(num_heads=4, num_kv_heads=2) == attention(num_heads=4, num_kv_heads=2) at r_proj.weight=0",
     ),
     examples=({"num_heads": 4, "num_kv_heads": 2}, {"num_heads": 2, "head_dim": 12, "rope": False}),
 )

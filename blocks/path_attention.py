@@ -56,8 +56,9 @@ class PaTHState(State):
         "path_attention(chunk_size=8) == path_attention(chunk_size=64)",
         "path_attention(num_heads=4, num_kv_heads=2, forget_gate=True, chunk_size=24) =="
         " path_attention(num_heads=4, num_kv_heads=2, forget_gate=True, chunk_size=99)",
-        "path_attention() == attention(rope=False) at bt_proj.bias=-inf",
-        "path_attention(forget_gate=True) == path_attention() at g_proj.bias=inf",
+        "path_attention(num_heads=4, num_kv_heads=2) == attention(num_heads=4, num_kv_heads=2, rope=False) at "
+        "bt_proj.bias=-inf",
+        "path_attention(num_heads=4, forget_gate=True) == path_attention(num_heads=4) at g_proj.bias=inf",
     ),
     examples=(
         {"num_heads": 4, "num_kv_heads": 2, "chunk_size": 16},
