@@ -19,6 +19,8 @@ class SwiGLUExperts(nn.Module):
     Every assignment is computed (dropless), so a token's output does not depend on the other tokens.
     """
 
+    matrices = ("gate_up_proj", "down_proj")
+
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, kernel: str = "auto", device=None, dtype=None):
         super().__init__()
         self.num_experts, self.dim, self.hidden_dim, self.kernel = num_experts, dim, hidden_dim, kernel

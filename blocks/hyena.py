@@ -42,6 +42,8 @@ class HyenaState(State):
 class Sine(nn.Module):
     """sin(freq * x), one trained frequency a channel."""
 
+    not_decayed = ("freq",)
+
     def __init__(self, width: int, frequency: float, *, device=None, dtype=None):
         super().__init__()
         self.frequency = frequency

@@ -20,6 +20,8 @@ class ForgetGate(nn.Module):
     """Log-decay of every key channel [B, T, H, Dk] from a low-rank map, f = W_2 W_1 x + dt_bias:
     -exp(A_log) softplus(f), or lower_bound * sigmoid(exp(A_log) f) in (lower_bound, 0)."""
 
+    not_decayed = ("A_log",)
+
     def __init__(self, dim: int, num_heads: int, head_dim: int, lower_bound: float | None, device=None, dtype=None):
         super().__init__()
         self.lower_bound = lower_bound

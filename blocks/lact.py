@@ -123,6 +123,9 @@ class LaCT(Block):
     it is full, so decoding equals the full pass. With C >= T it is a fixed network beside window attention.
     """
 
+    not_decayed = ("qk_scale", "qk_offset")
+    matrices = ("w0", "w1", "w2")
+
     def __init__(
         self,
         dim: int,

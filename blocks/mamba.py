@@ -54,6 +54,8 @@ class Mamba(Block):
     with constant delta, B, C a fixed convolution.
     """
 
+    not_decayed = ("A_log",)
+
     def __init__(
         self,
         dim: int,

@@ -93,6 +93,8 @@ class Mamba3(Block):
     By Euler's rule and without rotation, norm and bias of B and C it is Mamba-2 without its convolution.
     """
 
+    not_decayed = ("B_bias", "C_bias")
+
     def __init__(
         self,
         dim: int,

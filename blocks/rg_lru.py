@@ -49,6 +49,9 @@ class RGLRUState(State):
 class RGLRU(nn.Module):
     """Parameters of the real-gated linear recurrent unit, gate weights [heads, in, out] as in transformers."""
 
+    not_decayed = ("input_gate_bias", "recurrent_gate_bias")
+    matrices = ("input_gate_weight", "recurrent_gate_weight")
+
     def __init__(self, width: int, num_heads: int, *, device=None, dtype=None):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -98,6 +98,8 @@ class RWKV7(Block):
     With a = 0 it is linear attention with a decay per key channel.
     """
 
+    not_decayed = (*(f"x_{name}" for name in MIX_POWERS), "r_k")
+
     x_v: nn.Parameter  # set by name, with its five like
 
     def __init__(

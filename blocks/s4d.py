@@ -63,6 +63,8 @@ class S4D(Block):
     Parameters cast to bf16 are another system: phases grow with time.
     """
 
+    not_decayed = ("log_A_real", "A_imag")
+
     def __init__(
         self,
         dim: int,

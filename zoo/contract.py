@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -336,6 +336,9 @@ class Block(nn.Module, metaclass=DrawsItself):
 
     causal: bool = True
     shares_keys: bool = False  # takes a SharedKeys in the place of its state; then it has `write_keys`
+    # names of own parameters, for trainers; modules inside a block declare theirs by the same attributes
+    not_decayed: ClassVar[tuple[str, ...]] = ()  # spared by weight decay, as every vector is
+    matrices: ClassVar[tuple[str, ...]] = ()  # [n, rows, columns]: n maps of hidden vectors, as weights of a linear are
 
     def __init__(self, dim: int):
         super().__init__()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from zoo.errors import did_you_mean
+from zoo.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def type_name(annotation: Any) -> str:
         return " or ".join(type_name(a) for a in args)
     if origin in (list, tuple):
         return f"a list of {type_name(args[0])}" if args else "a list"
-    if origin is dict or annotation is dict:
+    if origin is dict or annotation is dict or hasattr(annotation, "from_mapping"):
         return "a mapping"
     words = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
@@ -98,7 +98,19 @@ def check_type(value: Any, annotation: Any) -> tuple[Any, str]:
         bad = next((f"item {i} {why}" for i, (_, why) in enumerate(items) if why), "")
         return origin(v for v, _ in items), bad
     if origin is dict or annotation is dict:
-        return value, "" if isinstance(value, Mapping) else complaint
+        if not isinstance(value, Mapping):
+            return value, complaint
+        checked = {k: check_type(v, args[1] if args else Any) for k, v in value.items()}
+        return {k: v for k, (v, _) in checked.items()}, next(
+            (f"{k} {why}" for k, (_, why) in checked.items() if why), ""
+        )
+    if hasattr(annotation, "from_mapping"):  # a section inside a section
+        if isinstance(value, annotation) or not isinstance(value, Mapping):
+            return value, "" if isinstance(value, annotation) else complaint
+        try:
+            return annotation.from_mapping(value), ""
+        except ConfigError as error:
+            return value, "; ".join(f"{p.where.rpartition('.')[2]}: {p.message}" for p in error.problems)
     if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value), "" if value == value else complaint
     if annotation is int and isinstance(value, bool):

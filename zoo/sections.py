@@ -93,6 +93,22 @@ class VisionSection(_Section):
 
 
 @dataclass(frozen=True)
+class GroupSection(_Section):
+    """Parameters that are trained otherwise. `match` names a node by its path in the model (`layers.0`,
+    `layers.*.norm`, `**.A_log`; `*` is one part of a path, `**` any number), with all below it, or every block of a
+    type (`product_key`). Of the groups that match a parameter the last one holds."""
+
+    where: typing.ClassVar[str] = "train.groups"
+
+    match: str = ""
+    lr_scale: NonNegativeFloat = 1.0  # times the learning rate
+    weight_decay: NonNegativeFloat | None = None  # in place of train.weight_decay; what is spared stays spared
+
+    def complaints(self) -> list[tuple[str, str]]:
+        return [] if self.match else [("match", "must name a node, a parameter or a type of block")]
+
+
+@dataclass(frozen=True)
 class TrainSection(_Section):
     """How a model is trained. A step sees `batch_size` rows of `seq_len` tokens, computed in `accumulation`
     pieces; what a run computes depends on neither the pieces (but for `drop_path`, which draws rows in each) nor the
@@ -105,15 +121,22 @@ class TrainSection(_Section):
     seq_len: PositiveInt = 256
     accumulation: PositiveInt = 1
     seed: Seed = 0
-    # AdamW; weight decay spares vectors (norms, biases, gates) and the SSM parameters A_log, D, dt_bias
+    # muon: orthogonal updates (arXiv:2502.16982) for the matrices of the trunk, AdamW for embedding, head, vectors,
+    # convolutions. adamw8bit: AdamW with moments in 8 bits, of the package torchao
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
     lr: PositiveFloat = 2e-3
     betas: tuple[Beta, ...] = (0.9, 0.95)
+    muon_lr: PositiveFloat | None = None  # [lr: an update of muon is as large as one of AdamW]
+    muon_momentum: Beta = 0.95
+    # spares vectors (norms, biases, gates) and what a block declares as `not_decayed` (A_log, ...)
     weight_decay: NonNegativeFloat = 0.1
+    groups: tuple[GroupSection, ...] = ()  # parameters with another rate or decay
     grad_clip: NonNegativeFloat = 1.0  # 0: never
     # linear warm-up, then from lr down to min_lr_factor * lr; `wsd` stays at lr until the last decay_fraction
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     warmup_steps: NonNegativeInt = 50
     decay_fraction: Fraction = 0.2
+    wsd_decay: Literal["linear", "sqrt"] = "linear"  # its shape: 1 - p or 1 - sqrt(p) (arXiv:2405.18392)
     min_lr_factor: ZeroToOne = 0.1
     compile: bool = False  # torch.compile of each layer
     activation_checkpoint: Literal["none", "full"] = "none"  # full: recompute each layer in backward
@@ -130,6 +153,8 @@ class TrainSection(_Section):
             found.append(("betas", f"must be two numbers, got {list(self.betas)}"))
         if self.keep_checkpoints == 1:
             found.append(("keep_checkpoints", "must be 0 (all) or at least 2: the newest may be half-written"))
+        if self.muon_lr is not None and self.optimizer != "muon":
+            found.append(("muon_lr", f"goes with optimizer: muon, this is {self.optimizer}"))
         return found
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import torch
 
-from zoo.train import titan  # binds the device: first
+from zoo.train import (
+    titan,  # binds the device: first
+    titan_optim,
+)
 
 
 def parameters(function):
@@ -18,11 +21,12 @@ def fields(cls):
     return {f.name for f in dataclasses.fields(cls)}
 
 
-def test_only_one_file_knows_torchtitan():
+def test_only_the_adapter_knows_torchtitan():
     root = Path(titan.__file__).resolve().parent.parent
     knows = re.compile(r"^\s*(?:from|import)\s+torchtitan\b", re.M)
     files = [f for folder in (root, root.parent / "blocks", root.parent / "kernels") for f in folder.rglob("*.py")]
-    assert {f.name for f in files if knows.search(f.read_text(encoding="utf-8"))} == {"titan.py"}
+    known = {f.name for f in files if knows.search(f.read_text(encoding="utf-8"))}
+    assert known == {"titan.py", "titan_optim.py"}
 
 
 def test_configurations_have_the_fields_that_are_set():
@@ -36,8 +40,13 @@ def test_configurations_have_the_fields_that_are_set():
     assert fields(titan.CheckpointManager.Config) >= {
         "enable", "folder", "interval", "keep_latest_k", "last_save_model_only", "initial_load_model_only",
     }  # fmt: skip
-    assert fields(titan.LRSchedulersContainer.Config) >= {"warmup_steps", "decay_ratio", "decay_type", "min_lr_factor"}
-    assert fields(titan.ParamGroupConfig) == {"pattern", "optimizer_name", "optimizer_kwargs"}
+    assert fields(titan_optim.LRSchedulersContainer.Config) >= {
+        "warmup_steps",
+        "decay_ratio",
+        "decay_type",
+        "min_lr_factor",
+    }
+    assert fields(titan_optim.ParamGroupConfig) == {"pattern", "optimizer_name", "optimizer_kwargs"}
     assert fields(titan.ModelSpec) == {
         "name", "flavor", "model", "parallelize_fn", "pipelining_fn", "post_optimizer_build_fn", "state_dict_adapter",
     }  # fmt: skip
@@ -56,6 +65,10 @@ def test_methods_that_are_called_or_replaced():
         "self", "step", "global_avg_loss", "global_max_loss", "grad_norm", "extra_metrics",
     ]  # fmt: skip
     assert {"dp_world_size", "dp_rank", "local_batch_size"} <= set(parameters(titan._Data.__init__))
+    container = titan_optim.OptimizersContainer
+    assert parameters(container._resolve_optimizer_factory) == ["name"]
+    assert parameters(container._build_param_groups) == ["model", "param_group_configs", "impl_kwargs"]
+    assert "self._build_param_groups(" in inspect.getsource(container.__init__)
     source = inspect.getsource(titan.Trainer.__init__)
     for name in ("dp_world_size=", "dp_rank=", "local_batch_size=", "init_weights(buffer_device", "tokenizer_path="):
         assert name in source

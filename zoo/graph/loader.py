@@ -144,19 +144,26 @@ def _section_in(hint: Any) -> type | None:
 
 
 def _check_section(parser: Parser, section: type, value: Any, path: tuple) -> None:
-    """Check a nested dataclass schema; sections inside sections are mappings of their own."""
+    """Check a nested dataclass schema; sections inside sections are mappings of their own, or lists of them."""
     if not isinstance(value, Mapping):
         parser.complain(path, f"must be a mapping, got {value!r}")
         return
     hints = typing.get_type_hints(section, include_extras=True)
     inner = {k: _section_in(h) for k, h in hints.items()}
+    wrong = set()
     for key, item in value.items():
+        before = len(parser.problems)
         if (inside := inner.get(key)) and isinstance(item, Mapping):
             _check_section(parser, inside, item, (*path, key))
+        elif inside and isinstance(item, list):
+            for i, one in enumerate(item):
+                _check_section(parser, inside, one, (*path, key, i))
+        if len(parser.problems) > before:
+            wrong.add(key)
     before = len(parser.problems)
-    plain = {k: v for k, v in value.items() if not (inner.get(k) and isinstance(v, Mapping))}
+    plain = {k: v for k, v in value.items() if k not in wrong and not (inner.get(k) and isinstance(v, Mapping))}
     values = parser.section(section, plain, path)
-    if len(parser.problems) == before and hasattr(section, "complaints"):
+    if not wrong and len(parser.problems) == before and hasattr(section, "complaints"):
         for key, why in section(**values).complaints():
             parser.complain((*path, key), why)
 

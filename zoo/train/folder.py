@@ -29,8 +29,9 @@ from zoo.train.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
 
 # options of `train:` that a resumed run may change; everything else must be as it was
 MAY_CHANGE = (
-    "steps", "lr", "min_lr_factor", "schedule", "warmup_steps", "decay_fraction", "grad_clip", "accumulation",
-    "compile", "activation_checkpoint", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints",
+    "steps", "lr", "muon_lr", "min_lr_factor", "schedule", "warmup_steps", "decay_fraction", "wsd_decay", "grad_clip",
+    "accumulation", "compile", "activation_checkpoint", "eval_every", "eval_batches", "checkpoint_every",
+    "keep_checkpoints",
 )  # fmt: skip
 
 

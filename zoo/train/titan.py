@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
-import re
 import shutil
 import sys
 import time
@@ -35,7 +34,7 @@ from zoo.train.device import Cpu, is_main, process_group, quiet, shared_folder, 
 from zoo.train.job import Job, Trained
 from zoo.train.loader import Loader
 from zoo.train.noise import NoisyRows
-from zoo.train.optim import Group, groups
+from zoo.train.optim import groups
 from zoo.train.parallelize import parallelize
 
 
@@ -56,12 +55,13 @@ with warnings.catch_warnings():
     from torchtitan.components.dataloader import BaseDataLoader
     from torchtitan.components.loss import BaseLoss, CrossEntropyLoss
     from torchtitan.components.metrics import MetricsProcessor
-    from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
     from torchtitan.components.tokenizer import BaseTokenizer
     from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
     from torchtitan.protocols.model import BaseModel
     from torchtitan.protocols.model_spec import ModelSpec
     from torchtitan.trainer import Trainer
+
+    from zoo.train.titan_optim import lr_schedule, optimizers
 
 
 # ------------------------------------------------------------------------------------------- interface
@@ -300,7 +300,8 @@ class _Trainer(Trainer):
                 self.checkpointer.save(self.step)
 
     def _timed_step(self, batches: Iterator[Any]) -> dict[str, Any]:
-        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        scheduler: Any = self.lr_schedulers.schedulers[0]
+        lr = self.job.train.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)  # groups may have others
         start, before = time.perf_counter(), self.ntokens_seen
         self.train_step(batches)
         seconds = time.perf_counter() - start
@@ -419,7 +420,6 @@ def _config(job: Job) -> _Trainer.Config:
     if layout.pp > 1 and rows % microbatches:
         text = f"must divide the {rows} rows of a rank, got {microbatches}; a larger train.batch_size helps"
         raise ConfigError([Problem(text, "parallel.microbatches")])
-    warmup = min(train.warmup_steps, train.steps)
     return _Trainer.Config(
         job=job,
         model_spec=ModelSpec(
@@ -435,13 +435,8 @@ def _config(job: Job) -> _Trainer.Config:
         tokenizer=_NoTokenizer.Config(),
         dataloader=_Data.Config(job=job),
         loss=(_Sum if job.objective or isinstance(job.rows, NoisyRows) else CrossEntropyLoss).Config(),
-        optimizer=OptimizersContainer.Config(param_groups=[_group(g) for g in groups(job.build("meta"), train)]),
-        lr_scheduler=LRSchedulersContainer.Config(
-            warmup_steps=warmup,
-            decay_ratio=train.decay_fraction if train.schedule == "wsd" else None,
-            decay_type="cosine" if train.schedule == "cosine" else "linear",
-            min_lr_factor=train.min_lr_factor,
-        ),
+        optimizer=optimizers(groups(job.build("meta"), train)),
+        lr_scheduler=lr_schedule(train),
         training=TrainingConfig(
             local_batch_size=rows,
             global_batch_size=train.batch_size,
@@ -516,8 +511,3 @@ def _pipeline(whole: _Model, *, parallel_dims: Any, parallelism: Any, training: 
         lambda *args, **kwargs: loss_fn(*args, **kwargs)[0],
     )  # fmt: skip
     return schedule, parts, own[0] == 0, own[-1] == count - 1
-
-
-def _group(group: Group) -> ParamGroupConfig:
-    names = "|".join(re.escape(f"model.{name}") for name in group.names)
-    return ParamGroupConfig(pattern=rf"^(?:{names})$", optimizer_name=group.optimizer, optimizer_kwargs=group.options)
