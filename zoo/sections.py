@@ -6,9 +6,10 @@ Annotated fields are the schema; no torch here.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 from zoo.errors import ConfigError, Problem, did_you_mean
@@ -109,6 +110,26 @@ class GroupSection(_Section):
 
 
 @dataclass(frozen=True)
+class StageSection(_Section):
+    """A stage of a curriculum: from the end of the stage before it (the first: the start) to `until`, a share of the
+    run's steps. Nodes are named as in GroupSection."""
+
+    where: typing.ClassVar[str] = "train.curriculum"
+
+    until: Fraction = 1.0
+    enable: tuple[str, ...] = ()  # blocks that take part from this stage on; before, they add nothing and do not learn
+    freeze: tuple[str, ...] = ()  # nodes whose parameters stand still in this stage
+    # node: {option: start}: a number moves evenly from start to its configured value while the stage lasts, and stood
+    # at start before; start may be a pair [start, end]. Every block has the option `strength`, by which its output is
+    # multiplied, 1 in the end
+    ramp: dict[str, dict[str, float | tuple[float, ...]]] = field(default_factory=dict)
+
+    def complaints(self) -> list[tuple[str, str]]:
+        pairs = [v for options in self.ramp.values() for v in options.values() if isinstance(v, tuple)]
+        return [("ramp", "goes from a number or a pair [start, end]") for v in pairs if len(v) != 2][:1]
+
+
+@dataclass(frozen=True)
 class TrainSection(_Section):
     """How a model is trained. A step sees `batch_size` rows of `seq_len` tokens, computed in `accumulation`
     pieces; what a run computes depends on neither the pieces (but for `drop_path`, which draws rows in each) nor the
@@ -131,6 +152,8 @@ class TrainSection(_Section):
     # spares vectors (norms, biases, gates) and what a block declares as `not_decayed` (A_log, ...)
     weight_decay: NonNegativeFloat = 0.1
     groups: tuple[GroupSection, ...] = ()  # parameters with another rate or decay
+    aux: dict[str, NonNegativeFloat] = field(default_factory=dict)  # node: factor of its auxiliary losses
+    curriculum: tuple[StageSection, ...] = ()  # stages in which parts of the model come in, stand still, change
     grad_clip: NonNegativeFloat = 1.0  # 0: never
     # linear warm-up, then from lr down to min_lr_factor * lr; `wsd` stays at lr until the last decay_fraction
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
@@ -153,6 +176,11 @@ class TrainSection(_Section):
             found.append(("betas", f"must be two numbers, got {list(self.betas)}"))
         if self.keep_checkpoints == 1:
             found.append(("keep_checkpoints", "must be 0 (all) or at least 2: the newest may be half-written"))
+        ends = [stage.until for stage in self.curriculum]
+        if any(a >= b for a, b in itertools.pairwise(ends)):
+            found.append(("curriculum", f"must have stages that end one after the other, got until {ends}"))
+        if self.curriculum and self.curriculum[0].enable:
+            found.append(("curriculum", "cannot enable in its first stage what was never left out"))
         if self.muon_lr is not None and self.optimizer != "muon":
             found.append(("muon_lr", f"goes with optimizer: muon, this is {self.optimizer}"))
         return found

@@ -30,6 +30,7 @@ from zoo.parallel import context, pipeline, shard, tensor
 from zoo.parallel.expert import exchange, mixtures
 from zoo.parallel.pipeline import stages_per_rank
 from zoo.parallel.weights import full_state, whole
+from zoo.train.curriculum import Curriculum, check, scale_auxiliary_losses
 from zoo.train.device import Cpu, is_main, process_group, quiet, shared_folder, world_size
 from zoo.train.job import Job, Trained
 from zoo.train.loader import Loader
@@ -104,6 +105,7 @@ class _Model(BaseModel):
         super().__init__()
         self.model = config.job.build("meta")
         self.job, self.section = config.job, config.job.train
+        scale_auxiliary_losses(self.model, self.section.aux)
         self.step = 0
         self.ties = _ties(self.model)
 
@@ -273,6 +275,12 @@ class _Trainer(Trainer):
         self.hooks: list[Any] = [h for m in modules for name in hooks if callable(h := getattr(m, name, None))]
         self.measuring: list[Any] = [m for m in modules if isinstance(getattr(m, "metrics", None), dict)]
         self.parameters = [p for part in self.parts for p in part.parameters()]
+        stages = self.job.train.curriculum
+        self.curricula = [Curriculum(part, stages) for part in self.parts] if stages else []
+        if stages:
+            self.optimizers.state_dict()  # of a parameter that stands still there must be a state to save, too
+            for state in (s for optimizer in self.optimizers for s in optimizer.state.values() if "step" in s):
+                state["step"].zero_()
 
     @property
     def trained(self) -> nn.Module:
@@ -332,9 +340,13 @@ class _Trainer(Trainer):
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
         for wrapper in self.wrappers:
             wrapper.step = self.step
+        for curriculum in self.curricula:
+            curriculum.begin((self.step - 1) / max(1, self.job.train.steps - 1))
         super().train_step(data_iterator)
+        resting = {m for curriculum in self.curricula for m in curriculum.resting}
         for hook in self.hooks:
-            hook()
+            if hook.__self__ not in resting:
+                hook()
 
     def forward_backward_step(self, **kwargs: Any) -> Tensor:
         loss = super().forward_backward_step(**kwargs)
@@ -344,6 +356,8 @@ class _Trainer(Trainer):
             # the optimizer state of a parameter that a step did not use must exist too, or it cannot be restored
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
+        for curriculum in self.curricula:
+            curriculum.drop_gradients()
         return loss
 
     def post_dataloading_process(
@@ -409,6 +423,8 @@ class _Trainer(Trainer):
 
 def _config(job: Job) -> _Trainer.Config:
     train, layout = job.train, job.parallel
+    model = job.build("meta")
+    check(model, train)
     ranks = layout.data_ranks(world_size())
     rows = train.batch_size // (train.accumulation * ranks)  # of a rank, at once
     if rows * train.accumulation * ranks != train.batch_size:
@@ -435,7 +451,7 @@ def _config(job: Job) -> _Trainer.Config:
         tokenizer=_NoTokenizer.Config(),
         dataloader=_Data.Config(job=job),
         loss=(_Sum if job.objective or isinstance(job.rows, NoisyRows) else CrossEntropyLoss).Config(),
-        optimizer=optimizers(groups(job.build("meta"), train)),
+        optimizer=optimizers(groups(model, train)),
         lr_scheduler=lr_schedule(train),
         training=TrainingConfig(
             local_batch_size=rows,
