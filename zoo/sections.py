@@ -161,8 +161,14 @@ class TrainSection(_Section):
     decay_fraction: Fraction = 0.2
     wsd_decay: Literal["linear", "sqrt"] = "linear"  # its shape: 1 - p or 1 - sqrt(p) (arXiv:2405.18392)
     min_lr_factor: ZeroToOne = 0.1
+    # of matrix products (autocast); parameters, gradients, the stream, gates and states stay in float32
+    dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False  # torch.compile of each layer
-    activation_checkpoint: Literal["none", "full"] = "none"  # full: recompute each layer in backward
+    # what backward computes again. full: each layer; selective: each layer but for its matrix products, attention and
+    # scans; budget: as few layers as keep activation_budget, a share of the layers' activations, by the cost model
+    activation_checkpoint: Literal["none", "full", "selective", "budget"] = "none"
+    activation_budget: ZeroToOne = 0.5
+    loss_chunks: NonNegativeInt = 0  # pieces of a row whose logits exist one after the other; 0: by their size
     eval_every: NonNegativeInt = 100  # 0: only at the end
     eval_batches: PositiveInt = 8
     checkpoint_every: NonNegativeInt = 100  # 0: only at the end

@@ -72,6 +72,7 @@ def test_methods_that_are_called_or_replaced():
     source = inspect.getsource(titan.Trainer.__init__)
     for name in ("dp_world_size=", "dp_rank=", "local_batch_size=", "init_weights(buffer_device", "tokenizer_path="):
         assert name in source
+    assert parameters(titan.cross_entropy_loss)[:2] == ["pred", "labels"]
     assert parameters(titan.BaseLoss.__call__)[:4] == ["self", "pred", "labels", "global_valid_tokens"]
     assert "self.fn(pred, labels)" in inspect.getsource(titan.BaseLoss.__call__)
     assert "](inputs, **extra_kwargs)" in inspect.getsource(titan.Trainer._forward_backward_body)

@@ -73,7 +73,7 @@ def factory(name: str) -> Callable[..., torch.optim.Optimizer] | None:
     """The optimizers that torchtitan does not know. ZooError where one needs a package that is not there."""
     if name == "AdamW8bit":
         try:
-            from torchao.optim import AdamW8bit
+            from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             text = "train.optimizer: adamw8bit needs the package torchao: pip install 'block-zoo[lowbit]'"
             raise ZooError(f"{text} ({error})") from error

@@ -30,6 +30,7 @@ from zoo.parallel import context, pipeline, shard, tensor
 from zoo.parallel.expert import exchange, mixtures
 from zoo.parallel.pipeline import stages_per_rank
 from zoo.parallel.weights import full_state, whole
+from zoo.train.chunked_loss import chunks_for, loss_by_chunks
 from zoo.train.curriculum import Curriculum, check, scale_auxiliary_losses
 from zoo.train.device import Cpu, is_main, process_group, quiet, shared_folder, world_size
 from zoo.train.job import Job, Trained
@@ -54,7 +55,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torchtitan.components.checkpointer import CheckpointManager
     from torchtitan.components.dataloader import BaseDataLoader
-    from torchtitan.components.loss import BaseLoss, CrossEntropyLoss
+    from torchtitan.components.loss import BaseLoss, CrossEntropyLoss, cross_entropy_loss
     from torchtitan.components.metrics import MetricsProcessor
     from torchtitan.components.tokenizer import BaseTokenizer
     from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
@@ -93,6 +94,7 @@ class _Model(BaseModel):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseModel.Config):
         job: Job
+        chunks: int = 1  # of the loss
 
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
             pass
@@ -104,7 +106,7 @@ class _Model(BaseModel):
     def __init__(self, config: Config):
         super().__init__()
         self.model = config.job.build("meta")
-        self.job, self.section = config.job, config.job.train
+        self.job, self.section, self.chunks = config.job, config.job.train, config.chunks
         scale_auxiliary_losses(self.model, self.section.aux)
         self.step = 0
         self.ties = _ties(self.model)
@@ -128,8 +130,16 @@ class _Model(BaseModel):
         noise: Tensor | None = None,
         block: int | None = None,
     ) -> Tensor:
+        half = self.section.dtype == "bfloat16"
+        # without a cache of cast weights, which recomputation would find in another state
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            return self._losses_or_logits(inputs, doc_ids, labels, noise, block)
+
+    def _losses_or_logits(self, inputs: Tensor, doc_ids: Any, labels: Any, noise: Any, block: int | None) -> Tensor:
         if self.job.objective is not None and labels is not None:
             return self.job.objective(self.model, inputs, labels, self.step)
+        if labels is not None:
+            return loss_by_chunks(self.model, inputs, labels, doc_ids, self.chunks, cross_entropy_loss)
         if noise is not None:
             return self.model.losses(inputs, noise, doc_ids, block)
         if self.job.parallel.pp > 1:
@@ -154,10 +164,11 @@ class _Data(BaseDataLoader):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         job: Job
+        with_labels: bool  # also for the model
 
     def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **unused: Any):
         self.loader = Loader(config.job.rows, local_batch_size, dp_rank, dp_world_size)
-        self.with_labels = config.job.objective is not None
+        self.with_labels = config.with_labels
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         for inputs, labels, doc_ids, noise, block in self.loader:
@@ -436,12 +447,13 @@ def _config(job: Job) -> _Trainer.Config:
     if layout.pp > 1 and rows % microbatches:
         text = f"must divide the {rows} rows of a rank, got {microbatches}; a larger train.batch_size helps"
         raise ConfigError([Problem(text, "parallel.microbatches")])
+    chunks = _loss_chunks(job, model, rows)
     return _Trainer.Config(
         job=job,
         model_spec=ModelSpec(
             name="zoo",
             flavor="",
-            model=_Model.Config(job=job),
+            model=_Model.Config(job=job, chunks=chunks),
             parallelize_fn=_parallelize,
             pipelining_fn=_pipeline,
             post_optimizer_build_fn=None,
@@ -449,8 +461,8 @@ def _config(job: Job) -> _Trainer.Config:
         ),
         dump_folder=str(job.folder or ""),
         tokenizer=_NoTokenizer.Config(),
-        dataloader=_Data.Config(job=job),
-        loss=(_Sum if job.objective or isinstance(job.rows, NoisyRows) else CrossEntropyLoss).Config(),
+        dataloader=_Data.Config(job=job, with_labels=job.objective is not None or chunks > 1),
+        loss=(CrossEntropyLoss if _on_labels(job) and chunks == 1 else _Sum).Config(),
         optimizer=optimizers(groups(model, train)),
         lr_scheduler=lr_schedule(train),
         training=TrainingConfig(
@@ -487,6 +499,21 @@ def _config(job: Job) -> _Trainer.Config:
         debug=DebugConfig(enable_structured_logging=False),
         metrics=_Metrics.Config(log_freq=1, disable_color_printing=True),
     )
+
+
+def _on_labels(job: Job) -> bool:
+    return job.objective is None and not isinstance(job.rows, NoisyRows)
+
+
+def _loss_chunks(job: Job, model: Any, rows: int) -> int:
+    """Pieces of the loss of `rows` rows."""
+    train, layout = job.train, job.parallel
+    if _on_labels(job) and hasattr(model, "vocab_size") and layout.pp == 1:
+        return chunks_for(train.loss_chunks, rows * train.seq_len // layout.cp, model.vocab_size)
+    if train.loss_chunks > 1:
+        text = "goes with training on the next token, and with parallel.pp: 1"
+        raise ConfigError([Problem(text, "train.loss_chunks")])
+    return 1
 
 
 def _parallelize(wrapper: _Model, *, parallel_dims: Any, **unused: Any) -> _Model:
