@@ -16,6 +16,7 @@ MIXTURE = {
     "tie_embeddings": False,
     "trunk": [{"repeat": 2, "of": [{"attention": {"num_heads": 2}}, {"moe": {"num_experts": 4, "top_k": 2}}]}],
 }
+DEEP = {"dim": 32, "vocab_size": 257, "tie_embeddings": False, "trunk": [{"repeat": 4, "of": ["gla"]}]}
 HYBRID = {
     "dim": 32,
     "vocab_size": 257,
@@ -68,10 +69,23 @@ def losses(config, layout, accumulation=1):
         (MIXTURE, {"tp": 2}, 1),
         (MIXTURE, {"ep": 2}, 1),
         (MIXTURE, {"pp": 2}, 2),
+        (DEEP, {"pp": 2, "schedule": "Interleaved1F1B"}, 1),
+        (DEEP, {"pp": 2, "schedule": "GPipe", "microbatches": 8}, 1),
         (VISION, {"dp_shard": 2}, 1),
         (VISION, {"pp": 2}, 2),
     ],
-    ids=("hybrid dp", "hybrid tp", "moe hsdp", "moe tp", "moe ep", "moe pp", "vit dp", "vit pp"),
+    ids=(
+        "hybrid dp",
+        "hybrid tp",
+        "moe hsdp",
+        "moe tp",
+        "moe ep",
+        "moe pp",
+        "interleaved",
+        "gpipe",
+        "vit dp",
+        "vit pp",
+    ),
 )
 def test_layouts_do_not_change_what_is_learnt(workers, config, layout, pieces):
     wanted, count, weights = losses(config, {}, pieces)

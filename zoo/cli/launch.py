@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,15 +60,23 @@ def several(count: int, words: list[str], document: Any, folder: Path) -> int:
     _check(document, count)
     if "--out" not in words and "--resume" not in words:
         words = [*words, "--out", str(folder)]  # each process would find a free folder of its own
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    # torchrun would take it for an option of its own
+    cut = next(i for i, word in enumerate(words) if word.split("=")[0] == "--nproc")
+    words = words[:cut] + words[cut + (1 if "=" in words[cut] else 2) :]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    # what went wrong the process that failed has said itself, in one sentence
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        done = subprocess.run(
-            [sys.executable, *torchrun, "-m", "zoo", *words], env={**os.environ, "OMP_NUM_THREADS": threads}
-        )
-    except KeyboardInterrupt:  # the processes got it too, and keep a checkpoint
+        run(parse_args(["--standalone", "--nproc-per-node", str(count), "-m", "zoo", *words]))
+    except ChildFailedError as error:
+        return max(error.get_first_failure()[1].exitcode, 1)
+    except (KeyboardInterrupt, SignalException):  # the processes got it too, and keep a checkpoint
         return 130
-    return done.returncode
+    return 0
 
 
 def _check(document: Any, world: int) -> None:

@@ -75,10 +75,10 @@ def train(
     data_section = DataSection.from_mapping(document.get("data"))
     layout = ParallelSection.from_mapping(document.get("parallel"))
     folder = None if out is None else Path(out)
+    if folder is None and resume:
+        raise ConfigError("resume needs the run folder: give out")
     if folder and is_main():
         check_folder(folder, resume, document)
-    elif resume:
-        raise ConfigError("resume needs the run folder: give out")
     distillation = None
     if "distill" in document:
         distillation = objective_of(DistillSection.from_mapping(document["distill"]), section, document)
