@@ -13,7 +13,7 @@ from zoo.registry import register
 from zoo.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
 
-@register("fixed", kind="router")
+@register("fixed", kind="router", relations=("loop(steps=3, router='fixed') == loop(steps=3)",))
 class FixedRouter(Router):
     """Every token takes every step of a loop, or the body `body` of a route; no parameters."""
 
@@ -41,7 +41,12 @@ class FixedRouter(Router):
         return float(self.nested or step == self.body)
 
 
-@register("act", kind="router", paper="arXiv:1603.08983")
+@register(
+    "act",
+    kind="router",
+    paper="arXiv:1603.08983",
+    relations=("loop(steps=3, router='act') == loop(steps=1) at halt.bias=inf",),
+)
 class AdaptiveComputationTime(Router):
     """Adaptive computation time per token (Graves 2016; Universal Transformer, arXiv:1807.03819).
 
@@ -115,7 +120,12 @@ class AdaptiveComputationTime(Router):
         return self.steps * super().step_flops(tokens)  # asked before every step
 
 
-@register("exit", kind="router", paper="arXiv:2502.05171")
+@register(
+    "exit",
+    kind="router",
+    paper="arXiv:2502.05171",
+    relations=("loop(steps=3, router={'exit': {'threshold': 1e-30}}) == loop(steps=3)",),
+)
 class EarlyExit(Router):
     """Early exit: at inference a token leaves the loop after the step that hardly changed it.
 

@@ -46,6 +46,11 @@ class ChoicePredictor(nn.Module):
     "expert_choice",
     kind="router",
     paper="arXiv:2507.10524",
+    relations=(
+        "loop(steps=3, router={'expert_choice': {'capacity': 1.0, 'activation': 'one'}}) == loop(steps=3)",
+        "loop(steps=3, kv='first', router={'expert_choice': {'capacity': 1.0, 'activation': 'one'}}) "
+        "== loop(steps=3, kv='first')",
+    ),
     note="training picks the top k of a row, which looks ahead; eval() and streaming decide token by token",
 )
 class ExpertChoiceRouter(Router):
@@ -186,6 +191,7 @@ class ExpertChoiceRouter(Router):
     "mod",
     kind="router",
     paper="arXiv:2404.02258",
+    relations=("route(router={'mod': {'capacity': 1.0, 'activation': 'one'}}) == sequence()",),
     note="training picks the top k of a row, which looks ahead; eval() and streaming decide token by token",
 )
 class MixtureOfDepthsRouter(ExpertChoiceRouter):
@@ -222,7 +228,12 @@ class MixtureOfDepthsRouter(ExpertChoiceRouter):
         )
 
 
-@register("token_choice", kind="router", paper="arXiv:2507.10524")
+@register(
+    "token_choice",
+    kind="router",
+    paper="arXiv:2507.10524",
+    relations=("route(router='token_choice') == sequence()",),
+)
 class TokenChoiceRouter(Router):
     """Each token chooses once, at the entry: how many steps of a loop it takes, or which body of a route.
 

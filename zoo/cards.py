@@ -79,8 +79,9 @@ def _edges() -> Iterator[tuple[str, str, str]]:
                 found = parse(relation)
             except ValueError:  # a stranger's; the conformance suite complains
                 continue
-            # a component is an option of the left side, which is attention
-            yield name if card.kind in registry.COMPONENTS else found.left[0], found.right[0], relation
+            # a component or a router is an option of the left side
+            inside = card.kind in (*registry.COMPONENTS, "router")
+            yield name if inside else found.left[0], found.right[0], relation
 
 
 def _follow(edges: list[tuple[str, str, str]], name: str, down: bool, seen: tuple[str, ...]) -> tuple[Member, ...]:

@@ -1,4 +1,4 @@
-"""Relations on the cards of combinators: "loop(steps=1) == sequence()" is proven on small models."""
+"""Relations on the cards of combinators and routers: "loop(steps=1) == sequence()" is proven on small models."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _pairs(left: nn.Module, right: nn.Module, told: str) -> list[tuple[nn.Parame
     return list(zip(mine, others, strict=True))
 
 
-@check(kinds=("combinator",), needs=lambda r: bool(r.relations), per_block=True)
+@check(kinds=("combinator", "router"), needs=lambda r: bool(r.relations), per_block=True)
 def graph_relations(subject: Subject) -> None:
-    """Each relation on a combinator's card holds, in training and in eval(), with documents and without."""
+    """Each relation on the card of a combinator or a router holds, training and in eval(), with documents or none."""
     for relation in subject.registration.relations:
         parsed = parse(relation)
         left, right = (_model(name, dict(fields)) for name, fields in (parsed.left, parsed.right))
