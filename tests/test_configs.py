@@ -129,6 +129,13 @@ SHRINK = {
         "trunk[0].revisit.of.repeat=6", "trunk[0].revisit.of.of.mamba2.num_heads=8",
         "trunk[0].revisit.of.of.mamba2.state_dim=8",
     ],
+    "zamba2_1.2b": [
+        "trunk[0].revisit.at=1,2,4", "trunk[0].revisit.attention.num_heads=4",
+        "trunk[0].revisit.attention.scale=0.25", "trunk[0].revisit.hidden_dim=96", "trunk[0].revisit.rank=8",
+        "trunk[0].revisit.attention_rank=8",
+        "trunk[0].revisit.of.repeat=6", "trunk[0].revisit.of.of.mamba2.num_heads=8",
+        "trunk[0].revisit.of.of.mamba2.state_dim=8",
+    ],
 }  # fmt: skip
 
 

@@ -19,12 +19,13 @@ PARAMS = {
     "nemotron_h_8b": 8_100_852_736,
     "qwen3_next_80b": 79_674_391_296,
     "recurrentgemma_2b": 2_682_862_080,
+    "zamba2_1.2b": 1_215_064_704,
     "zamba2_7b": 7_356_749_648,
 }
 # in billions, where what was published with the weights (model card, size of the checkpoint) tells more than the name
 PUBLISHED = {
     "deepseek_v3": 671, "jamba_52b": 51.57, "minimax_text_01": 456, "qwen3_next_80b": 80, "recurrentgemma_2b": 2.683,
-    "zamba2_7b": 7.355,
+    "zamba2_1.2b": 1.215, "zamba2_7b": 7.355,
 }  # fmt: skip
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES = {"hidden_size": 64, "vocab_size": 61, "pad_token_id": 0, **HEADS}
@@ -202,25 +203,33 @@ def test_qwen3_next():
     )  # fmt: skip
 
 
-def test_zamba2():
+@pytest.mark.parametrize("name", ["zamba2_7b", "zamba2_1.2b"])
+def test_zamba2(name):
     from transformers import Zamba2Config, Zamba2ForCausalLM
+
+    copies, groups, in_attention = (2, 2, False) if name == "zamba2_7b" else (1, 1, True)
 
     sites = [1, 2, 4]
     theirs = redraw(Zamba2ForCausalLM(Zamba2Config(
         **SIZES | {"num_key_value_heads": 4}, num_hidden_layers=6, intermediate_size=96, adapter_rank=8,
         layers_block_type=["hybrid" if i in sites else "linear_attention" for i in range(6)], n_mamba_heads=8,
-        mamba_ngroups=2, mamba_d_state=8, num_mem_blocks=2, use_mem_rope=True, time_step_min=1e-9,
+        mamba_ngroups=groups, mamba_d_state=8, num_mem_blocks=copies, use_mem_rope=True, time_step_min=1e-9,
+        use_shared_attention_adapter=in_attention,
     )))  # fmt: skip
     layers = theirs.model.layers
     plain = [getattr(layer, "mamba_decoder", layer) for layer in layers]
     extra = {}
     for n, i in enumerate(sites):
-        shared, place = layers[i].shared_transformer, f"transformers.{n % 2}."
+        shared, place = layers[i].shared_transformer, f"transformers.{n % copies}."
         adapter = shared.feed_forward.gate_up_proj_adapter_list[n]
         extra |= {place + k.replace("feed_forward.", ""): v for k, v in part(shared).items() if "adapter" not in k}
         extra |= {f"visits.{n}.adapter_down.weight": adapter[0].weight, f"visits.{n}.adapter_up.weight":
                   adapter[1].weight, f"visits.{n}.linear.weight": layers[i].linear.weight}  # fmt: skip
+        for x in "qkv" * in_attention:
+            down, up = getattr(shared.self_attn, f"linear_{x}_adapter_list")[n]
+            place = f"visits.{n}.adapted.{x}_proj."
+            extra |= {f"{place}down.weight": down.weight, f"{place}up.weight": up.weight}
     compare(
-        "zamba2_7b", theirs, [part(layer.mamba) for layer in plain], [layer.input_layernorm.weight for layer in plain],
+        name, theirs, [part(layer.mamba) for layer in plain], [layer.input_layernorm.weight for layer in plain],
         embedding=theirs.model.embed_tokens, final_norm=theirs.model.final_layernorm.weight, extra=extra,
     )  # fmt: skip

@@ -336,7 +336,7 @@ MODELS = {
     "feedback halt": [{"feedback": LAYER, "inner": 1, "outer": 1, "segments": 3, "halt": True}],
     "share": [{"sequence": LAYER, "share": "s"}, "swiglu", {"share": "s"}],
     "parallel": [{"parallel": [{"attention": {"num_heads": 4}}, "swiglu"], "merge": "concat", "norm": "layer"}],
-    "revisit": [revisit(copies=2, rank=4)],
+    "revisit": [revisit(copies=2, rank=4, attention_rank=3)],
     "value_residual": [{"value_residual": [["rwkv7", "swiglu"], {"repeat": 2, "of": [{"rwkv7": {"num_heads": 2}}]}]}],
     "value_residual_routed": ["swiglu", {"route": [{"value_residual": ["rwkv7", LAYER, "rwkv7"]}], "router": "mod"}],
     "revisit_bare": [{**revisit(at=-1, of=["gla", "swiglu"]), "norm": "none"}, loop(steps=2, of=revisit(at=0))],

@@ -4,6 +4,7 @@
 # (nn.ModuleList forgets the type of its items)
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,11 +41,46 @@ class SharedTransformer(nn.Module):
         init_linear_(self.down_proj)
 
 
-class Visit(nn.Module):
-    """What one site has to itself: the low-rank change of the MLP's first matrix, and the map of the output."""
+class Adapted(nn.Module):
+    """W x + B A x: a linear layer that others share, with a low-rank change of its own."""
 
-    def __init__(self, dim: int, hidden_dim: int, rank: int | None, **factory):
+    def __init__(self, shared: nn.Linear, rank: int, **factory):
         super().__init__()
+        self.shared = (shared,)  # a tuple, so that it is no submodule here
+        self.down = Linear(shared.in_features, rank, bias=False, **factory)
+        self.up = Linear(rank, shared.out_features, bias=False, **factory)
+
+    def reset_own_parameters(self) -> None:
+        init_linear_(self.down)
+        nn.init.zeros_(self.up.weight)  # LoRA: every site starts from the shared weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared[0](x) + self.up(self.down(x))
+
+
+class Visit(nn.Module):
+    """What one site has to itself: low-rank changes of the MLP's first matrix and of the attention's projections, and
+    the map of the output."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        shared: SharedTransformer,
+        rank: int | None,
+        attention_rank: int | None,
+        **factory,
+    ):
+        super().__init__()
+        self.adapted = nn.ModuleDict()
+        self.attention: tuple[nn.Module, ...] = ()
+        if attention_rank:
+            names = ("q_proj", "k_proj", "v_proj")
+            self.adapted.update({n: Adapted(getattr(shared.self_attn, n), attention_rank, **factory) for n in names})
+            # the shared attention but for these three; again no submodule, its other parts belong to `shared`
+            here = copy.copy(shared.self_attn)
+            here._modules = {**here._modules, **self.adapted}
+            self.attention = (here,)
         self.adapter_down = Linear(dim, rank, bias=False, **factory) if rank else None
         self.adapter_up = Linear(rank, 2 * hidden_dim, bias=False, **factory) if rank else None
         self.linear = Linear(dim, dim, bias=False, **factory)
@@ -56,7 +92,8 @@ class Visit(nn.Module):
             nn.init.zeros_(self.adapter_up.weight)  # LoRA: every site starts from the shared weights
 
     def forward(self, shared: SharedTransformer, x: Tensor, entry: Tensor, **context: Any) -> Tensor:
-        h = shared.pre_ff_layernorm(shared.self_attn(shared.input_layernorm(torch.cat([x, entry], -1)), **context))
+        attention = self.attention[0] if self.attention else shared.self_attn
+        h = shared.pre_ff_layernorm(attention(shared.input_layernorm(torch.cat([x, entry], -1)), **context))
         gate_up = shared.gate_up_proj(h)
         if self.adapter_down is not None and self.adapter_up is not None:
             gate_up = gate_up + self.adapter_up(self.adapter_down(h))
@@ -76,9 +113,10 @@ class Revisit(Composite):
     """Nodes one after the other, x <- x + f_i(x + W_i T(x, e)) at some, x <- x + f_i(x) at the others (Zamba2).
 
     e is the combinator's input; T one of `copies` transformers that the sites take in turn: attention on [x; e],
-    2 D wide, then a GeGLU of `hidden_dim`, whose first matrix a site changes by one of `rank`. What T says reaches
-    the stream through f_i alone. Fields: `of`: the nodes; `at`: the sites (`6`, `"6,11"`, `"6::6"`); `attention`:
-    options of the attention block, whose heads are by default those of a width of 2 D. Norms are the default norm.
+    2 D wide, then a GeGLU of `hidden_dim`, whose first matrix a site changes by one of `rank`, as it does queries, keys
+    and values by ones of `attention_rank`. What T says reaches the stream through f_i alone. Fields: `of`: the nodes;
+    `at`: the sites (`6`, `"6,11"`, `"6::6"`); `attention`: options of the attention block, whose heads are by default
+    those of a width of 2 D. Norms are the default norm.
     """
 
     sees_blocks = True
@@ -94,13 +132,17 @@ class Revisit(Composite):
         hidden_dim: PositiveInt,
         copies: PositiveInt = 1,
         rank: PositiveInt | None = None,
+        attention_rank: PositiveInt | None = None,
         device=None,
         dtype=None,
     ):
         super().__init__()
         self.items, self.transformers, self.dim = nn.ModuleList(items), nn.ModuleList(transformers), dim
         self.sites = sorted(set(chosen(at, len(items))))
-        self.visits = nn.ModuleList(Visit(dim, hidden_dim, rank, device=device, dtype=dtype) for _ in self.sites)
+        self.visits = nn.ModuleList(
+            Visit(dim, hidden_dim, self._shared(n), rank, attention_rank, device=device, dtype=dtype)
+            for n in range(len(self.sites))
+        )
 
     @staticmethod
     def parse(fields) -> Spec | None:
@@ -177,7 +219,10 @@ class Revisit(Composite):
         flops = passes * 2 * tokens * sum(p.numel() for p in own if p.ndim == 2)
         stream = passes * tokens * self.dim * item
         hidden = shared.down_proj.in_features
-        # the joined input and its norm; the norm's input and output, gate and up, gelu(gate) and the product
-        kept = tokens * (6 * self.dim + 4 * hidden) * item if mode == "train" else 0
+        # the joined input and its norm; the norm's input and output, gate and up, gelu(gate) and the product; what
+        # lies between adapters, and what they add
+        adapters: Any = visit.adapted.values()
+        adapted = sum(m.down.out_features + m.up.out_features for m in adapters)
+        kept = tokens * (6 * self.dim + 4 * hidden + adapted) * item if mode == "train" else 0
         cost = Cost(count, count, flops, passes * count * item + stream, stream + kept, kept)
         yield Leaf(f"{path}.visit", "shared mlp", cost, visit)
