@@ -42,7 +42,12 @@ def losses(config, layout, accumulation=1):
     from zoo.train.job import Job
     from zoo.train.prepare import prepare
 
-    document = {"data": TASK, **config, "train": {**TRAIN, "accumulation": accumulation}, "parallel": layout}
+    document = {
+        "data": TASK,
+        **config,
+        "train": {**TRAIN, **config.get("train", {}), "accumulation": accumulation},
+        "parallel": layout,
+    }
     document = OmegaConf.to_container(zoo.load_config(document), resolve=True)
     train = TrainSection.from_mapping(document["train"])
     parallel = ParallelSection.from_mapping(document["parallel"])

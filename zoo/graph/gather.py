@@ -95,4 +95,5 @@ def _gathered(node, index, valid, keys, x, positions, doc_ids):
     y = node.increment(_take(x, index), state=state, positions=positions.gather(1, index), doc_ids=docs)
     if valid is not None:
         y = y * valid.unsqueeze(-1)
-    return torch.zeros_like(x).scatter_add(1, index.unsqueeze(-1).expand_as(y), y)
+    # under autocast an increment may have another dtype than the stream
+    return torch.zeros_like(x).scatter_add(1, index.unsqueeze(-1).expand_as(y), y.to(x.dtype))
