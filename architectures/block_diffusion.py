@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,8 @@ class Sampler:
 class BlockDiffusionLM(CausalLM):
     """A `CausalLM` whose configuration has a `diffusion:` section. `model(tokens)` stays the causal forward;
     `losses` are what is trained, `generate` and `stream` sample by diffusion as `sampler` says."""
+
+    rows: ClassVar[bool] = False  # a noisy and a clean copy of the row stand one behind the other
 
     def __init__(self, graph: Graph, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__(graph, device=device, dtype=dtype)

@@ -26,6 +26,7 @@ class Model(nn.Module):
     modes: ClassVar[tuple[Mode, ...]]
     embedding: ClassVar[str]
     is_last: bool = True  # of the stages of a pipeline
+    rows: ClassVar[bool] = False  # whether its input is rows of tokens that context parallelism may cut
     layers: Any  # an nn.ModuleList, which forgets the type of its items
     norm: Any
 

@@ -349,15 +349,12 @@ class Attention(Block):
 
     def parallel_plan(self) -> ParallelPlan:
         if self.select is not None and self.select.by_head:
-            return ParallelPlan(context="gather_kv", reason="select: this policy tells heads apart by their numbers")
+            return ParallelPlan(reason="select: this policy tells heads apart by their numbers")
+        # a policy reads keys, scores or caches of the whole row
+        context = "gather_kv" if self.select is None and self.cache is None else "gather_input"
         if self.qk_norm == "full":
-            return ParallelPlan(context="gather_kv", reason="qk_norm: full normalises over the channels of all heads")
+            return ParallelPlan(context=context, reason="qk_norm: full normalises over the channels of all heads")
         tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}
         tensor |= {"sinks": "column"} if self.sinks is not None else {}
         tensor |= {"q_norm": "replicate", "k_norm": "replicate"} if self.q_norm is not None else {}
-        if self.select is not None and self.select.memory:
-            reason = "select: a choice depends on the queries before it, which other ranks may hold"
-            return ParallelPlan(tensor, units=self.num_kv_heads, reason=reason)
-        if self.cache is not None and self.cache.in_turn:
-            return ParallelPlan(tensor, units=self.num_kv_heads, context="pass_state")
-        return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_kv")
+        return ParallelPlan(tensor, units=self.num_kv_heads, context=context)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zoo.blocks.attention import Attention
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes, segment_index
-from zoo.contract import State, linear_flops, positions_from, refuse_packed_streaming
+from zoo.contract import ParallelPlan, State, linear_flops, positions_from, refuse_packed_streaming
 from zoo.kernels import sparse_attention as attending
 from zoo.kernels.block_list import BlockList, sort_ids
 from zoo.kernels.dispatch import check_backend
@@ -124,6 +124,10 @@ class BlockAttention(Attention):
         ids = (index - place)[..., None] + block * size if packed else block
         idx = sort_ids(torch.where(seen, ids, -1))[:, None]
         return BlockList(idx, kv_block=size, stride=1 if packed else size)
+
+    def parallel_plan(self) -> ParallelPlan:
+        # its lists count places in the row
+        return dataclasses.replace(super().parallel_plan(), context="gather_input")
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         B, T, Hq, Hkv, D, keys = batch_size, seq_len, self.num_heads, self.num_kv_heads, self.head_dim, context_len

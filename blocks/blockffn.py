@@ -30,6 +30,7 @@ from zoo.kernels.attention import TwoCopies
 from zoo.kernels.linear import Linear, linear
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
+from zoo.row import current, whole
 from zoo.schema import NonNegativeFloat, PositiveInt
 
 SHARPNESS = 100.0  # of the locality loss: sigmoid(100 z) is nearly "z > 0"
@@ -138,7 +139,12 @@ class BlockFFN(Block):
         z, a = self._route(x)
         h = ACTIVATIONS[self.activation](self.up_proj(x)).unflatten(-1, (-1, self.expert_dim))
         y = self.down_proj((h * own_part(a)[..., None]).flatten(-2))
-        return self._sparsify(y, z, doc_ids) if self.training else y
+        if not self.training:
+            return y
+        if (part := current()) is None:
+            return self._sparsify(y, z, doc_ids)
+        with whole():  # neighbours and chunks go across the cuts
+            return self._sparsify(y, part.gather(z), None if doc_ids is None else part.gather(doc_ids))
 
     def _sparsify(self, y: Tensor, z: Tensor, doc_ids: Tensor | TwoCopies | None) -> Tensor:
         if isinstance(doc_ids, TwoCopies):

@@ -19,7 +19,6 @@ from zoo.contract import State
 class CachePolicy:
     """Base of cache policies: the state, and attention to what it holds."""
 
-    in_turn: bool = False  # whether what is kept follows from all that came before, so that segments come in turn
     num_heads: int
     num_kv_heads: int
     head_dim: int

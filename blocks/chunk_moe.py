@@ -32,6 +32,7 @@ from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
+from zoo.row import Slice, before, current, joined
 from zoo.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 
 
@@ -125,7 +126,12 @@ class ChunkMixtureOfExperts(Block):
         position = positions_from(doc_ids, B, T, x.device)
         if state is not None:
             position = position + state.position[:, None]
-        chunks = finished_chunks(x, position, self.chunk_size, doc_ids, None if state is None else state.total)
+        halo = 0
+        if (part := current()) is None:
+            chunks = finished_chunks(x, position, self.chunk_size, doc_ids, None if state is None else state.total)
+        else:
+            halo = 2 * self.chunk_size - 1  # the chunk before that of the first token lies in it
+            chunks = finished_chunks(*_reaching_back(part, x, position, self.chunk_size, doc_ids, halo))
         wide = chunks.means.dtype
         # row 0 serves the chunk that is open when the call begins, row j the chunk after the j-th to end
         start = self.first_chunk.to(wide).expand(B, D)
@@ -135,7 +141,7 @@ class ChunkMixtureOfExperts(Block):
             logits = (
                 F.linear(torch.cat([start[:, None], chunks.means], dim=1), self.gate.weight.to(wide)) / self.temperature
             )
-        row = torch.where(position < self.chunk_size, 0, chunks.before)
+        row = torch.where(position < self.chunk_size, 0, chunks.before[:, halo:])
         logits = logits.gather(1, row[..., None].expand(B, T, self.num_experts)).flatten(0, 1)
         best = logits.topk(self.top_k, dim=-1)
         y = self.experts(x.reshape(-1, D), best.indices, best.values.softmax(-1)).view_as(x)
@@ -174,6 +180,15 @@ class ChunkMixtureOfExperts(Block):
         return ParallelPlan(
             {"gate": "replicate", "first_chunk": "replicate", "experts": "expert"},
             units=self.num_experts,
-            context="pass_state",
-            reason="the mean of the chunk before the cut",
+            context="halo",
+            reason="a token goes where the chunk before it says",
         )
+
+
+def _reaching_back(
+    part: Slice, x: Tensor, position: Tensor, chunk_size: int, doc_ids: Tensor | None, halo: int
+) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Arguments of `finished_chunks` for a slice and `halo` tokens before it."""
+    ids = joined(part, torch.zeros_like(position) if doc_ids is None else doc_ids, halo)
+    x, position = (torch.cat([before(part, t, halo), t], 1) for t in (x, position))
+    return x, position, chunk_size, ids

@@ -19,7 +19,9 @@ from zoo.kernels.attention import QUERY_TILE, attention_flops
 from zoo.kernels.attention.mask import Mask, tiles
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
+from zoo.kernels.slices import attention_keys
 from zoo.registry import register
+from zoo.row import current
 from zoo.schema import PositiveInt
 
 
@@ -95,7 +97,10 @@ class ContextualPositionAttention(Block):
             k, v, k_index, q_index = state.append(k, v)
             if empty:
                 q_index = k_index = None
-        mask = Mask(True, None, 0, q_index, k_index, doc_ids, doc_ids)
+        k_doc_ids = doc_ids
+        if (part := current()) is not None:
+            k, v, q_index, k_index, k_doc_ids = attention_keys(part, q, k, v, True, None, None, doc_ids)
+        mask = Mask(True, None, 0, q_index, k_index, doc_ids, k_doc_ids)
         outputs = []
         for tile in tiles(q.shape[1], k.shape[1], True, None, 0, mask.plain, fused=False):
             seen = mask.visible(tile, x.device)

@@ -20,6 +20,7 @@ from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.registry import register
+from zoo.row import delayed
 
 
 @dataclass
@@ -93,11 +94,7 @@ class DiagonalSSM(Block):
             backend=self.kernel,
         )
         if self.readout == "pre":
-            first = torch.zeros_like(s[:, :1]) if before is None else before[:, None]
-            s = torch.cat([first, s[:, :-1]], 1)
-            if doc_ids is not None:
-                starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))
-                s = s.masked_fill(starts[..., None], 0)
+            s = delayed(s, before, doc_ids)
         if state is not None:  # last: `before` may be its memory
             state.s.copy_(last.detach())
         return (C * s).to(x.dtype) + self.skip_proj(x)

@@ -290,7 +290,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         return super().activation_elements(batch_size, seq_len) + batch_size * seq_len * token
 
     def parallel_plan(self) -> ParallelPlan:
-        return ParallelPlan(context="gather_kv", reason="the indexer learns from the attention of all heads")
+        return ParallelPlan(context="gather_input", reason="the indexer learns from the attention of all heads")
 
 
 def _parts(tokens: int, elements: int) -> list[slice]:

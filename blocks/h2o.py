@@ -54,8 +54,6 @@ class HeavyHitters(CachePolicy):
     window of recent + 1.
     """
 
-    in_turn = True
-
     def __init__(self, *, heavy: NonNegativeInt = 128, recent: PositiveInt = 128, interval: PositiveInt = 16):
         self.heavy, self.recent, self.interval = heavy, recent, interval
 

@@ -255,4 +255,4 @@ class HierarchicalSparseAttention(Block):
         tensor |= {"retrieval_proj": "column", "landmark_proj": "column"}
         if self.k_norm is not None:
             tensor |= {"k_norm": "replicate"}
-        return ParallelPlan(tensor, units=self.num_retrieval_heads, context="gather_kv")
+        return ParallelPlan(tensor, units=self.num_retrieval_heads, context="gather_input")

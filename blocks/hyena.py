@@ -223,6 +223,6 @@ class Hyena(Block):
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(
-            context="pass_state",
+            context="gather_input",
             reason="in_proj stacks the gates and v, and one network makes the taps of all channels",
         )

@@ -246,4 +246,4 @@ class InfLLMV2(Block):
 
     def parallel_plan(self) -> ParallelPlan:
         tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}
-        return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_kv")
+        return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_input")

@@ -164,4 +164,4 @@ class JRT(Based):
     def parallel_plan(self) -> ParallelPlan:
         plan = super().parallel_plan()
         encoder = {"k_e_proj": "column", "v_e_proj": "column"} if self.prefix_len else {}
-        return ParallelPlan({**plan.tensor, **encoder}, units=plan.units, context=plan.context)
+        return ParallelPlan({**plan.tensor, **encoder}, units=plan.units, context="gather_input")

@@ -414,4 +414,4 @@ class LaCT(Block):
         return batch_size * (seq_len * token + matrices)
 
     def parallel_plan(self) -> ParallelPlan:
-        return ParallelPlan(context="pass_state", reason="q_norm and k_norm normalise over the channels of all heads")
+        return ParallelPlan(context="gather_input", reason="q_norm and k_norm normalise over the channels of all heads")

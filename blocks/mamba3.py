@@ -33,6 +33,7 @@ from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
+from zoo.row import advanced, earlier
 from zoo.schema import PositiveFloat, PositiveInt, Range
 
 SLOWEST = 1e-4  # -A is at least this
@@ -175,15 +176,12 @@ class Mamba3(Block):
         log_decay = delta * (-F.softplus(wide(A))).clamp(max=-SLOWEST)
         gamma = torch.sigmoid(wide(trap)) * delta if self.trapezoidal else delta
         late = delta - gamma  # beta / alpha, the weight that a token leaves to the one before it
-        ahead = F.pad(late[:, 1:], (0, 0, 0, 1))
-        if doc_ids is not None:
-            ends = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (0, 1))
-            ahead = ahead.masked_fill(ends[..., None], 0)
+        ahead = advanced(late, doc_ids)
         B, C = self._heads(B, self.B_norm, self.B_bias), self._heads(C, self.C_norm, self.C_bias)
         if self.num_angles:
             turn = math.pi * torch.tanh(wide(angle))[:, :, None] * delta[..., None]
             theta = turn.cumsum(1, dtype=torch.float64)  # many turns add up, of which the fraction counts
-            theta = theta if state is None else theta + state.angle[:, None]
+            theta = theta + (earlier(theta[:, -1]) if state is None else state.angle)[:, None]
             theta = torch.remainder(theta, 2 * math.pi).to(delta.dtype)
             cos, sin = theta.cos()[:, :, None], theta.sin()[:, :, None]
             B, C = (rotate(t, cos, sin, neighbours=self.rank == 1) for t in (B, C))

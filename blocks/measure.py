@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from zoo.row import mean
+
 
 def recording(module: nn.Module) -> bool:
     """Whether a forward should write metrics and counters: in training, not while exporting, and not in the
@@ -33,8 +35,9 @@ def balance_loss(probabilities: Tensor, counts: Tensor) -> Tensor:
     """E sum_i f_i P_i: f the share of assignments an expert got, P its mean probability; 1 where uniform.
 
     probabilities: [..., N, E], rows summing to 1; counts: [..., E] over the same tokens; mean over what leads.
+    Of a slice of a row: f counts all slices, P its own, so that the mean over slices is the loss of the row.
     """
-    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    share = mean(counts / counts.sum(-1, keepdim=True).clamp(min=1))
     return counts.shape[-1] * (share.to(probabilities.dtype) * probabilities.mean(-2)).sum(-1).mean()
 
 

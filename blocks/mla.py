@@ -22,7 +22,9 @@ from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.rope import check_scaling, rope, yarn_mscale
+from zoo.kernels.slices import attention_keys
 from zoo.registry import register
+from zoo.row import Slice, current, whole
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
 
@@ -140,9 +142,22 @@ class MultiHeadLatentAttention(Block):
             cached, _, k_index, q_index = state.append(cached, cached[..., :0])
             if plain:
                 q_index = k_index = None
-        attend = self.attend_absorbed if self._absorbs(T, context) else self.attend_expanded
-        o = attend(q, cached, q_index=q_index, k_index=k_index, doc_ids=doc_ids)
+        if (part := current()) is not None:  # the latents are sent, which are less than keys and values
+            o = self._attend_row(part, q, cached, doc_ids)
+        else:
+            attend = self.attend_absorbed if self._absorbs(T, context) else self.attend_expanded
+            o = attend(q, cached, q_index=q_index, k_index=k_index, doc_ids=doc_ids)
         return self.o_proj(o.flatten(2))
+
+    def _attend_row(self, part: Slice, q: Tensor, cached: Tensor, doc_ids: Tensor | None) -> Tensor:
+        """Outputs [B, T, H, v] of a slice's queries over the latents of the slices up to it."""
+        cached, _, q_index, k_index, k_doc_ids = attention_keys(
+            part, q, cached, cached[..., :0], True, None, None, doc_ids
+        )
+        with whole():
+            return self.attend_expanded(
+                q, cached, q_index=q_index, k_index=k_index, doc_ids=doc_ids, k_doc_ids=k_doc_ids
+            )
 
     @property
     def sees_blocks(self) -> bool:
@@ -162,8 +177,9 @@ class MultiHeadLatentAttention(Block):
         return torch.cat([q_nope, q_rope], -1), torch.cat([self.kv_a_layernorm(latent), k_rope], -1)
 
     def attend_expanded(
-        self, q: Tensor, cached: Tensor, *, q_index: Tensor | None, k_index: Tensor | None, doc_ids: Tensor | None
-    ) -> Tensor:
+        self, q: Tensor, cached: Tensor, *, q_index: Tensor | None, k_index: Tensor | None, doc_ids: Tensor | None,
+        k_doc_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Outputs [B, T, H, v] with the keys and values of every cached token written out."""
         latent, k_rope = cached.split([self.kv_lora_rank, self.rope_dim], -1)
         k_nope, v = (
@@ -173,7 +189,7 @@ class MultiHeadLatentAttention(Block):
         )
         k = torch.cat([k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)], -1)
         return attention(
-            q, k, v, scale=self.scale, q_index=q_index, k_index=k_index, q_doc_ids=doc_ids, k_doc_ids=doc_ids,
+            q, k, v, scale=self.scale, q_index=q_index, k_index=k_index, q_doc_ids=doc_ids, k_doc_ids=k_doc_ids,
             backend=self.kernel,
         )[0]  # fmt: skip
 

@@ -20,6 +20,7 @@ from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.registry import register
+from zoo.row import Slice, current, cuts, fold
 from zoo.schema import PositiveFloat, PositiveInt
 
 
@@ -62,12 +63,12 @@ def document_starts(doc_ids: Tensor | None, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def stabiliser(log_f: Tensor, log_i: Tensor, before: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """m_t = max(log f_t + m_{t-1}, log i_t), with m_{t-1} = before [B, H] where `starts`; returns m_t and m_{t-1}.
+    """m_t = max(log f_t + m_{t-1}, log i_t), with m_{t-1} = before [B, 1 or T, H] where `starts`; returns m_t and
+    m_{t-1}.
 
     A scan by doubling: after a pass over windows of w tokens m_t is right for the last 2w of them. Only sums of
     log f inside a window are formed, so long sequences lose no precision (cumsum(log f) over all of them would).
     """
-    before = before[:, None]
     m = torch.where(starts, torch.maximum(log_f + before, log_i), log_i)
     decay = log_f.masked_fill(starts, float("-inf"))
     width = 1
@@ -76,8 +77,23 @@ def stabiliser(log_f: Tensor, log_i: Tensor, before: Tensor, starts: Tensor) -> 
         m = torch.cat([m[:, :width], reaching], 1)
         decay = torch.cat([decay[:, :width], decay[:, width:] + decay[:, :-width]], 1)
         width *= 2
-    shifted = torch.cat([before, m[:, :-1]], 1)
+    shifted = torch.cat([before[:, :1], m[:, :-1]], 1)
     return m, torch.where(starts, before, shifted)
+
+
+@torch.no_grad()
+def entering_stabiliser(part: Slice, log_f: Tensor, log_i: Tensor, starts: Tensor, doc_ids: Tensor | None) -> Tensor:
+    """m before every token that starts a document or the slice, [B, T, H]: 0, and at the first token the m that the
+    slices before leave behind."""
+    beyond = (0, 0, 0, log_f.shape[1] - 1)
+    m, _ = stabiliser(log_f, log_i, F.pad(torch.full_like(log_f[:, :1], float("-inf")), beyond), starts)
+    found, passing = cuts(part, doc_ids), log_f.sum(1)
+    if found is not None:
+        passing = passing.masked_fill(~found.spans[part.rank][:, None], float("-inf"))
+    sent = part.stack_all(m[:, -1], passing)
+    start, joins = torch.zeros_like(passing), None if found is None else found.joins
+    entering = fold(part, sent, lambda e, m, f: torch.maximum(f + e, m), start, joins)
+    return F.pad(entering[:, None], beyond)
 
 
 @register(
@@ -173,8 +189,12 @@ class MatrixLSTM(Block):
         v = wide(self.v(x).unflatten(-1, (-1, self.value_dim)))
         log_i = soft_cap(wide(self.igate_preact(x)), self.gate_soft_cap)
         log_f = F.logsigmoid(soft_cap(wide(self.fgate_preact(x)), self.gate_soft_cap))
-        before = torch.zeros_like(log_i[:, 0]) if state is None else previous(state.m)
-        m, m_before = stabiliser(log_f, log_i, before, document_starts(doc_ids, log_i))
+        starts = document_starts(doc_ids, log_i)
+        if (part := current()) is not None:
+            before = entering_stabiliser(part, log_f, log_i, starts, doc_ids)
+        else:
+            before = torch.zeros_like(log_i[:, :1]) if state is None else previous(state.m)[:, None]
+        m, m_before = stabiliser(log_f, log_i, before, starts)
         # log f + m_{t-1} - m_t, which rounding must not lift above 0
         log_decay = log_f + torch.minimum(m_before - m, -log_f.detach())
         h, memory = linear_attention(

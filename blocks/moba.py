@@ -37,8 +37,10 @@ from zoo.kernels.pool_blocks import pool_blocks
 from zoo.kernels.rope import rope
 from zoo.kernels.select_blocks import select_blocks
 from zoo.kernels.short_conv import short_conv
+from zoo.kernels.slices import attention_keys
 from zoo.kernels.sparse_attention import sparse_attention
 from zoo.registry import register
+from zoo.row import current
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
 
@@ -142,16 +144,20 @@ class MoBA(Block):
         order = positions_from(doc_ids, B, T, x.device) if state is None else segment_index(state.cache.length, T)
         q, k, v = self._project(x, order if positions is None else positions, state, doc_ids)
         if state is None:
-            index = torch.arange(T, device=x.device).expand(B, T)
-            pooled, start = pool_blocks(k.detach(), self.block_size, doc_ids=doc_ids)
+            index = k_index = torch.arange(T, device=x.device).expand(B, T)
+            k_doc_ids = doc_ids
+            if (part := current()) is not None:
+                k, v, index, k_index, k_doc_ids = attention_keys(part, q, k, v, True, None, None, doc_ids)
+            pooled, start = pool_blocks(k.detach(), self.block_size, doc_ids=k_doc_ids)
             end = torch.where(start >= 0, start + self.block_size - 1, -1)
-            masks = {}
+            masks = {} if part is None else {"q_index": index, "k_index": k_index}
             if doc_ids is None:
                 blocks = self._route(q, pooled, end, index, own=index // self.block_size)
             else:
-                masks = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids}
+                docs = {"q_doc_ids": doc_ids, "k_doc_ids": k_doc_ids}
                 own = index - order % self.block_size
-                blocks = self._route(q, pooled, end, index, own, doc_ids, start)
+                blocks = self._route(q, pooled, end, index, own, **docs, start=start)
+                masks |= docs
         else:
             new = k
             k, v, k_index, q_index = state.cache.append(k, v)
@@ -199,15 +205,16 @@ class MoBA(Block):
         end: Tensor,
         index: Tensor,
         own: Tensor,
-        doc_ids: Tensor | None = None,
+        q_doc_ids: Tensor | None = None,
+        k_doc_ids: Tensor | None = None,
         start: Tensor | None = None,
     ) -> BlockList:
         """Own block [B, T] and the best past ones; with documents, blocks are named by their first token."""
         idx = own[:, None, :, None].expand(-1, q.shape[2], -1, 1)
         if self.top_k > 1:
             docs = {}
-            if doc_ids is not None:
-                docs = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids.gather(1, start.clamp(min=0))}
+            if k_doc_ids is not None and start is not None:
+                docs = {"q_doc_ids": q_doc_ids, "k_doc_ids": k_doc_ids.gather(1, start.clamp(min=0))}
             past = select_blocks(q, pooled.to(q.dtype), self.top_k - 1, q_index=index, k_index=end, **docs).idx
             if start is not None:
                 table = start[:, None, None].expand(-1, *past.shape[1:3], -1)

@@ -303,4 +303,4 @@ class NativeSparseAttention(Block):
         tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "g_proj": "column", "o_proj": "row"}
         if self.compress_k is not None:
             tensor |= {"compress_k": "replicate", "compress_v": "replicate"}
-        return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_kv")
+        return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_input")

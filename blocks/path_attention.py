@@ -256,4 +256,4 @@ class PaTHAttention(Block):
         tensor = {name: "column" for name in names} | {"w_proj.0": "replicate", "o_proj": "row"}
         if self.g_proj is not None:
             tensor["g_proj"] = "column"
-        return ParallelPlan(tensor, units=self.num_kv_heads, context="none", reason="every token rewrites all keys")
+        return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_input")

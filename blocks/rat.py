@@ -225,4 +225,4 @@ class RAT(Block):
         return batch_size * seq_len * 22 * self.dim
 
     def parallel_plan(self) -> ParallelPlan:
-        return ParallelPlan(context="gather_kv", reason="in_proj also makes the q and k that all heads share")
+        return ParallelPlan(context="gather_input", reason="in_proj also makes the q and k that all heads share")

@@ -17,6 +17,8 @@ from zoo.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 class FixedRouter(Router):
     """Every token takes every step of a loop, or the body `body` of a route; no parameters."""
 
+    takes_all = True
+
     def __init__(
         self,
         dim: int,
@@ -56,6 +58,8 @@ class AdaptiveComputationTime(Router):
     these the keys of the state in which it halted, which is copied forward (the paper), instead of one that goes on
     (its code).
     """
+
+    takes_all = True  # and the mean of the ponder loss over slices is that over the row
 
     def __init__(
         self,
@@ -150,6 +154,10 @@ class EarlyExit(Router):
             raise ValueError("exit ends the steps of a loop; it cannot choose the body of a route")
         self.metric, self.threshold = metric, threshold
         self.readout: tuple[nn.Module, ...] = ()  # final norm and head, given by the model
+
+    @property
+    def takes_all(self):
+        return self.training
 
     def pick(self, step, x, carry, streaming):
         if self.training and not streaming:

@@ -18,6 +18,7 @@ from zoo.kernels.dplr import dplr
 from zoo.kernels.dplr import flops as dplr_flops
 from zoo.kernels.linear import Linear
 from zoo.registry import register
+from zoo.row import delayed
 from zoo.schema import NonNegativeInt, PositiveInt
 
 # power p of the initial mixing weight of each branch, 1 - (i / D)^(p (1 - l / L))
@@ -26,12 +27,7 @@ MIX_POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 
 def token_shift(x: Tensor, last: Tensor | None, doc_ids: Tensor | None) -> Tensor:
     """The token before each token of x [B, T, D]: `last` [B, D] (or zero) before the first, zero before a document."""
-    before = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last[:, None].to(x.dtype)
-    before = torch.cat([before, x[:, :-1]], 1)
-    if doc_ids is not None:
-        starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))
-        before = before.masked_fill(starts[..., None], 0)
-    return before
+    return delayed(x, last, doc_ids)
 
 
 def mixing_weights(dim: int, power: float, like: Tensor) -> Tensor:

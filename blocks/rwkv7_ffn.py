@@ -100,5 +100,5 @@ class RWKV7FeedForward(Block):
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(
-            {"x_k": "replicate", "key": "column", "value": "row"}, units=self.hidden_dim, context="pass_state"
+            {"x_k": "replicate", "key": "column", "value": "row"}, units=self.hidden_dim, context="halo"
         )

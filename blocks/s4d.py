@@ -23,6 +23,7 @@ from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
+from zoo.row import current, delayed
 from zoo.schema import PositiveInt
 
 
@@ -116,6 +117,8 @@ class S4D(Block):
         refuse_packed_streaming(state, doc_ids)
         T = x.shape[1]
         whole = T - T % self.chunk_size if doc_ids is None else 0
+        if current() is not None and whole < T:
+            whole = 0  # what is left over lies before the chunks of the next slice
         h = None if state is None else torch.view_as_complex(previous(state.h))
         system, parts = self.discretised(), []
         if whole:
@@ -152,8 +155,7 @@ class S4D(Block):
         added = torch.bmm(_stacked(powers[..., :L].flip(2)), columns)
         added = torch.complex(*added.chunk(2, 1)).unflatten(2, (B, -1)).permute(2, 3, 0, 1)  # [B, chunks, D, N/2]
         states, last = diagonal_scan(L * log_decay, added, initial_state=h, backend=self.kernel)
-        first = torch.zeros_like(states[:, 0]) if h is None else h
-        before = torch.cat([first[:, None], states[:, :-1]], 1).permute(2, 3, 0, 1).flatten(2)
+        before = delayed(states, h).permute(2, 3, 0, 1).flatten(2)
         y = torch.baddbmm(y, _stacked(read[..., 1:].conj()).mT, _stacked(before))
         return y.unflatten(2, (B, -1)).permute(2, 3, 1, 0).flatten(1, 2), last
 

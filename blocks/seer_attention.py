@@ -296,4 +296,4 @@ class SeerAttention(Block):
     def parallel_plan(self) -> ParallelPlan:
         tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}
         tensor |= {"gate_q": "column", "gate_k": "column"}
-        return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_kv")
+        return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_input")

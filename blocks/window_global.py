@@ -11,6 +11,7 @@ One softmax over both. The bias gives the score head its gradient: no straight-t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -38,8 +39,10 @@ from zoo.kernels.merge_lse import merge_lse
 from zoo.kernels.precision import no_autocast
 from zoo.kernels.prefix_topk import merge_topk, prefix_topk
 from zoo.kernels.rope import rope
+from zoo.kernels.slices import attention_keys
 from zoo.kernels.sparse_attention import sparse_attention
 from zoo.registry import register
+from zoo.row import current
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 
 
@@ -160,30 +163,35 @@ class WindowGlobal(Block):
     ) -> Tensor:
         """All tokens at once; `order` counts inside each document."""
         B, T = order.shape
-        need = self.num_globals > 0
+        need, part = self.num_globals > 0, current()
         rotated = self._rotate(q, positions), self._rotate(k, positions)
         docs = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids}
         o, lse = attention(*rotated, v, window=self.window, **docs, need_lse=need, backend=self.kernel)
         if not need:
             return o
         size = self.chunk_size
-        index = torch.arange(T, device=q.device).expand(B, T)
-        chosen = prefix_topk(score, self._listed(T), size, doc_ids=doc_ids)
-        outside = {"q_index": index - self.window, "k_index": index, "k_bias": F.logsigmoid(score)[..., None]}
+        index = k_index = torch.arange(T, device=q.device).expand(B, T)
+        k_doc_ids, tile = doc_ids, min(size, T)
+        if part is not None:
+            k, v, index, k_index, k_doc_ids = attention_keys(part, q, k, v, True, None, None, doc_ids)
+            score, tile = part.gather(score)[:, : k.shape[1]], math.gcd(T, size)
+        chosen = prefix_topk(score, self._listed(k.shape[1]), size, doc_ids=k_doc_ids)
+        chunk = index[0, ::tile] // size  # of each tile of queries, which lies in one
+        outside = {"q_index": index - self.window, "k_index": k_index, "k_bias": F.logsigmoid(score)[..., None]}
         # the slot of prefix_topk that a token reads: that of the complete chunk before its own
         slot = torch.where(order >= size, (index - order % size) // size - 1, -1)
         outputs, lses = [o], [lse]
         # chunks that start with their documents need not be tiles of the row: a tile then meets two slots
         for back in (1,) if doc_ids is None else (1, 2):
             if back == 1 or chosen.shape[1] > 1:
-                idx = F.pad(chosen, (0, 0, back, 0), value=-1)[:, None, : chosen.shape[1]]
+                idx = F.pad(chosen, (0, 0, back, 0), value=-1)[:, None, chunk]
                 mine = {}
                 if doc_ids is not None:
-                    mine = {"q_doc_ids": (slot == index // size - back).long(), "k_doc_ids": torch.ones_like(index)}
-                blocks = BlockList(idx, q_tile=min(size, T))
-                part = sparse_attention(q, k, v, blocks, **outside, **mine, backend=self.kernel)
-                outputs.append(part[0])
-                lses.append(part[1])
+                    mine = {"q_doc_ids": (slot == index // size - back).long(), "k_doc_ids": torch.ones_like(k_index)}
+                blocks = BlockList(idx, q_tile=tile)
+                far = sparse_attention(q, k, v, blocks, **outside, **mine, backend=self.kernel)
+                outputs.append(far[0])
+                lses.append(far[1])
         return merge_lse(outputs, lses)[0]
 
     def _listed(self, seq_len: int) -> int:

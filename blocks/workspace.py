@@ -221,5 +221,5 @@ class WorkspaceMemory(Block):
     def parallel_plan(self) -> ParallelPlan:
         names = ("slots", "q_proj", "k_proj", "write_down", "write_up", "controller", "gate_proj")
         return ParallelPlan(
-            dict.fromkeys(names, "replicate"), context="pass_state", reason="slots, open chunk and position of the cut"
+            dict.fromkeys(names, "replicate"), context="gather_input", reason="chunks write one after the other"
         )

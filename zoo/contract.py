@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from zoo import row
+
 Mode = Literal["train", "prefill", "decode"]
 
 
@@ -229,12 +231,14 @@ class ParallelPlan:
     or `once` (held by all, added by all: each adds its part); the tensor-parallel degree must divide `units` (heads,
     channels, experts). A split block sees its share of the parameters and computes a part of its increment: it takes
     numbers of heads from shapes, and parts of what all ranks have by `own_part`. `context` says what
-    is exchanged when the sequence is cut over ranks: `token` (nothing), `gather_kv`, `pass_state`, `halo`,
-    or `none`, with the `reason`."""
+    is exchanged when the sequence is cut over ranks: `token` (nothing), `gather_kv`, `pass_state`, `halo` (the ops
+    that the block runs on do it, or the block by `zoo.row`); `gather_input`: every rank computes the block on the
+    whole row and keeps its part, which is right for every block and saves nothing; `none`: it cannot be, with the
+    `reason`."""
 
     tensor: Mapping[str, str] = field(default_factory=dict)
     units: int = 1
-    context: Literal["token", "gather_kv", "pass_state", "halo", "none"] = "none"
+    context: Literal["token", "gather_kv", "pass_state", "halo", "gather_input", "none"] = "gather_input"
     reason: str = ""
 
 
@@ -430,13 +434,8 @@ def refuse_packed_streaming(state: State | None, doc_ids: object) -> None:
 
 
 def positions_from(doc_ids: Tensor | None, batch_size: int, seq_len: int, device: torch.device) -> Tensor:
-    """Position [B, T] of each token inside its document; 0..T-1 where there are no documents."""
-    index = torch.arange(seq_len, device=device).expand(batch_size, seq_len)
-    if doc_ids is None:
-        return index
-    first = torch.ones_like(doc_ids, dtype=torch.bool)
-    first[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    return index - torch.where(first, index, 0).cummax(dim=1).values
+    """Position [B, T] of each token inside its document; its place in the row where there are no documents."""
+    return row.positions(doc_ids, batch_size, seq_len, device)
 
 
 def init_linear_(linear: nn.Linear, gain: float = 1.0) -> None:
@@ -467,6 +466,8 @@ class Router(nn.Module, metaclass=DrawsItself):
 
     causal: bool = True
     reads_all: bool = False  # tokens that do not take a body leave it their keys all the same
+    # whether every token of a row takes the same steps, and nothing is learnt or drawn that depends on the row
+    takes_all: bool = False
 
     def __init__(self, dim: int, steps: int, nested: bool):
         super().__init__()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels import flash_attn, gpu, xformers
+from zoo import row
+from zoo.kernels import flash_attn, gpu, slices, xformers
 from zoo.kernels import native as native_core
 from zoo.kernels.attention import chunked, flex, native, reference, sdpa
 from zoo.kernels.attention.cost import attention_flops
@@ -78,6 +79,11 @@ def attention(
         k_doc_ids = q_doc_ids
     if isinstance(k_doc_ids, TwoCopies):
         raise ValueError("two copies of a row are queries and keys: give them for both")
+    if (part := row.current()) is not None and T == S:  # more keys than queries: they were gathered already
+        reach = None if sinks else window
+        order = (q_index, k_index)
+        k, v, q_index, k_index, k_doc_ids = slices.attention_keys(part, q, k, v, causal, *order, k_doc_ids, reach)
+        S = k.shape[1]
     if window is not None and q_index is None and window >= S:
         window, sinks = None, 0  # everything is inside
     mask = Mask(causal, window, sinks if window is not None else 0, q_index, k_index, q_doc_ids, k_doc_ids)

@@ -6,7 +6,8 @@ import functools
 
 from torch import Tensor
 
-from zoo.kernels import fla, gpu
+from zoo import row
+from zoo.kernels import fla, gpu, slices
 from zoo.kernels import native as native_core
 from zoo.kernels.chunking import check_heads
 from zoo.kernels.delta_rule import chunked, native, reference
@@ -60,4 +61,10 @@ def delta_rule(
         raise ValueError(f"delta_rule: beta must be [B, T, H] = {list(v.shape[:3])}, got {list(beta.shape)}")
     if log_decay is not None and log_decay.shape[:3] != v.shape[:3]:
         raise ValueError(f"delta_rule: log_decay must be [B, T, H] or [B, T, H, Dk], got {list(log_decay.shape)}")
-    return call("delta_rule", backend, q, k, v, beta, log_decay, scale, initial_state, doc_ids, chunk_size)
+
+    def run(v: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return call("delta_rule", backend, q, k, v, beta, log_decay, scale, initial_state, doc_ids, chunk_size)
+
+    if (part := row.current()) is not None:
+        return slices.matrix_recurrence(part, run, v, k.shape[-1], initial_state, doc_ids)
+    return run(v, initial_state)

@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from zoo.kernels import gpu
+from zoo import row
+from zoo.kernels import gpu, slices
 from zoo.kernels import native as native_core
 from zoo.kernels.diagonal_scan import chunked, native, reference
 from zoo.kernels.diagonal_scan.cost import flops
@@ -44,4 +45,10 @@ def diagonal_scan(
     Returns h [B, T, ...] in the dtype of inputs (complex where log_decay is) and the last state [B, ...] in
     float32, float64 where an argument is double, or the complex type of that width.
     """
-    return call("diagonal_scan", backend, log_decay, inputs, initial_state, doc_ids)
+
+    def run(initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return call("diagonal_scan", backend, log_decay, inputs, initial_state, doc_ids)
+
+    if (part := row.current()) is not None:
+        return slices.diagonal_scan(part, run, log_decay, inputs, initial_state, doc_ids)
+    return run(initial_state)

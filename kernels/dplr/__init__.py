@@ -6,7 +6,8 @@ import functools
 
 from torch import Tensor
 
-from zoo.kernels import gpu
+from zoo import row
+from zoo.kernels import gpu, slices
 from zoo.kernels import native as native_core
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.dplr import chunked, native, reference
@@ -51,4 +52,10 @@ def dplr(
         raise ValueError(
             f"dplr: q, k, a, b, log_decay must be [B, T, H, Dk] and v [B, T, H, Dv]; q, k, v, .. are {shapes}"
         )
-    return call("dplr", backend, q, k, v, a, b, log_decay, scale, initial_state, doc_ids, chunk_size)
+
+    def run(v: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return call("dplr", backend, q, k, v, a, b, log_decay, scale, initial_state, doc_ids, chunk_size)
+
+    if (part := row.current()) is not None:
+        return slices.matrix_recurrence(part, run, v, k.shape[-1], initial_state, doc_ids)
+    return run(v, initial_state)

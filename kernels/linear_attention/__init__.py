@@ -6,7 +6,8 @@ import functools
 
 from torch import Tensor
 
-from zoo.kernels import fla, gpu, mamba_ssm
+from zoo import row
+from zoo.kernels import fla, gpu, mamba_ssm, slices
 from zoo.kernels import native as native_core
 from zoo.kernels.chunking import check_heads, wide
 from zoo.kernels.dispatch import call, register_row
@@ -59,4 +60,10 @@ def linear_attention(
     if v.shape[1] == 0:
         shape, dtype = (v.shape[0], v.shape[2], k.shape[3], v.shape[3]), wide(v.dtype)
         return v.new_empty(v.shape), v.new_zeros(shape, dtype=dtype) + (0 if initial_state is None else initial_state)
-    return call("linear_attention", backend, q, k, v, log_decay, scale, initial_state, doc_ids, chunk_size)
+
+    def run(initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return call("linear_attention", backend, q, k, v, log_decay, scale, initial_state, doc_ids, chunk_size)
+
+    if (part := row.current()) is not None:
+        return slices.linear_attention(part, run, q, v, log_decay, scale, initial_state, doc_ids)
+    return run(initial_state)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zoo import row
+from zoo.kernels import slices
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.plstm import chunked, reference, scalar
 from zoo.kernels.plstm.cost import flops
@@ -47,4 +49,11 @@ def plstm(
     for name, (x, shape) in wanted.items():
         if tuple(x.shape) != tuple(shape):
             raise ValueError(f"plstm: {name} must be {list(shape)} beside q {list(q.shape)}, got {list(x.shape)}")
-    return call("plstm", backend, q, k, v, source, transition, mark, direct, scale, initial_state, doc_ids, chunk_size)
+    rest = (source, transition, mark, direct, scale)
+
+    def run(initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return call("plstm", backend, q, k, v, *rest, initial_state, doc_ids, chunk_size)
+
+    if (part := row.current()) is not None:
+        return slices.plstm(part, run, transition, initial_state, doc_ids)
+    return run(initial_state)

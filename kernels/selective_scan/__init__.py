@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from zoo.kernels import gpu, mamba_ssm
+from zoo import row
+from zoo.kernels import gpu, mamba_ssm, slices
 from zoo.kernels import native as native_core
 from zoo.kernels.chunking import wide
 from zoo.kernels.dispatch import call, register_row
@@ -53,5 +54,12 @@ def selective_scan(
     if u.shape[1] == 0:
         shape, dtype = (u.shape[0], *A.shape), wide(u.dtype)
         return u.new_empty(u.shape), u.new_zeros(shape, dtype=dtype) + (0 if initial_state is None else initial_state)
-    y, state = call("selective_scan", backend, u, delta, A, B, C, initial_state, doc_ids, chunk_size)
+
+    def run(initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return call("selective_scan", backend, u, delta, A, B, C, initial_state, doc_ids, chunk_size)
+
+    if (part := row.current()) is not None:
+        y, state = slices.selective_scan(part, run, delta, A, initial_state, doc_ids)
+    else:
+        y, state = run(initial_state)
     return (y if D is None else torch.addcmul(y, D, u)).to(u.dtype), state

@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from zoo.kernels import gpu
+from zoo import row
+from zoo.kernels import gpu, slices
 from zoo.kernels import native as native_core
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.short_conv import chunked, native, reference
@@ -37,4 +38,10 @@ def short_conv(
     inputs before x (zeros where None); doc_ids: [B, T], taps do not cross documents; activation: "silu" or
     None. Returns y [B, T, D] and the new state [B, W-1, D].
     """
-    return call("short_conv", backend, x, weight, bias, state, doc_ids, activation)
+
+    def run(x: Tensor, state: Tensor | None, doc_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        return call("short_conv", backend, x, weight, bias, state, doc_ids, activation)
+
+    if (part := row.current()) is not None:
+        return slices.short_conv(part, run, x, weight.shape[1], state, doc_ids)
+    return run(x, state, doc_ids)

@@ -110,7 +110,7 @@ def test_stabiliser_is_its_recursion():
                 m = before.to(log_i)
             m = torch.maximum(log_f[:, t] + m, log_i[:, t])
             want.append(m)
-        got, _ = stabiliser(log_f, log_i, before.to(log_i), document_starts(doc_ids, log_i))
+        got, _ = stabiliser(log_f, log_i, before.to(log_i)[:, None], document_starts(doc_ids, log_i))
         torch.testing.assert_close(got, torch.stack(want, 1), atol=1e-13, rtol=1e-13)
 
 
@@ -143,8 +143,8 @@ def test_a_long_sequence_loses_no_precision():
     gen = torch.Generator().manual_seed(0)
     log_f, log_i = -12 * torch.rand(1, 20000, 1, generator=gen), 4 * torch.randn(1, 20000, 1, generator=gen)
     before, starts = torch.zeros(1, 1), document_starts(None, log_i)
-    m, _ = stabiliser(log_f, log_i, before, starts)
-    want, _ = stabiliser(log_f.double(), log_i.double(), before.double(), starts)
+    m, _ = stabiliser(log_f, log_i, before[:, None], starts)
+    want, _ = stabiliser(log_f.double(), log_i.double(), before[:, None].double(), starts)
     assert (m - want).abs().max() < 1e-5
 
 

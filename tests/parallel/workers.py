@@ -16,7 +16,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])  # imported once, however many ranks are started
+# imported once, however many ranks are started
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "zoo.conformance", "zoo.parallel.context"])
 
 GRACE_S = 5.0  # how long the other ranks may still answer once one of them has failed
 

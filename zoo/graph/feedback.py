@@ -77,6 +77,10 @@ class Feedback(Composite):
     def from_spec(cls, spec: Spec, builder: Builder) -> Feedback:
         return cls(builder.node(spec.children[0]), builder.dim, **spec.options, **builder.factory)
 
+    @property
+    def sliceable(self) -> bool:
+        return self.training or self.halt is None or self.segments == 1
+
     def extra_repr(self) -> str:
         return f"inner={self.inner}, outer={self.outer}, segments={self.segments}"
 

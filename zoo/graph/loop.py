@@ -26,6 +26,7 @@ from zoo.graph.routed import (
 from zoo.graph.spec import Spec
 from zoo.kernels.linear import Linear
 from zoo.registry import register
+from zoo.row import drawn
 from zoo.schema import PositiveFloat, PositiveInt, Range
 
 START_STD = 0.4**0.5  # Huginn's: that of its embeddings, variance 2 / (5 D), after their scale sqrt(D)
@@ -151,6 +152,10 @@ class Loop(Composite):
         norm = builder.component(spec.norm) if spec.norm else None
         return cls(builder.node(spec.children[0]), router, builder.dim, norm, **spec.options, **builder.factory)
 
+    @property
+    def sliceable(self) -> bool:
+        return self.router.takes_all and (self.ring is None or self.training)
+
     def extra_repr(self) -> str:
         return f"steps={self.steps}, inject={self.inject}"
 
@@ -218,7 +223,7 @@ class Loop(Composite):
     def _first(self, x: Tensor) -> Tensor:
         if self.start is None:
             return torch.zeros_like(x)
-        return _noise_(torch.empty_like(x)) if self.training else self.start.expand_as(x)
+        return drawn(x.shape, lambda shape: _noise_(x.new_empty(shape))) if self.training else self.start.expand_as(x)
 
     def _draw_steps(self) -> int:
         if self.sample_sigma is None:

@@ -34,6 +34,9 @@ class Leaf:
 class Node(nn.Module):
     """Base of residual blocks and combinators."""
 
+    # whether it is right on a slice of a row (`zoo.row`) if the blocks inside are; else it is given the whole row
+    sliceable: bool = False
+
     def forward(
         self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
     ) -> Tensor:
@@ -111,6 +114,8 @@ class ResidualBlock(Node):
         self.scale_start, self.drop_path = residual.scale, residual.drop_path
         shape = {"none": None, "scalar": (1,), "channel": (block.dim,)}[residual.learn]
         self.scale = None if shape is None else nn.Parameter(torch.empty(shape, **factory))
+
+    sliceable = True
 
     @classmethod
     def from_spec(cls, spec: Spec, builder: Builder) -> ResidualBlock:
@@ -205,6 +210,7 @@ class Sequence(Composite):
     """
 
     sees_blocks = True
+    sliceable = True
 
     def __init__(self, items: list[nn.Module], order: tuple[int, ...] = (), label: str = ""):
         super().__init__()

@@ -28,6 +28,7 @@ class Parallel(Composite):
     main_field = "branches"
     sees_blocks = True
     uses_norm = True
+    sliceable = True
 
     def __init__(
         self,

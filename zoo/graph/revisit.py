@@ -120,6 +120,7 @@ class Revisit(Composite):
     """
 
     sees_blocks = True
+    sliceable = True
 
     def __init__(
         self,

@@ -93,6 +93,10 @@ class Route(Composite):
         bodies = [None if c.name == "skip" else builder.node(c) for c in spec.children]
         return cls(bodies, router, builder.dim)
 
+    @property
+    def sliceable(self) -> bool:
+        return self.router.takes_all
+
     def forward(self, x, *, state: Any = None, positions=None, doc_ids=None):
         positions = token_positions(x, state, positions, doc_ids)
         entry, carry = x, self.router.start(x)

@@ -39,6 +39,7 @@ class Stage(Composite):
     """
 
     main_field = "steps"
+    sliceable = True
     sees_blocks = True
 
     def __init__(

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+from zoo import row
 from zoo.contract import positions_from
 
 
@@ -60,11 +61,14 @@ def run(model: Any, x: Tensor, doc_ids: Tensor | None = None) -> Tensor:
     """What the layers of this stage make of tokens or of the stream before them."""
     if getattr(model, model.embedding) is not None:
         x = model.begin(x)
-    packed = (
-        {} if doc_ids is None else {"doc_ids": doc_ids, "positions": positions_from(doc_ids, *x.shape[:2], x.device)}
-    )
+    given: dict[str, Tensor] = {}
+    with row.using(part := getattr(model, "slice", None)):  # a slice of rows that lie on several ranks
+        if doc_ids is not None or part is not None:
+            given["positions"] = positions_from(doc_ids, x.shape[0], x.shape[1], x.device)
+    if doc_ids is not None:
+        given["doc_ids"] = doc_ids
     for layer in model.layers:
-        x = layer(x, **packed)
+        x = layer(x, **given)
     return model.end(x) if model.is_last else x
 
 
