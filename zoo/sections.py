@@ -161,8 +161,9 @@ class TrainSection(_Section):
     decay_fraction: Fraction = 0.2
     wsd_decay: Literal["linear", "sqrt"] = "linear"  # its shape: 1 - p or 1 - sqrt(p) (arXiv:2405.18392)
     min_lr_factor: ZeroToOne = 0.1
-    # of matrix products (autocast); parameters, gradients, the stream, gates and states stay in float32
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # of matrix products (autocast); parameters, gradients, the stream, gates and states stay in float32. float8:
+    # bfloat16, but for large linear layers of the trunk; it needs the package torchao and a GPU that has it
+    dtype: Literal["float32", "bfloat16", "float8"] = "float32"
     compile: bool = False  # torch.compile of each layer
     # what backward computes again. full: each layer; selective: each layer but for its matrix products, attention and
     # scans; budget: as few layers as keep activation_budget, a share of the layers' activations, by the cost model

@@ -10,8 +10,9 @@ import zoo
 from zoo.errors import ConfigError
 from zoo.sections import TrainSection
 from zoo.train import parallelize as parallelize_module
-from zoo.train import prepare
+from zoo.train import prepare, titan
 from zoo.train.chunked_loss import LOGITS_AT_ONCE, chunks_for, loss_by_chunks
+from zoo.train.lowbit import to_float8
 from zoo.train.parallelize import cheapest, parallelize
 from zoo.train.run import train
 
@@ -167,6 +168,32 @@ def test_compiled(plain, source, tmp_path, monkeypatch, how):
     given = config("hybrid", source, steps=3, activation_checkpoint=how, compile=True)
     train(given, out=tmp_path / "run", progress=False)
     assert [r["loss"] for r in history(tmp_path / "run")] == pytest.approx([r["loss"] for r in plain], rel=1e-4)
+
+
+def test_float8_where_there_is_none_is_one_sentence(source):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=r"train.dtype: float8 needs a GPU of .* none here: use dtype: bfloat16"):
+        train(config("dense", source, dtype="float8"), progress=False)
+
+
+def test_float8_rounds_the_large_linear_layers(source, plain, monkeypatch):
+    """Emulated: the numbers of float8 without its hardware."""
+    pytest.importorskip("torchao.float8")
+    model = zoo.build(DOCUMENT, device="meta")
+    names = {n for n, _ in model.named_parameters()}
+    to_float8(model, emulate=True)
+    assert not any(type(m).__name__ == "Float8Linear" for m in model.modules())  # all too small
+    to_float8(model, smallest=32, emulate=True)
+    assert type(model.layers[0].items[0].block.q_proj).__name__ == "Float8Linear"
+    assert type(model.lm_head).__name__ == "Linear"
+    assert {n for n, _ in model.named_parameters()} == names
+    monkeypatch.setattr(titan, "to_float8", lambda model: to_float8(model, smallest=16, emulate=True))
+    made = config("dense", source, dtype="float8", steps=3)
+    losses = [train(made, progress=False).loss]
+    made["train"]["dtype"] = "float32"
+    losses.append(train(made, progress=False).loss)
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_loss_in_chunks_needs_logits_of_the_next_token(source):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.errors import ZooError
 from zoo.sections import TrainSection
+from zoo.train.lowbit import adamw8bit
 from zoo.train.muon import Muon
 from zoo.train.select import nothing, parameters
 
@@ -70,12 +70,7 @@ def _declared(model: nn.Module, attribute: str) -> set[str]:
 
 
 def factory(name: str) -> Callable[..., torch.optim.Optimizer] | None:
-    """The optimizers that torchtitan does not know. ZooError where one needs a package that is not there."""
+    """The optimizers that torchtitan does not know."""
     if name == "AdamW8bit":
-        try:
-            from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            text = "train.optimizer: adamw8bit needs the package torchao: pip install 'block-zoo[lowbit]'"
-            raise ZooError(f"{text} ({error})") from error
-        return AdamW8bit
+        return adamw8bit()
     return Muon if name == "Muon" else None

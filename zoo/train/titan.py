@@ -35,6 +35,7 @@ from zoo.train.curriculum import Curriculum, check, scale_auxiliary_losses
 from zoo.train.device import Cpu, is_main, process_group, quiet, shared_folder, world_size
 from zoo.train.job import Job, Trained
 from zoo.train.loader import Loader
+from zoo.train.lowbit import to_float8
 from zoo.train.noise import NoisyRows
 from zoo.train.optim import groups
 from zoo.train.parallelize import parallelize
@@ -108,6 +109,8 @@ class _Model(BaseModel):
         self.model = config.job.build("meta")
         self.job, self.section, self.chunks = config.job, config.job.train, config.chunks
         scale_auxiliary_losses(self.model, self.section.aux)
+        if self.section.dtype == "float8":
+            to_float8(self.model)
         self.step = 0
         self.ties = _ties(self.model)
 
@@ -130,7 +133,7 @@ class _Model(BaseModel):
         noise: Tensor | None = None,
         block: int | None = None,
     ) -> Tensor:
-        half = self.section.dtype == "bfloat16"
+        half = self.section.dtype != "float32"
         # without a cache of cast weights, which recomputation would find in another state
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             return self._losses_or_logits(inputs, doc_ids, labels, noise, block)
@@ -436,6 +439,8 @@ def _config(job: Job) -> _Trainer.Config:
     train, layout = job.train, job.parallel
     model = job.build("meta")
     check(model, train)
+    if train.dtype == "float8" and layout.tp > 1:
+        raise ConfigError([Problem("float8 goes with parallel.tp: 1", "train.dtype")])
     ranks = layout.data_ranks(world_size())
     rows = train.batch_size // (train.accumulation * ranks)  # of a rank, at once
     if rows * train.accumulation * ranks != train.batch_size:
