@@ -22,9 +22,10 @@ LEAN = {"activation_checkpoint": "selective", "loss_chunks": 3}
         (HYBRID, STAGED | LEAN, {"tp": 2}, 1, 1e-4),
         (MIXTURE, STAGED | LEAN, {"ep": 2}, 1, 1e-4),
         (MIXTURE, STAGED, {"pp": 2}, 2, 1e-4),
+        (MIXTURE, STAGED | LEAN, {"cp": 2}, 1, 1e-4),
         (HYBRID, {"dtype": "bfloat16"}, {"dp_shard": 2}, 1, 1e-2),
     ],
-    ids=("dp", "tp", "ep", "pp", "dp bfloat16"),
+    ids=("dp", "tp", "ep", "pp", "cp", "dp bfloat16"),
 )
 def test_layouts_do_not_change_a_recipe(workers, config, recipe, layout, pieces, tolerance):
     config = {**config, "train": recipe}
