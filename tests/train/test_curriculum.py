@@ -145,6 +145,7 @@ def test_stages_are_checked_with_the_document(stages, words):
     assert words in str(caught.value) and "train.curriculum" in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_run_goes_through_its_stages_and_resumes(source, tmp_path):
     given = document(source, curriculum=STAGES, steps=9, checkpoint_every=1, keep_checkpoints=0)
     whole = train(given, out=tmp_path / "whole", progress=False)
