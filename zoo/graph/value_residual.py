@@ -36,6 +36,7 @@ class ValueResidual(Composite):
     """
 
     sees_blocks = False
+    sliceable = True
 
     def __init__(self, items: list[nn.Module]):
         super().__init__()

@@ -136,9 +136,10 @@ def cut(module: nn.Module, part: Slice) -> None:
     """Have every block and node of `module` take slices. They are given positions, which `apply` sees to."""
     for inner in module.modules():
         if isinstance(inner, (Block, Node)):
-            for name in ("forward", "increment", "write_keys"):
-                if hasattr(inner, name):
-                    setattr(inner, name, _on_slices(part, inner, getattr(inner, name), name != "write_keys"))
+            for name in ("forward", "increment", "write_keys", "value"):
+                if hasattr(type(inner), name):
+                    run = _on_slices(part, inner, getattr(inner, name), name in ("forward", "increment"))
+                    setattr(inner, name, run)
 
 
 def _on_slices(part: Slice, module: nn.Module, run: Callable[..., Any], wholes: bool) -> Callable[..., Any]:
