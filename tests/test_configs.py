@@ -44,6 +44,7 @@ SHRINK = {
     "delta_small": ["define.gated[0].gated_deltanet.head_dim=16"],
     "ssm_small": ["define.long[0].hyena.filter_len=32"],
     "zamba2_small": ["trunk[0].revisit.hidden_dim=96", "trunk[0].revisit.rank=4"],
+    "prefix_tree_small": ["define.layer[0].attention.cache.prefix_tree.chunk_size=4"],
     "ramba_small": ["define.retrieve[0].hsa.chunk_size=8"],
     "algoformer_small": ["trunk[1].loop=3", "trunk[1].grad_last=2"],
     "deepseek_v3": [
