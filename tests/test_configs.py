@@ -34,6 +34,7 @@ SHRINK = {
         "define.pbs[0].attention.select.pbs.block_size=4", "define.pbs[0].attention.select.pbs.segment_size=8",
         "define.anchor[0].attention.select.anchor.block_size=4", "define.anchor[0].attention.select.anchor.init=4",
     ],
+    "seer_small": ["define.layer[0].seer_attention.block_size=8", "define.layer[0].seer_attention.top_k=2"],
     "sparse_small": [
         "define.blocks[0].moba.block_size=8", "define.blocks[0].moba.top_k=2", "define.conv[0].moba.block_size=8",
         "define.conv[0].moba.top_k=2", "define.seer[0].seer_attention.block_size=8",
