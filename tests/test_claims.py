@@ -1,0 +1,50 @@
+"""tools/claims: every claim says what it is, runs, and what is committed agrees with its own figures."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "tools" / "claims"
+NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_") and p.stem != "common")
+
+
+@pytest.fixture
+def common(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(FOLDER.parent)
+    from claims import common
+
+    yield common
+    for name in [n for n in sys.modules if n.split(".")[0] == "claims"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_claim_says_what_it_claims_and_what_would_refute_it(name):
+    doc = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")))
+    title, empty, *_ = doc.splitlines()
+    assert title.endswith(".") and not empty and len(title) < 90
+    for part in ("\nClaim: ", "\nMeasured: ", "\nRefuted if ", "arXiv:"):
+        assert part in doc, part
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_and_writes_its_three_files(name, common, tmp_path):
+    common.measure(name, tmp_path, tiny=True, quiet=True)
+    assert {p.name for p in tmp_path.iterdir()} == {f"{name}.json", f"{name}.md", f"{name}.png"}
+    assert common.read(name, tmp_path)["rows"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_committed_agrees_with_its_figures(name, common):
+    record = common.read(name)
+    assert not record["tiny"]
+    assert (common.RESULTS / f"{name}.md").read_text(encoding="utf-8") == common.markdown(record)
+    picture = common.RESULTS / f"{name}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 100_000
+    assert record["verdicts"] and "seed" in " ".join(record["settings"])
