@@ -3,7 +3,7 @@
     python tools/claims                  the claims and what was measured last
     python tools/claims recall           one of them
     python tools/claims all              all of them
-    python tools/claims recall --draw    table and picture again from the figures, nothing is measured
+    python tools/claims recall --draw    words and picture again from its figures, nothing is measured
 
 Each writes figures (JSON), a table (md) and a picture (png) to docs/measured/claims. One thread, one process.
 """
@@ -24,7 +24,7 @@ def main() -> int:
     names = common.names()
     parser = argparse.ArgumentParser(prog="python tools/claims", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("claim", nargs="*", help=f"one of {', '.join(names)}, or all")
-    parser.add_argument("--draw", action="store_true", help="write table and picture again from the figures")
+    parser.add_argument("--draw", action="store_true", help="write words and picture again from the figures")
     parser.add_argument("--tiny", action="store_true", help="a few steps each, to see that it runs")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
     args = parser.parse_args()
@@ -35,7 +35,7 @@ def main() -> int:
         return 0
     for name in names if "all" in args.claim else dict.fromkeys(args.claim):
         if args.draw:
-            common.draw(name, args.out)
+            common.redraw(name, args.out)
         else:
             common.measure(name, args.out, tiny=args.tiny)
     return 0

@@ -3,6 +3,7 @@
 A claim is a file of this folder with
 - a docstring: a title, then the claim and its paper, what is measured, what would refute it;
 - `run(report) -> Result`, which measures (a few steps only where `report.tiny`);
+- optionally `judge(rows) -> list[Verdict]`, where the verdicts follow from the rows: `--draw` asks it again;
 - `draw(result, figure)`, which draws a result on a matplotlib figure.
 """
 
@@ -52,8 +53,8 @@ class Verdict:
 
 @dataclass
 class Result:
-    """Figures of a claim. `columns`: (key of a row, heading, format specification) of the table, in order; rows may
-    hold more than is in the table, and `series` what only the picture needs. All of it must be JSON."""
+    """Figures of a claim and what they say. `columns`: (key of a row, heading, format specification) of the table, in
+    order; rows may hold more than is in the table, and `series` what only the picture needs. All of it must be JSON."""
 
     columns: list[tuple[str, str, str]]
     rows: list[dict[str, Any]]
@@ -76,6 +77,9 @@ class Bar:
     def end(self) -> None:
         """Nothing more comes, be the total reached or not."""
         self.progress.stop_task(self.task)
+        if not self.progress.console.is_terminal:  # a log shows no bars: a line for each that ended
+            task = self.progress.tasks[self.task]
+            self.progress.console.print(task.description, f"{task.completed:.0f}", task.fields["note"], highlight=False)
 
 
 @dataclass
@@ -191,14 +195,12 @@ def claim(name: str) -> Any:
 def measure(name: str, folder: Path = RESULTS, *, tiny: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Run a claim and write its three files."""
     module = claim(name)
-    title, _, about = inspect.cleandoc(module.__doc__).partition("\n")
     clock, cpu = time.perf_counter(), time.process_time()
     with machine.threads(1), reporting(tiny, quiet) as report:
         result = module.run(report)
     record = {
         "claim": name,
-        "title": title,
-        "about": about.strip(),
+        **words(module),
         "tiny": tiny,
         "seconds": round(time.perf_counter() - clock, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
@@ -210,6 +212,22 @@ def measure(name: str, folder: Path = RESULTS, *, tiny: bool = False, quiet: boo
     if not quiet:
         print(markdown(read(name, folder)))
     return record
+
+
+def words(module: Any) -> dict[str, str]:
+    """Title and text of a claim, from its docstring."""
+    title, _, about = inspect.cleandoc(module.__doc__).partition("\n")
+    return {"title": title, "about": about.strip()}
+
+
+def redraw(name: str, folder: Path = RESULTS) -> None:
+    """Words, verdicts, table and picture once more, from the rows that were measured."""
+    module, record = claim(name), read(name, folder)
+    record |= words(module)
+    if hasattr(module, "judge"):
+        record["verdicts"] = [dataclasses.asdict(v) for v in module.judge(record["rows"])]
+    write_text(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    draw(name, folder)
 
 
 def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
@@ -224,11 +242,11 @@ def draw(name: str, folder: Path = RESULTS) -> None:
 
     record = read(name, folder)
     write_text(folder / f"{name}.md", markdown(record))
-    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     claim(name).draw(result_of(record), figure)
     with new_file(folder / f"{name}.png") as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, pil_kwargs={"optimize": True})
 
 
 def result_of(record: dict[str, Any]) -> Result:
