@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from zoo.errors import ConfigError, Problem, did_you_mean
 from zoo.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, check_type
 
-SYNTHETIC = ("mqar", "selective_copy", "induction")
+SYNTHETIC = ("mqar", "selective_copy", "induction", "needle")
 STDLIB = "python-stdlib"
 SHAPES = "shapes"
 
@@ -262,8 +262,8 @@ class DiffusionSection(_Section):
 @dataclass(frozen=True)
 class DataSection(_Section):
     """What a model is trained on. `source`: `python-stdlib` (the sources of this machine's Python), a text, JSONL
-    or parquet file, a folder of them, or a synthetic task (`mqar`, `selective_copy`, `induction`). For a vision
-    model: `shapes` (drawn ones), or a folder of images with a subfolder for each class."""
+    or parquet file, a folder of them, or a synthetic task (`mqar`, `selective_copy`, `induction`, `needle`). For a
+    vision model: `shapes` (drawn ones), or a folder of images with a subfolder for each class."""
 
     where: typing.ClassVar[str] = "data"
 
@@ -273,7 +273,7 @@ class DataSection(_Section):
     heldout: Share = 0.05  # share of the bytes, chosen by whole documents
     heldout_bytes: PositiveInt = 131072  # at most so many of them are read by the final evaluation
     doc_ids: bool = False  # rows pack documents that do not see each other
-    num_pairs: PositiveInt = 8  # mqar: key-value pairs to remember
+    num_pairs: PositiveInt = 8  # mqar, needle: key-value pairs to remember
     num_copied: PositiveInt = 16  # selective_copy: tokens to remember
 
     @property

@@ -128,12 +128,28 @@ def test_selective_copy_and_induction_answers():
         assert last == 19 and labels[-1] == inputs[first + 1] and (labels != IGNORE).sum() == 1
 
 
+def test_needle_answers_are_what_stands_behind_the_keys():
+    sample = make_task(DataSection(source="needle", num_pairs=3), 12, 30)
+    places = set()
+    for index in range(50):
+        inputs, labels, *_ = TaskRows(sample, 0).row(index)
+        at = np.flatnonzero((inputs[:-3] >= 10) & (inputs[:-3] < 20))
+        bound = {int(inputs[i]): int(inputs[i + 1]) for i in at}
+        assert len(bound) == 3 and all(v >= 20 for v in bound.values()) and (inputs < 10).sum() == 3
+        assert dict(zip(inputs[-3:].tolist(), labels[-3:].tolist(), strict=True)) == bound
+        assert set(labels[:-3]) == {IGNORE}
+        places.update(at.tolist())
+    assert places == set(range(8))  # needles are two tokens wide and lie anywhere before the questions
+
+
 @pytest.mark.parametrize(
     ("data", "seq_len", "vocab", "words"),
     [
         ({"source": "mqar", "num_pairs": 8}, 31, 64, "train.seq_len: must be at least 32"),
         ({"source": "mqar", "num_pairs": 8}, 64, 17, "vocab_size: must be at least 18"),
         ({"source": "selective_copy", "num_copied": 8}, 15, 64, "train.seq_len: must be at least 16"),
+        ({"source": "needle", "num_pairs": 8}, 23, 64, "train.seq_len: must be at least 24"),
+        ({"source": "needle", "num_pairs": 8}, 64, 23, "vocab_size: must be at least 24"),
         ({"source": "induction"}, 2, 64, "train.seq_len: must be at least 3"),
     ],
 )

@@ -3,6 +3,7 @@ nothing is scored.
 
 mqar: pairs `k1 v1 .. kn vn`, then each key again at a random later place: answer its value (arXiv:2312.04927).
 selective_copy: n tokens among blanks, then n markers: answer the tokens in order (arXiv:2312.00752).
+needle: pairs `key value` at random places among filler tokens, at the end the keys again: answer their values.
 induction: a trigger, the token after it, ..., the trigger again: answer that token (arXiv:2312.00752).
 """
 
@@ -23,7 +24,7 @@ _DISTANCE_POWER = 0.01  # keys come back after power-law distributed distances, 
 
 def make_task(data: DataSection, seq_len: int, vocab_size: int) -> Sample:
     """The sampler of `data.source`. ConfigError where rows or vocabulary are too small for the task."""
-    task = {"mqar": _mqar, "selective_copy": _selective_copy, "induction": _induction}[data.source]
+    task = {"mqar": _mqar, "selective_copy": _selective_copy, "induction": _induction, "needle": _needle}[data.source]
     return task(data, seq_len, vocab_size)
 
 
@@ -78,6 +79,25 @@ def _induction(data: DataSection, seq_len: int, vocab_size: int) -> Sample:
         at = rng.integers(0, seq_len - 2)
         inputs[at] = inputs[-1] = TRIGGER
         labels[-1] = inputs[at + 1]
+        return inputs, labels
+
+    return sample
+
+
+def _needle(data: DataSection, seq_len: int, vocab_size: int) -> Sample:
+    pairs = data.num_pairs
+    _need(seq_len, 3 * pairs, "train.seq_len", f"for needle with num_pairs {pairs}")
+    _need(vocab_size, 3 * pairs, "vocab_size", f"for needle with num_pairs {pairs}")
+    third = vocab_size // 3  # 0 .. third-1: filler; third .. 2 third-1: keys; 2 third .. vocab_size-1: values
+
+    def sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        keys = third + rng.permutation(third)[:pairs]
+        values = rng.integers(2 * third, vocab_size, pairs)
+        inputs, labels = rng.integers(0, third, seq_len), np.full(seq_len, IGNORE)
+        at = np.sort(rng.permutation(seq_len - 2 * pairs)[:pairs]) + np.arange(pairs)  # two tokens each, then the keys
+        inputs[at], inputs[at + 1] = keys, values
+        asked = rng.permutation(pairs)
+        inputs[-pairs:], labels[-pairs:] = keys[asked], values[asked]
         return inputs, labels
 
     return sample
