@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -239,14 +240,17 @@ def draw(name: str, folder: Path = RESULTS) -> None:
     """Table and picture of the figures in the record."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image  # comes with matplotlib
 
     record = read(name, folder)
     write_text(folder / f"{name}.md", markdown(record))
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     claim(name).draw(result_of(record), figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64)  # a third of the bytes
     with new_file(folder / f"{name}.png") as temporary:
-        figure.savefig(temporary, pil_kwargs={"optimize": True})
+        picture.save(temporary, optimize=True)
 
 
 def result_of(record: dict[str, Any]) -> Result:
