@@ -15,7 +15,7 @@ KINDS = {
     "chunker": "Chunkers of hierarchies",
     "norm": "Norms",
     "select": "Policies of attention that select keys (`select:`)",
-    "cache": "Policies of attention that bound its cache (`cache:`)",
+    "cache": "Policies of attention's cache (`cache:`)",
     "combinator": "Combinators",
 }
 
