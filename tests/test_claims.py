@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tools" / "claims"
@@ -48,3 +50,23 @@ def test_what_is_committed_agrees_with_its_figures(name, common):
     picture = common.RESULTS / f"{name}.png"
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 100_000
     assert record["verdicts"] and "seed" in " ".join(record["settings"])
+
+
+def test_the_learning_rate_rises_to_its_full_height_and_falls_to_a_tenth(common):
+    rates = [common.rate(step, 1000, 50) for step in range(1, 1001)]
+    assert rates[0] == pytest.approx(1 / 50, rel=1e-3) and rates[49] == max(rates) > 0.99
+    assert rates[499] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1)
+
+
+def test_training_moves_by_that_rate(common):
+    model, moved = torch.nn.Linear(1, 1, bias=False), [0.0]
+    torch.nn.init.zeros_(model.weight)
+    batches = iter(lambda: (torch.ones(1, 1), torch.zeros(1, 1)), None)
+    with common.reporting(quiet=True) as report:
+        common.train(
+            model, batches, report.bar("", 40), steps=40, lr=0.01, warmup=10,
+            loss_of=lambda model, x, y: model(x).sum(),  # its gradient is 1, so Adam moves by the rate
+            after_step=lambda step, loss: moved.append(model.weight.item()),
+        )  # fmt: skip
+    steps = [a - b for a, b in itertools.pairwise(moved)]
+    assert steps == pytest.approx([0.01 * common.rate(n, 40, 10) for n in range(1, 41)], rel=1e-3)
