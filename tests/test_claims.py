@@ -7,6 +7,7 @@ import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,3 +71,11 @@ def test_training_moves_by_that_rate(common):
         )  # fmt: skip
     steps = [a - b for a, b in itertools.pairwise(moved)]
     assert steps == pytest.approx([0.01 * common.rate(n, 40, 10) for n in range(1, 41)], rel=1e-3)
+
+
+def test_kinds_of_bytes(common):
+    hnet = common.claim("hnet")
+    kinds = hnet.kinds_of(np.frombuffer(b"ab_c = d\n", np.uint8))
+    assert [hnet.KINDS[k].split()[0] for k in kinds] == [
+        "first", "second", "later", "later", "white", "other", "white", "first", "white",
+    ]  # fmt: skip
