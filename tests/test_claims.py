@@ -79,3 +79,10 @@ def test_kinds_of_bytes(common):
     assert [hnet.KINDS[k].split()[0] for k in kinds] == [
         "first", "second", "later", "later", "white", "other", "white", "first", "white",
     ]  # fmt: skip
+
+
+def test_images_are_of_the_classes_that_were_chosen(common):
+    raptor = common.claim("raptor")
+    inputs, labels = next(raptor.batches(raptor.drawn()[0]))
+    assert inputs.shape == (raptor.BATCH, 1, 16, 16)
+    assert {list(raptor.REGIONS)[i] for i in labels.flatten().tolist()} == set(raptor.CLASSES)
