@@ -86,3 +86,8 @@ def test_images_are_of_the_classes_that_were_chosen(common):
     inputs, labels = next(raptor.batches(raptor.drawn()[0]))
     assert inputs.shape == (raptor.BATCH, 1, 16, 16)
     assert {list(raptor.REGIONS)[i] for i in labels.flatten().tolist()} == set(raptor.CLASSES)
+
+
+def test_the_training_flops_are_equal(common):
+    flops = [row["flops"] for row in common.read("equal_flops")["rows"]]
+    assert max(flops) < 1.01 * min(flops)
