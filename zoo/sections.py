@@ -262,8 +262,9 @@ class DiffusionSection(_Section):
 @dataclass(frozen=True)
 class DataSection(_Section):
     """What a model is trained on. `source`: `python-stdlib` (the sources of this machine's Python), a text, JSONL
-    or parquet file, a folder of them, or a synthetic task (`mqar`, `selective_copy`, `induction`, `needle`). For a
-    vision model: `shapes` (drawn ones), or a folder of images with a subfolder for each class."""
+    or parquet file, a folder of them, a folder that `zoo data prepare` wrote (any size, read by memory map), or a
+    synthetic task (`mqar`, `selective_copy`, `induction`, `needle`). For a vision model: `shapes` (drawn ones), or a
+    folder of images with a subfolder for each class."""
 
     where: typing.ClassVar[str] = "data"
 

@@ -8,8 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from zoo.errors import DataError
 from zoo.sections import DataSection
-from zoo.train.corpus import Corpus, Document, Stream, read_corpus
-from zoo.train.evaluate import some_heldout
+from zoo.train.corpus import Document, Stream, read_corpus, some_documents
 from zoo.train.tokenizer import ByteTokenizer, load_tokenizer
 
 
@@ -140,7 +139,7 @@ def test_tokenizer_file(tmp_path):
 
 
 def test_heldout_bytes_end_at_a_character():
-    corpus = Corpus((), (Document("a", b"abc"), Document("b", "éé".encode()), Document("c", b"x" * 9)))
-    assert [d.text for d in some_heldout(corpus, 6)] == [b"abc", "é".encode()]
-    assert sum(len(d.text) for d in some_heldout(corpus, 10**9)) == 16
-    assert [d.text for d in some_heldout(corpus, 1)] == [b"a"]
+    documents = (Document("a", b"abc"), Document("b", "éé".encode()), Document("c", b"x" * 9))
+    assert [d.text for d in some_documents(documents, 6)] == [b"abc", "é".encode()]
+    assert sum(len(d.text) for d in some_documents(documents, 10**9)) == 16
+    assert [d.text for d in some_documents(documents, 1)] == [b"a"]

@@ -11,6 +11,7 @@ from zoo.train.corpus import Corpus, Document
 from zoo.train.evaluate import evaluate_text, ngram_bits, score
 from zoo.train.loader import TaskRows
 from zoo.train.synthetic import make_task
+from zoo.train.texts import MemoryText
 from zoo.train.tokenizer import ByteTokenizer
 
 CORPUS = Corpus(
@@ -40,7 +41,9 @@ def test_bigram_table_as_a_model_costs_what_the_bigram_costs():
     for table, name in ((counts, "bigram"), (single.expand(257, 257), "unigram")):
         model = Fixed(table.log().float())
         for seq_len in (3, 7, 500):
-            figures = evaluate_text(model, CORPUS, ByteTokenizer(), seq_len=seq_len, batch_size=2, limit=10**6)
+            figures = evaluate_text(
+                model, MemoryText(CORPUS, ByteTokenizer()), seq_len=seq_len, batch_size=2, limit=10**6
+            )
             assert figures["bits_per_byte"] == pytest.approx(figures[f"{name}_bits_per_byte"], rel=1e-5)
     assert figures["heldout_bytes"] == 34 and figures["heldout_tokens"] == 36
     text = b"abba" * 8 + b"zz"

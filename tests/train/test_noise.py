@@ -12,19 +12,19 @@ from tiny_runs import history, texts
 
 import zoo
 from zoo.sections import DiffusionSection
+from zoo.train.corpus import Stream
 from zoo.train.loader import HeldoutRows, Loader, Row, TrainRows, batch
 from zoo.train.noise import NoisyRows, search_clip
 from zoo.train.synthetic import IGNORE
 
 
-class _Stream:
-    def __init__(self, count):
-        self.ids, self.starts = np.arange(count), np.array([0])
+def text(count):
+    return Stream(np.arange(count), np.array([0]))
 
 
 def noisy(recipe="bd3", group=4, count=1000, block=4, clip=(0.001, 1.0)):
     section = DiffusionSection(recipe=recipe, block_size=block, clip=clip)
-    return NoisyRows(TrainRows(_Stream(count), 16, 0), section, seed=3, group=group)
+    return NoisyRows(TrainRows(text(count), 16, 0), section, seed=3, group=group)
 
 
 def test_noise_belongs_to_the_row():
@@ -49,7 +49,7 @@ def test_rates_are_spread_evenly_over_a_batch():
 
 def test_blocks_grow():
     section = DiffusionSection(block_size=8, curriculum=(1, 4))
-    rows = NoisyRows(TrainRows(_Stream(1000), 16, 0), section, seed=3, group=2, steps=6)
+    rows = NoisyRows(TrainRows(text(1000), 16, 0), section, seed=3, group=2, steps=6)
     parts = [batch(rows, first, 2) for first in range(0, 16, 2)]
     assert [p.block for p in parts] == [1, 1, 4, 4, 8, 8, 8, 8]
     for part in parts:
@@ -70,7 +70,7 @@ def test_every_token_counts_once_in_expectation():
 
 
 def test_counted_noise_masks_every_number_of_tokens_equally_often():
-    rows = NoisyRows(TrainRows(_Stream(1000), 16, 0), DiffusionSection(block_size=4), seed=3, group=8, counted=True)
+    rows = NoisyRows(TrainRows(text(1000), 16, 0), DiffusionSection(block_size=4), seed=3, group=8, counted=True)
     noise = batch(rows, 0, 8).noise.unflatten(1, (4, 4))
     count = (noise > 0).sum(-1)
     assert torch.bincount(count.flatten()).tolist() == [0, 8, 8, 8, 8]
@@ -116,7 +116,7 @@ def test_search_takes_the_range_of_least_variance():
 def test_held_out_tokens_are_scored_once():
     section = DiffusionSection(block_size=4)
     for count in (32, 33, 38):
-        rows = HeldoutRows(_Stream(count), 16)
+        rows = HeldoutRows(text(count), 16)
         noisy_rows = NoisyRows(rows, section, 0, 4, split=1)
         labels = torch.cat([batch(noisy_rows, i, 1).labels for i in range(len(rows))]).flatten()
         scored = labels[labels != IGNORE].tolist()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from zoo.cli import bench, build, doctor, generate, launch, listing, phases, profile, show, train, verify
+from zoo.cli import bench, build, data, doctor, generate, launch, listing, phases, profile, show, train, verify
 from zoo.errors import ConfigError, DataError, Problem, ZooError
 
 MOST_PROBLEMS = 20
@@ -109,6 +109,7 @@ app.command("build")(build.command)
 app.command("profile")(profile.command)
 app.command("train")(train.command)
 app.command("launch")(launch.command)
+app.add_typer(data.app, name="data")
 app.command("generate")(generate.command)
 app.command("phases")(phases.command)
 app.command("verify")(verify.command)

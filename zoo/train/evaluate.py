@@ -12,10 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from zoo.architectures.model import evaluating
-from zoo.train.corpus import Corpus, Document, Stream
+from zoo.train.corpus import Document, Stream
 from zoo.train.loader import HeldoutRows, Rows, batch
 from zoo.train.synthetic import IGNORE
-from zoo.train.tokenizer import ByteTokenizer, Tokenizer
+from zoo.train.texts import Heldout, Text
+from zoo.train.tokenizer import ByteTokenizer
 
 Advance = Callable[[int, int], None]  # (batches done, batches in all)
 
@@ -50,23 +51,9 @@ def score(model: Any, rows: Rows, count: int, size: int, advance: Advance | None
     return {"loss": nats / tokens, "accuracy": right / max(asked, 1), "tokens": tokens}
 
 
-def some_heldout(corpus: Corpus, limit: int) -> list[Document]:
-    """The first `limit` bytes of the held-out documents, the last one cut where a character begins."""
-    chosen, room = [], limit
-    for name, text in corpus.heldout:
-        if room <= 0:
-            break
-        while len(text) > room and room > 0 and text[room] & 0xC0 == 0x80:
-            room -= 1
-        chosen.append(Document(name, text[:room]))
-        room -= len(text)
-    return [d for d in chosen if d.text]
-
-
 def evaluate_text(
     model: Any,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
+    text: Text,
     *,
     seq_len: int,
     batch_size: int,
@@ -81,27 +68,26 @@ def evaluate_text(
     The ends of documents are predicted too, and paid for, by the model, the unigram and the bigram; gzip reads
     the documents joined. Every row starts without context.
     """
-    documents = some_heldout(corpus, limit)
-    size = sum(len(d.text) for d in documents)
-    stream = Stream.of(documents, tokenizer)
-    rows = HeldoutRows(stream, seq_len, doc_ids)
+    heldout = text.heldout(limit)
+    rows = HeldoutRows(heldout.stream, seq_len, doc_ids)
     result = score(model, asked(rows), len(rows), batch_size, advance)
-    unigram, bigram = ngram_bits(corpus.train, documents)
+    unigram, bigram = ngram_bits(text.train_documents(), heldout.documents)
+    joined = b"".join(d.text for d in heldout.documents)
     return {
-        "heldout_bytes": size,
+        "heldout_bytes": heldout.size,
         "heldout_tokens": int(result["tokens"]),
         "loss": result["loss"],
         "accuracy": result["accuracy"],
-        "bits_per_byte": bits_per_byte(result["loss"], stream, size),
-        "unigram_bits_per_byte": unigram / size,
-        "bigram_bits_per_byte": bigram / size,
-        "gzip_bits_per_byte": 8 * len(gzip.compress(b"".join(d.text for d in documents), 9)) / size,
+        "bits_per_byte": bits_per_byte(result["loss"], heldout),
+        "unigram_bits_per_byte": unigram / len(joined),
+        "bigram_bits_per_byte": bigram / len(joined),
+        "gzip_bits_per_byte": 8 * len(gzip.compress(joined, 9)) / len(joined),
     }
 
 
-def bits_per_byte(loss: float, stream: Stream, size: int) -> float:
-    """What `loss` nats a token make of a text of `size` bytes; tokens that no row scores count like the others."""
-    return loss * (len(stream.ids) - 1) / math.log(2) / size
+def bits_per_byte(loss: float, text: Heldout) -> float:
+    """What `loss` nats a token make of a text; tokens that no row scores count like the others."""
+    return loss * (len(text.stream) - 1) / math.log(2) / text.size
 
 
 def ngram_bits(train: Sequence[Document], heldout: Sequence[Document]) -> tuple[float, float]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from zoo.errors import DataError
-from zoo.train.corpus import Stream
+from zoo.train.corpus import Tokens
+from zoo.train.permute import Permutation
 from zoo.train.synthetic import IGNORE, Sample
 
 
@@ -65,43 +66,45 @@ def batch(rows: Rows, first: int, count: int) -> Batch:
 class TrainRows:
     """Windows of a stream. Each epoch cuts the stream at another offset and visits the windows in another order."""
 
-    def __init__(self, stream: Stream, seq_len: int, seed: int, doc_ids: bool = False):
-        have = len(stream.ids)
+    def __init__(self, stream: Tokens, seq_len: int, seed: int, doc_ids: bool = False):
+        have = len(stream)
         if have < seq_len + 1:
             raise DataError(f"the training text has {have} tokens; one row needs train.seq_len + 1 = {seq_len + 1}")
         self.stream, self.seq_len, self.seed, self.doc_ids = stream, seq_len, seed, doc_ids
         self.per_epoch = max(1, (have - 1) // seq_len - 1)
         self._order = lru_cache(maxsize=2)(self._order_of)
 
-    def _order_of(self, epoch: int) -> tuple[np.ndarray, int]:
+    def _order_of(self, epoch: int) -> tuple[Permutation, int]:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        room = len(self.stream.ids) - 1 - self.per_epoch * self.seq_len
-        return rng.permutation(self.per_epoch), int(rng.integers(0, min(room, self.seq_len - 1) + 1))
+        room = len(self.stream) - 1 - self.per_epoch * self.seq_len
+        return Permutation(self.per_epoch, self.seed, epoch), int(rng.integers(0, min(room, self.seq_len - 1) + 1))
 
     def row(self, index: int) -> Row:
         """Row of a global index."""
         order, offset = self._order(index // self.per_epoch)
-        start = offset + int(order[index % self.per_epoch]) * self.seq_len
-        ids = self.stream.ids[start : start + self.seq_len + 1]
-        return Row(ids[:-1], ids[1:], documents(self.stream, start, self.seq_len) if self.doc_ids else None)
+        start = offset + order[index % self.per_epoch] * self.seq_len
+        stop = start + self.seq_len
+        ids = self.stream.window(start, stop + 1)
+        return Row(ids[:-1], ids[1:], self.stream.documents(start, stop) if self.doc_ids else None)
 
 
 class HeldoutRows:
     """Consecutive windows: every token but the first is a label exactly once. The last row is padded."""
 
-    def __init__(self, stream: Stream, seq_len: int, doc_ids: bool = False):
+    def __init__(self, stream: Tokens, seq_len: int, doc_ids: bool = False):
         self.stream, self.seq_len, self.doc_ids = stream, seq_len, doc_ids
 
     def __len__(self) -> int:
-        return -(-(len(self.stream.ids) - 1) // self.seq_len)
+        return -(-(len(self.stream) - 1) // self.seq_len)
 
     def row(self, index: int) -> Row:
         """Row of an index below len()."""
         start = index * self.seq_len
-        ids = self.stream.ids[start : start + self.seq_len + 1].astype(np.int64)
+        stop = start + self.seq_len
+        ids = self.stream.window(start, min(stop + 1, len(self.stream))).astype(np.int64)
         inputs, labels = np.full(self.seq_len, ids[0]), np.full(self.seq_len, IGNORE)
         inputs[: len(ids) - 1], labels[: len(ids) - 1] = ids[:-1], ids[1:]
-        return Row(inputs, labels, documents(self.stream, start, self.seq_len) if self.doc_ids else None)
+        return Row(inputs, labels, self.stream.documents(start, stop) if self.doc_ids else None)
 
 
 class TaskRows:
@@ -130,11 +133,6 @@ class PrefixRows:
             starts = np.flatnonzero(np.diff(row.doc_ids, prepend=row.doc_ids[0] - 1))
             place = place - starts[np.searchsorted(starts, place, side="right") - 1]
         return row._replace(labels=np.where(place < self.length - 1, IGNORE, row.labels.astype(np.int64)))
-
-
-def documents(stream: Stream, start: int, count: int) -> np.ndarray:
-    """Document number of each token of a window."""
-    return np.searchsorted(stream.starts, np.arange(start, start + count), side="right")
 
 
 class Loader:

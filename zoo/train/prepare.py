@@ -12,18 +12,18 @@ from torch import nn
 
 from zoo.errors import ConfigError, Problem
 from zoo.sections import SHAPES, DataSection, DiffusionSection, TrainSection, VisionSection
-from zoo.train.corpus import Corpus, Stream, read_corpus
 from zoo.train.distill import Distillation, LayerDistillation
-from zoo.train.evaluate import bits_per_byte, evaluate_text, score, some_heldout
+from zoo.train.evaluate import bits_per_byte, evaluate_text, score
 from zoo.train.images import read_images
 from zoo.train.loader import HeldoutRows, PrefixRows, Rows, TaskRows, TrainRows, batch
 from zoo.train.noise import NoisyRows, search_clip
 from zoo.train.progress import Reporter
 from zoo.train.synthetic import IGNORE, make_task
+from zoo.train.texts import Text, open_text
 from zoo.train.tokenizer import Tokenizer, load_tokenizer
 
 SAMPLE_TOKENS = 400
-PROMPT_BYTES = 120
+PROMPT_BYTES, PROMPT_SEARCH = 120, 1 << 20
 TASK_ROWS = 256
 
 
@@ -60,9 +60,8 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         have = f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids"
         have += " and the mask needs one" if diffusion else ""
         raise ConfigError([Problem(f"{have}, vocab_size is {document['vocab_size']}", "vocab_size")])
-    corpus = read_corpus(data)
-    stream = Stream.of(corpus.train, tokenizer)
-    rows = TrainRows(stream, section.seq_len, section.seed, data.doc_ids)
+    text = open_text(data, tokenizer)
+    rows = TrainRows(text.train, section.seq_len, section.seed, data.doc_ids)
     asked = _asked(document, section)
     training = noisy = None
     if diffusion:
@@ -70,18 +69,16 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         whole = replace(diffusion, clip=DiffusionSection.clip, curriculum=())
         noisy = partial(NoisyRows, diffusion=whole, seed=section.seed, group=section.batch_size, split=1)
         asked = partial(noisy, counted=True)
-    summary = corpus.summary()
+    summary = text.summary()
     # about eval_batches batches of held-out text, in whole bytes
     wanted = section.eval_batches * section.batch_size * section.seq_len
-    seen = some_heldout(corpus, max(1, round(wanted * int(summary["train_bytes"]) / len(stream.ids))))
-    seen_stream = Stream.of(seen, tokenizer)
-    seen_rows = HeldoutRows(seen_stream, section.seq_len, data.doc_ids)
+    seen = text.heldout(max(1, round(wanted * int(summary["train_bytes"]) / len(text.train))))
+    seen_rows = HeldoutRows(seen.stream, section.seq_len, data.doc_ids)
     size = section.batch_size // section.accumulation
 
     def glance(model: nn.Module) -> dict[str, float]:
         loss = score(model, asked(seen_rows), len(seen_rows), size)["loss"]
-        bits = bits_per_byte(loss, seen_stream, sum(len(d.text) for d in seen))
-        found = {"heldout_loss": loss, "heldout_bits_per_byte": bits}
+        found = {"heldout_loss": loss, "heldout_bits_per_byte": bits_per_byte(loss, seen)}
         if diffusion and training and noisy and diffusion.search_clip:
             training.clip = search_clip(model, noisy(seen_rows), len(seen_rows), size)
             found |= {"clip_low": training.clip[0], "clip_high": training.clip[1]}
@@ -91,8 +88,7 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         report.begin("evaluating", -(-data.heldout_bytes // section.seq_len))
         return evaluate_text(
             model,
-            corpus,
-            tokenizer,
+            text,
             seq_len=section.seq_len,
             batch_size=size,
             limit=data.heldout_bytes,
@@ -106,7 +102,7 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         summary,
         glance,
         judge,
-        lambda model: _continue(model, corpus, tokenizer),
+        lambda model: _continue(model, text),
         tokenizer,
         data.tokenizer == "bytes",
     )
@@ -132,8 +128,9 @@ def _diffusion(document: dict[str, Any], section: TrainSection) -> DiffusionSect
     return diffusion
 
 
-def _continue(model: nn.Module, corpus: Corpus, tokenizer: Tokenizer) -> str:
-    text = next((d.text for d in corpus.heldout if len(d.text) > 8 * PROMPT_BYTES), corpus.heldout[0].text)
+def _continue(model: nn.Module, source: Text) -> str:
+    tokenizer, documents = source.tokenizer, source.heldout(PROMPT_SEARCH).documents
+    text = next((d.text for d in documents if len(d.text) > 8 * PROMPT_BYTES), documents[0].text)
     prompt = tokenizer.encode([text[: text.find(b"\n", min(PROMPT_BYTES, len(text) - 1)) + 1 or PROMPT_BYTES]])[0]
     ids = torch.tensor([[tokenizer.end, *prompt.tolist()]])
     made = model.generate(ids, SAMPLE_TOKENS, 0.8, seed=0)[0].tolist()  # type: ignore[operator]

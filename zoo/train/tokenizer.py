@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,10 +17,11 @@ _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]"
 
 
 class Tokenizer(Protocol):
-    """`end` separates documents: it stands before each one and after the last."""
+    """`end` separates documents: it stands before each one and after the last. `sha256` tells tokenizers apart."""
 
     vocab_size: int
     end: int
+    sha256: str
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -30,6 +32,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     end = 256
+    sha256 = hashlib.sha256(b"bytes, 256 ends a document").hexdigest()
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each document, uint16."""
@@ -47,12 +50,14 @@ class FileTokenizer:
         from tokenizers import Tokenizer as Model
 
         try:
-            self.model = Model.from_str(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            self.model = Model.from_str(text)
         except OSError as error:
             raise DataError(f"tokenizer {path}: cannot be read: {error.strerror or error}") from None
         except Exception as error:  # the library raises bare Exception for what is no tokenizer
             raise DataError(f"tokenizer {path}: is not a `tokenizers` JSON file: {error}") from None
         self.path = path
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         known = self.model.get_vocab(with_added_tokens=True)
         size = max(known.values(), default=-1) + 1
         self.end = next((known[name] for name in _ENDS if name in known), size)

@@ -1,0 +1,105 @@
+"""Text to train on and to be judged on: documents in memory, or tokens that were prepared on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from zoo.sections import DataSection
+from zoo.train.corpus import Corpus, Document, Stream, Tokens, read_corpus, some_documents
+from zoo.train.tokenizer import ByteTokenizer, Tokenizer
+from zoo.train.tokens import MappedStream, Prepared, is_prepared
+
+_COUNTED_BYTES = 1 << 24  # of prepared text about so much is read for the n-grams that a model is compared with
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out text: its tokens, how many bytes they stand for, and its documents."""
+
+    stream: Tokens
+    size: int
+    documents: Sequence[Document]
+
+
+class Text(Protocol):
+    """`train`: the tokens to train on. `heldout(limit)`: about the first `limit` bytes of the held-out documents."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def train(self) -> Tokens: ...
+    def summary(self) -> dict[str, Any]: ...
+    def heldout(self, limit: int) -> Heldout: ...
+    def train_documents(self) -> Sequence[Document]: ...
+
+
+class MemoryText:
+    """Documents that were read into memory."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
+        self.corpus, self.tokenizer = corpus, tokenizer
+        self.train = Stream.of(corpus.train, tokenizer)
+
+    def summary(self) -> dict[str, Any]:
+        return self.corpus.summary()
+
+    def heldout(self, limit: int) -> Heldout:
+        """Cut where a character begins."""
+        documents = some_documents(self.corpus.heldout, limit)
+        return Heldout(Stream.of(documents, self.tokenizer), sum(len(d.text) for d in documents), documents)
+
+    def train_documents(self) -> Sequence[Document]:
+        return self.corpus.train
+
+
+class PreparedText:
+    """Prepared tokens. Text is what the tokens decode to; the bytes of whole documents are those of their sources."""
+
+    def __init__(self, prepared: Prepared, tokenizer: Tokenizer, name: str):
+        prepared.check_tokenizer(tokenizer, name)
+        self.prepared, self.tokenizer = prepared, tokenizer
+        self.train, self.rest = prepared.split("train"), prepared.split("heldout")
+
+    def summary(self) -> dict[str, Any]:
+        return self.prepared.summary()
+
+    def heldout(self, limit: int) -> Heldout:
+        """Whole documents up to the one that passes the limit, which is cut to as many tokens as its share of bytes;
+        what was cut is counted as what it decodes to."""
+        starts, sizes, stop = self.rest.prefix(limit)
+        over = sum(sizes) - limit
+        if over > 0:
+            share = (sizes[-1] - over) / sizes[-1]
+            stop = starts[-1] + 1 + max(1, round(share * (stop - starts[-1] - 1)))
+        documents = self._documents(self.rest, starts, stop)
+        if over > 0:
+            sizes[-1] = len(documents[-1].text)
+        ids = np.append(self.rest.window(0, stop), np.array([self.tokenizer.end], self.rest.dtype))
+        return Heldout(Stream(ids, np.asarray(starts, np.int64)), sum(sizes), documents)
+
+    def train_documents(self) -> Sequence[Document]:
+        """The first of them only."""
+        starts, _, stop = self.train.prefix(_COUNTED_BYTES)
+        return self._documents(self.train, starts, min(stop, starts[-1] + _COUNTED_BYTES))
+
+    def _documents(self, stream: MappedStream, starts: Sequence[int], stop: int) -> list[Document]:
+        ends = [*starts[1:], stop]
+        return [Document(f"token {a}", self._text(stream.window(a, b))) for a, b in zip(starts, ends, strict=True)]
+
+    def _text(self, ids: np.ndarray) -> bytes:
+        ids = ids[ids != self.tokenizer.end]
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return ids.astype(np.uint8).tobytes()
+        return self.tokenizer.decode(ids.tolist()).encode("utf-8", "replace")
+
+
+def open_text(data: DataSection, tokenizer: Tokenizer) -> Text:
+    """What `data.source` names. DataError says what cannot be used."""
+    if is_prepared(data.source):
+        return PreparedText(Prepared(Path(data.source).expanduser()), tokenizer, data.tokenizer)
+    return MemoryText(read_corpus(data), tokenizer)
