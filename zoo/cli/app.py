@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from zoo.cli import bench, build, data, doctor, generate, launch, listing, phases, profile, show, train, verify
+from zoo.cli import bench, build, data, doctor, eval, generate, launch, listing, phases, profile, show, train, verify
 from zoo.errors import ConfigError, DataError, Problem, ZooError
 
 MOST_PROBLEMS = 20
@@ -111,6 +111,7 @@ app.command("train")(train.command)
 app.command("launch")(launch.command)
 app.add_typer(data.app, name="data")
 app.command("generate")(generate.command)
+app.command("eval")(eval.command)
 app.command("phases")(phases.command)
 app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)
