@@ -260,15 +260,35 @@ class DiffusionSection(_Section):
 
 
 @dataclass(frozen=True)
+class MixSection(_Section):
+    """One source of `data.mix`. Rows come from it in proportion to `weight`."""
+
+    where: typing.ClassVar[str] = "data.mix"
+
+    source: str = ""
+    weight: PositiveFloat = 1.0
+    text_key: str | None = None  # in place of data.text_key
+
+    def complaints(self) -> list[tuple[str, str]]:
+        if self.source in ("", SHAPES, *SYNTHETIC):
+            return [("source", f"must name text: files or prepared tokens, got {self.source!r}")]
+        return []
+
+
+@dataclass(frozen=True)
 class DataSection(_Section):
     """What a model is trained on. `source`: `python-stdlib` (the sources of this machine's Python), a text, JSONL
     or parquet file, a folder of them, a folder that `zoo data prepare` wrote (any size, read by memory map), or a
     synthetic task (`mqar`, `selective_copy`, `induction`, `needle`). For a vision model: `shapes` (drawn ones), or a
-    folder of images with a subfolder for each class."""
+    folder of images with a subfolder for each class.
+
+    `mix`: several sources of text in place of one, as [{source: a, weight: 0.7}, {source: b, weight: 0.3}]; rows come
+    from them in just these proportions, and each is judged by its own held-out text."""
 
     where: typing.ClassVar[str] = "data"
 
     source: str = STDLIB
+    mix: tuple[dict[str, Any], ...] = ()
     tokenizer: str = "bytes"  # or the path of a `tokenizers` JSON file
     text_key: str = "text"  # field of a JSONL record or parquet row that holds the text
     heldout: Share = 0.05  # share of the bytes, chosen by whole documents
@@ -281,6 +301,23 @@ class DataSection(_Section):
     def synthetic(self) -> bool:
         """Whether the data are generated."""
         return self.source in SYNTHETIC
+
+    def sources(self) -> list[tuple[float, DataSection]]:
+        """Weight and section of each source of the mixture."""
+        found = [MixSection.from_mapping(m) for m in self.mix]
+        return [
+            (m.weight, dataclasses.replace(self, source=m.source, text_key=m.text_key or self.text_key, mix=()))
+            for m in found
+        ]
+
+    def complaints(self) -> list[tuple[str, str]]:
+        found = [("source", "goes with one source: give data.mix or it")] if self.mix and self.source != STDLIB else []
+        for i, given in enumerate(self.mix):
+            try:
+                MixSection.from_mapping(given)
+            except ConfigError as error:
+                found += [(p.where.replace("data.mix", f"mix[{i}]"), p.message) for p in error.problems]
+        return found
 
 
 @dataclass(frozen=True)

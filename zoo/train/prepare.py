@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,10 +16,11 @@ from zoo.train.distill import Distillation, LayerDistillation
 from zoo.train.evaluate import bits_per_byte, evaluate_text, score
 from zoo.train.images import read_images
 from zoo.train.loader import HeldoutRows, PrefixRows, Rows, TaskRows, TrainRows, batch
+from zoo.train.mixture import MixedRows
 from zoo.train.noise import NoisyRows, search_clip
 from zoo.train.progress import Reporter
 from zoo.train.synthetic import IGNORE, make_task
-from zoo.train.texts import Text, open_text
+from zoo.train.texts import Heldout, Source, Text, open_sources, over_sources
 from zoo.train.tokenizer import Tokenizer, load_tokenizer
 
 SAMPLE_TOKENS = 400
@@ -60,49 +61,60 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         have = f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids"
         have += " and the mask needs one" if diffusion else ""
         raise ConfigError([Problem(f"{have}, vocab_size is {document['vocab_size']}", "vocab_size")])
-    text = open_text(data, tokenizer)
-    rows = TrainRows(text.train, section.seq_len, section.seed, data.doc_ids)
+    sources = open_sources(data, tokenizer)
+    rows: Rows = _rows(sources, data, section)
     asked = _asked(document, section)
     training = noisy = None
     if diffusion:
+        if data.mix and diffusion.search_clip:
+            raise ConfigError([Problem("goes with one source of text, not with data.mix", "diffusion.search_clip")])
         training = NoisyRows(rows, diffusion, section.seed, section.batch_size, section.steps)
         whole = replace(diffusion, clip=DiffusionSection.clip, curriculum=())
         noisy = partial(NoisyRows, diffusion=whole, seed=section.seed, group=section.batch_size, split=1)
         asked = partial(noisy, counted=True)
-    summary = text.summary()
-    # about eval_batches batches of held-out text, in whole bytes
-    wanted = section.eval_batches * section.batch_size * section.seq_len
-    seen = text.heldout(max(1, round(wanted * int(summary["train_bytes"]) / len(text.train))))
-    seen_rows = HeldoutRows(seen.stream, section.seq_len, data.doc_ids)
+    summaries = [s.text.summary() for s in sources]
+    seen = [_seen(source, summary, section) for source, summary in zip(sources, summaries, strict=True)]
+    seen_rows = [HeldoutRows(s.stream, section.seq_len, data.doc_ids) for s in seen]
     size = section.batch_size // section.accumulation
 
     def glance(model: nn.Module) -> dict[str, float]:
-        loss = score(model, asked(seen_rows), len(seen_rows), size)["loss"]
-        found = {"heldout_loss": loss, "heldout_bits_per_byte": bits_per_byte(loss, seen)}
+        each = []
+        for heldout, rows in zip(seen, seen_rows, strict=True):
+            loss = score(model, asked(rows), len(rows), size)["loss"]
+            each.append({"loss": loss, "bits_per_byte": bits_per_byte(loss, heldout)})
+        whole = over_sources(sources, each, "{figure}_{source}")
+        found = {f"heldout_{name}": value for name, value in whole.items()}
         if diffusion and training and noisy and diffusion.search_clip:
-            training.clip = search_clip(model, noisy(seen_rows), len(seen_rows), size)
+            training.clip = search_clip(model, noisy(seen_rows[0]), len(seen_rows[0]), size)
             found |= {"clip_low": training.clip[0], "clip_high": training.clip[1]}
         return found
 
     def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
-        report.begin("evaluating", -(-data.heldout_bytes // section.seq_len))
-        return evaluate_text(
-            model,
-            text,
-            seq_len=section.seq_len,
-            batch_size=size,
-            limit=data.heldout_bytes,
-            doc_ids=data.doc_ids,
-            asked=asked,
-            advance=lambda done, total: report.advance(done, total=total),
-        )
+        each = []
+        for source in sources:
+            report.begin("evaluating" + f" {source.name}" * bool(data.mix), -(-data.heldout_bytes // section.seq_len))
+            figures = evaluate_text(
+                model,
+                source.text,
+                seq_len=section.seq_len,
+                batch_size=size,
+                limit=data.heldout_bytes,
+                doc_ids=data.doc_ids,
+                asked=asked,
+                advance=lambda done, total: report.advance(done, total=total),
+            )
+            each.append(figures)
+        return over_sources(sources, each, "{source}_{figure}")
 
+    most = max(sources, key=lambda s: s.share)
     return Data(
         training or asked(rows),
-        summary,
+        {s.name: {"share": s.share} | found for s, found in zip(sources, summaries, strict=True)}
+        if data.mix
+        else summaries[0],
         glance,
         judge,
-        lambda model: _continue(model, text),
+        lambda model: _continue(model, most.text),
         tokenizer,
         data.tokenizer == "bytes",
     )
@@ -116,6 +128,17 @@ def _asked(document: dict[str, Any], section: TrainSection) -> Callable[[Rows], 
     if section.seq_len <= prefix:
         raise ConfigError([Problem(f"must be more than prefix: {prefix}, got {section.seq_len}", "train.seq_len")])
     return partial(PrefixRows, length=prefix)
+
+
+def _rows(sources: Sequence[Source], data: DataSection, section: TrainSection) -> Rows:
+    rows = [TrainRows(s.text.train, section.seq_len, section.seed, data.doc_ids) for s in sources]
+    return MixedRows(rows, [w for w, _ in data.sources()], section.seed) if data.mix else rows[0]
+
+
+def _seen(source: Source, summary: dict[str, Any], section: TrainSection) -> Heldout:
+    """About eval_batches batches of held-out text, in whole bytes."""
+    wanted = section.eval_batches * section.batch_size * section.seq_len * source.share
+    return source.text.heldout(max(1, round(wanted * summary["train_bytes"] / len(source.text.train))))
 
 
 def _diffusion(document: dict[str, Any], section: TrainSection) -> DiffusionSection | None:

@@ -97,7 +97,8 @@ def evaluate_run(
             found = _needle(trained, lengths, samples, report)
         else:
             found = _synthetic(trained, task, lengths, samples, report)
-        document = {"task": task, "run": str(trained.folder), "source": trained.data.source} | found
+        source = ", ".join(m["source"] for m in trained.data.mix) or trained.data.source
+        document = {"task": task, "run": str(trained.folder), "source": source} | found
         document["evaluated"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_text(trained.folder / "evaluation" / f"{task}.json", json.dumps(document, indent=2) + "\n")
         made.append(document)

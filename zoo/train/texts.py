@@ -103,3 +103,42 @@ def open_text(data: DataSection, tokenizer: Tokenizer) -> Text:
     if is_prepared(data.source):
         return PreparedText(Prepared(Path(data.source).expanduser()), tokenizer, data.tokenizer)
     return MemoryText(read_corpus(data), tokenizer)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the texts of a run; `share` is its part of the rows."""
+
+    name: str
+    share: float
+    text: Text
+
+
+def open_sources(data: DataSection, tokenizer: Tokenizer) -> list[Source]:
+    """The text of `data.source`, or the texts of `data.mix`, named after their files."""
+    if not data.mix:
+        return [Source(Path(data.source).stem, 1.0, open_text(data, tokenizer))]
+    found: dict[str, Source] = {}
+    total = sum(weight for weight, _ in data.sources())
+    for weight, section in data.sources():
+        stem = name = Path(section.source).stem
+        while name in found:
+            name = f"{stem}-{len(found) + 1}"
+        found[name] = Source(name, weight / total, open_text(section, tokenizer))
+    return list(found.values())
+
+
+def over_sources(sources: Sequence[Source], figures: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Figures of each source and of the mixture, which has the mean in proportion to the shares, and sums of counts.
+    `name`: how the figure of a source is named, of {source} and {figure}."""
+    if len(sources) == 1:
+        return figures[0]
+    whole: dict[str, Any] = {}
+    for key, value in figures[0].items():
+        if isinstance(value, int):
+            whole[key] = sum(f[key] for f in figures)
+        else:
+            whole[key] = sum(s.share * f[key] for s, f in zip(sources, figures, strict=True))
+    for source, found in zip(sources, figures, strict=True):
+        whole |= {name.format(source=source.name, figure=key): value for key, value in found.items()}
+    return whole
