@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from zoo.errors import ConfigError, Problem, did_you_mean
 from zoo.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, check_type
 
-SYNTHETIC = ("mqar", "selective_copy", "induction", "needle")
+SYNTHETIC = ("mqar", "selective_copy", "induction", "needle", "state_tracking")
 STDLIB = "python-stdlib"
 SHAPES = "shapes"
 
@@ -279,8 +279,8 @@ class MixSection(_Section):
 class DataSection(_Section):
     """What a model is trained on. `source`: `python-stdlib` (the sources of this machine's Python), a text, JSONL
     or parquet file, a folder of them, a folder that `zoo data prepare` wrote (any size, read by memory map), or a
-    synthetic task (`mqar`, `selective_copy`, `induction`, `needle`). For a vision model: `shapes` (drawn ones), or a
-    folder of images with a subfolder for each class.
+    synthetic task (`mqar`, `selective_copy`, `induction`, `needle`, `state_tracking`). For a vision model: `shapes`
+    (drawn ones), or a folder of images with a subfolder for each class.
 
     `mix`: several sources of text in place of one, as [{source: a, weight: 0.7}, {source: b, weight: 0.3}]; rows come
     from them in just these proportions, and each is judged by its own held-out text."""
@@ -296,6 +296,7 @@ class DataSection(_Section):
     doc_ids: bool = False  # rows pack documents that do not see each other
     num_pairs: PositiveInt = 8  # mqar, needle: key-value pairs to remember
     num_copied: PositiveInt = 16  # selective_copy: tokens to remember
+    num_items: Annotated[int, Range(ge=2, le=6)] = 5  # state_tracking: so many items change places; 2: parity
 
     @property
     def synthetic(self) -> bool:

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -95,7 +97,7 @@ def test_too_little_text():
 
 @pytest.mark.parametrize("source", SYNTHETIC)
 def test_tasks_are_reproducible_and_splits_differ(source):
-    sample = make_task(DataSection(source=source, num_pairs=3, num_copied=3), 24, 16)
+    sample = make_task(DataSection(source=source, num_pairs=3, num_copied=3, num_items=3), 24, 16)
     a, b = batch(TaskRows(sample, 0), 10, 8), batch(TaskRows(sample, 0), 10, 8)
     assert torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels)
     for other in (TaskRows(sample, 0, split=1), TaskRows(sample, 1)):
@@ -142,6 +144,22 @@ def test_needle_answers_are_what_stands_behind_the_keys():
     assert places == set(range(8))  # needles are two tokens wide and lie anywhere before the questions
 
 
+def test_state_tracking_answers_where_every_item_is():
+    """The items are moved by hand, in the order in which itertools numbers the permutations."""
+    for items in (2, 3, 5):
+        numbered = list(itertools.permutations(range(items)))
+        sample = make_task(DataSection(source="state_tracking", num_items=items), 30, 120)
+        for index in range(5):
+            inputs, labels, *_ = TaskRows(sample, 0).row(index)
+            places = list(range(items))
+            for token, answer in zip(inputs.tolist(), labels.tolist(), strict=True):
+                places = [numbered[token][p] for p in places]
+                assert tuple(places) == numbered[answer]
+    parity = make_task(DataSection(source="state_tracking", num_items=2), 30, 2)
+    inputs, labels, *_ = TaskRows(parity, 0).row(0)
+    assert labels.tolist() == (inputs.cumsum() % 2).tolist()
+
+
 @pytest.mark.parametrize(
     ("data", "seq_len", "vocab", "words"),
     [
@@ -150,6 +168,7 @@ def test_needle_answers_are_what_stands_behind_the_keys():
         ({"source": "selective_copy", "num_copied": 8}, 15, 64, "train.seq_len: must be at least 16"),
         ({"source": "needle", "num_pairs": 8}, 23, 64, "train.seq_len: must be at least 24"),
         ({"source": "needle", "num_pairs": 8}, 64, 23, "vocab_size: must be at least 24"),
+        ({"source": "state_tracking"}, 64, 119, "vocab_size: must be at least 120"),
         ({"source": "induction"}, 2, 64, "train.seq_len: must be at least 3"),
     ],
 )

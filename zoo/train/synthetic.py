@@ -5,11 +5,16 @@ mqar: pairs `k1 v1 .. kn vn`, then each key again at a random later place: answe
 selective_copy: n tokens among blanks, then n markers: answer the tokens in order (arXiv:2312.00752).
 needle: pairs `key value` at random places among filler tokens, at the end the keys again: answer their values.
 induction: a trigger, the token after it, ..., the trigger again: answer that token (arXiv:2312.00752).
+state_tracking: permutations of n items, at each place answer the product of all so far (arXiv:2404.08819): parity
+for n = 2; from n = 5 on attention and diagonal recurrences of fixed depth are believed not to solve it at all lengths.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -24,7 +29,13 @@ _DISTANCE_POWER = 0.01  # keys come back after power-law distributed distances, 
 
 def make_task(data: DataSection, seq_len: int, vocab_size: int) -> Sample:
     """The sampler of `data.source`. ConfigError where rows or vocabulary are too small for the task."""
-    task = {"mqar": _mqar, "selective_copy": _selective_copy, "induction": _induction, "needle": _needle}[data.source]
+    task = {
+        "mqar": _mqar,
+        "selective_copy": _selective_copy,
+        "induction": _induction,
+        "needle": _needle,
+        "state_tracking": _state_tracking,
+    }[data.source]
     return task(data, seq_len, vocab_size)
 
 
@@ -101,3 +112,26 @@ def _needle(data: DataSection, seq_len: int, vocab_size: int) -> Sample:
         return inputs, labels
 
     return sample
+
+
+def _state_tracking(data: DataSection, seq_len: int, vocab_size: int) -> Sample:
+    items = data.num_items
+    _need(vocab_size, math.factorial(items), "vocab_size", f"for state_tracking with num_items {items}")
+    table = _products(items)
+
+    def sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        inputs = rng.integers(0, len(table), seq_len)
+        labels = list(itertools.accumulate(inputs.tolist(), lambda state, token: int(table[token, state])))
+        return inputs, np.asarray(labels)
+
+    return sample
+
+
+@lru_cache
+def _products(items: int) -> np.ndarray:
+    """[n!, n!]: number of the permutation that does b and then a; the first one, 0, changes nothing."""
+    permutations = np.array(list(itertools.permutations(range(items))))
+    code = items ** np.arange(items)  # a permutation as one number
+    order = np.argsort(permutations @ code)
+    products = permutations[:, permutations] @ code  # [a, b, i]: a(b(i))
+    return order[np.searchsorted((permutations @ code)[order], products)]
