@@ -18,6 +18,7 @@ from zoo.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 SYNTHETIC = ("mqar", "selective_copy", "induction", "needle", "state_tracking")
 STDLIB = "python-stdlib"
 SHAPES = "shapes"
+HUB = "hf:"
 
 ZeroToOne = Annotated[float, Range(ge=0, le=1)]
 Beta = Annotated[float, Range(ge=0, lt=1)]
@@ -270,7 +271,7 @@ class MixSection(_Section):
     text_key: str | None = None  # in place of data.text_key
 
     def complaints(self) -> list[tuple[str, str]]:
-        if self.source in ("", SHAPES, *SYNTHETIC):
+        if self.source in ("", SHAPES, *SYNTHETIC) or self.source.startswith(HUB):
             return [("source", f"must name text: files or prepared tokens, got {self.source!r}")]
         return []
 
@@ -278,9 +279,10 @@ class MixSection(_Section):
 @dataclass(frozen=True)
 class DataSection(_Section):
     """What a model is trained on. `source`: `python-stdlib` (the sources of this machine's Python), a text, JSONL
-    or parquet file, a folder of them, a folder that `zoo data prepare` wrote (any size, read by memory map), or a
-    synthetic task (`mqar`, `selective_copy`, `induction`, `needle`, `state_tracking`). For a vision model: `shapes`
-    (drawn ones), or a folder of images with a subfolder for each class.
+    or parquet file, a folder of them, a folder that `zoo data prepare` wrote (any size, read by memory map), a dataset
+    of Hugging Face (`hf:NAME`, `hf:NAME:CONFIG`, streamed in its own order), or a synthetic task (`mqar`,
+    `selective_copy`, `induction`, `needle`, `state_tracking`). For a vision model: `shapes` (drawn ones), or a folder
+    of images with a subfolder for each class.
 
     `mix`: several sources of text in place of one, as [{source: a, weight: 0.7}, {source: b, weight: 0.3}]; rows come
     from them in just these proportions, and each is judged by its own held-out text."""
@@ -291,7 +293,7 @@ class DataSection(_Section):
     mix: tuple[dict[str, Any], ...] = ()
     tokenizer: str = "bytes"  # or the path of a `tokenizers` JSON file
     text_key: str = "text"  # field of a JSONL record or parquet row that holds the text
-    heldout: Share = 0.05  # share of the bytes, chosen by whole documents
+    heldout: Share = 0.05  # share of the bytes, chosen by whole documents; prepared tokens have theirs already
     heldout_bytes: PositiveInt = 131072  # at most so many of them are read by the final evaluation
     doc_ids: bool = False  # rows pack documents that do not see each other
     num_pairs: PositiveInt = 8  # mqar, needle: key-value pairs to remember

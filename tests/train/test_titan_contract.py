@@ -26,7 +26,7 @@ def test_only_the_adapter_knows_torchtitan():
     knows = re.compile(r"^\s*(?:from|import)\s+torchtitan\b", re.M)
     files = [f for folder in (root, root.parent / "blocks", root.parent / "kernels") for f in folder.rglob("*.py")]
     known = {f.name for f in files if knows.search(f.read_text(encoding="utf-8"))}
-    assert known == {"titan.py", "titan_optim.py"}
+    assert known == {"titan.py", "titan_data.py", "titan_optim.py"}
 
 
 def test_configurations_have_the_fields_that_are_set():
@@ -90,3 +90,18 @@ def test_device_is_bound():
     from torchtitan.tools import utils
 
     assert utils.device_type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_the_loader_of_hugging_face_datasets_has_the_parts_that_are_used():
+    from zoo.train import titan_data
+
+    assert fields(titan_data.DatasetConfig) == {"path", "loader", "sample_processor"}
+    dataset = titan_data.HuggingFaceTextDataset
+    given = ["dataset_name", "dataset_path", "tokenizer", "seq_len", "dp_rank", "dp_world_size", "infinite"]
+    assert parameters(dataset.__init__)[1:] == given and callable(dataset._get_data_iter)
+    assert parameters(titan_data.ParallelAwareDataloader.__init__)[1:] == [
+        "dataset",
+        "dp_rank",
+        "dp_world_size",
+        "kwargs",
+    ]

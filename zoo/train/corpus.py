@@ -256,3 +256,17 @@ class Stream:
     def documents(self, start: int, stop: int) -> np.ndarray:
         """Number of the document of each of these tokens, counted from 1."""
         return np.searchsorted(self.starts, np.arange(start, stop), side="right")
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out text: its tokens, how many bytes they stand for, and its documents."""
+
+    stream: Tokens
+    size: int
+    documents: Sequence[Document]
+
+    @classmethod
+    def of(cls, documents: Sequence[Document], tokenizer: Tokenizer) -> Heldout:
+        """Documents, tokenized."""
+        return cls(Stream.of(documents, tokenizer), sum(len(d.text) for d in documents), documents)

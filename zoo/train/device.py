@@ -89,7 +89,7 @@ def quiet() -> Iterator[None]:
     own.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"torch\.(distributed|optim)\.|torchtitan\.")
+            warnings.filterwarnings("ignore", module=r"torch\.(distributed|optim)\.|torchtitan\.|torchdata\.")
             yield
     finally:
         root.removeFilter(keep)

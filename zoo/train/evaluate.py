@@ -12,10 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from zoo.architectures.model import evaluating
-from zoo.train.corpus import Document, Stream
+from zoo.train.corpus import Document, Heldout, Stream
 from zoo.train.loader import HeldoutRows, Rows, batch
 from zoo.train.synthetic import IGNORE
-from zoo.train.texts import Heldout, Text
+from zoo.train.texts import Text
 from zoo.train.tokenizer import ByteTokenizer
 
 Advance = Callable[[int, int], None]  # (batches done, batches in all)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.sections import ParallelSection, TrainSection
+from zoo.train.hub import HubRows
 from zoo.train.loader import Rows
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
@@ -29,7 +30,7 @@ class Job:
 
     build: Callable[[str], nn.Module]
     train: TrainSection
-    rows: Rows
+    rows: Rows | HubRows
     parallel: ParallelSection = field(default_factory=ParallelSection)
     folder: Path | None = None
     resume_from: int | None = None

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from zoo.errors import ConfigError, Problem
 from zoo.sections import SHAPES, DataSection, DiffusionSection, TrainSection, VisionSection
+from zoo.train.corpus import Heldout
 from zoo.train.distill import Distillation, LayerDistillation
 from zoo.train.evaluate import bits_per_byte, evaluate_text, score
+from zoo.train.hub import HubRows
 from zoo.train.images import read_images
-from zoo.train.loader import HeldoutRows, PrefixRows, Rows, TaskRows, TrainRows, batch
+from zoo.train.loader import HeldoutRows, PrefixRows, Rows, TaskRows, batch
 from zoo.train.mixture import MixedRows
 from zoo.train.noise import NoisyRows, search_clip
 from zoo.train.progress import Reporter
 from zoo.train.synthetic import IGNORE, make_task
-from zoo.train.texts import Heldout, Source, Text, open_sources, over_sources
+from zoo.train.texts import Source, Text, open_sources, over_sources
 from zoo.train.tokenizer import Tokenizer, load_tokenizer
 
 SAMPLE_TOKENS = 400
@@ -32,7 +34,7 @@ TASK_ROWS = 256
 class Data:
     """Rows to train on, and how to judge a model on what it has not seen."""
 
-    rows: Rows
+    rows: Rows | HubRows
     summary: dict[str, Any]
     glance: Callable[[nn.Module], dict[str, float]]
     judge: Callable[[nn.Module, Reporter], dict[str, float | int]]
@@ -62,10 +64,14 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         have += " and the mask needs one" if diffusion else ""
         raise ConfigError([Problem(f"{have}, vocab_size is {document['vocab_size']}", "vocab_size")])
     sources = open_sources(data, tokenizer)
-    rows: Rows = _rows(sources, data, section)
+    rows = _rows(sources, data, section)
     asked = _asked(document, section)
     training = noisy = None
-    if diffusion:
+    if isinstance(rows, HubRows):
+        if diffusion or document.get("prefix") is not None:
+            what = "block diffusion" if diffusion else "a prefix"
+            raise ConfigError([Problem(f"a streamed dataset has no rows for {what}: prepare its files", "data.source")])
+    elif diffusion:
         if data.mix and diffusion.search_clip:
             raise ConfigError([Problem("goes with one source of text, not with data.mix", "diffusion.search_clip")])
         training = NoisyRows(rows, diffusion, section.seed, section.batch_size, section.steps)
@@ -73,7 +79,7 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         noisy = partial(NoisyRows, diffusion=whole, seed=section.seed, group=section.batch_size, split=1)
         asked = partial(noisy, counted=True)
     summaries = [s.text.summary() for s in sources]
-    seen = [_seen(source, summary, section) for source, summary in zip(sources, summaries, strict=True)]
+    seen = [_seen(source, section) for source in sources]
     seen_rows = [HeldoutRows(s.stream, section.seq_len, data.doc_ids) for s in seen]
     size = section.batch_size // section.accumulation
 
@@ -108,7 +114,7 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
 
     most = max(sources, key=lambda s: s.share)
     return Data(
-        training or asked(rows),
+        training or (rows if isinstance(rows, HubRows) else asked(rows)),
         {s.name: {"share": s.share} | found for s, found in zip(sources, summaries, strict=True)}
         if data.mix
         else summaries[0],
@@ -130,15 +136,17 @@ def _asked(document: dict[str, Any], section: TrainSection) -> Callable[[Rows], 
     return partial(PrefixRows, length=prefix)
 
 
-def _rows(sources: Sequence[Source], data: DataSection, section: TrainSection) -> Rows:
-    rows = [TrainRows(s.text.train, section.seq_len, section.seed, data.doc_ids) for s in sources]
-    return MixedRows(rows, [w for w, _ in data.sources()], section.seed) if data.mix else rows[0]
+def _rows(sources: Sequence[Source], data: DataSection, section: TrainSection) -> Rows | HubRows:
+    rows = [s.text.rows(section.seq_len, section.seed, data.doc_ids) for s in sources]
+    if not data.mix:
+        return rows[0]
+    return MixedRows(cast(list[Rows], rows), [w for w, _ in data.sources()], section.seed)
 
 
-def _seen(source: Source, summary: dict[str, Any], section: TrainSection) -> Heldout:
+def _seen(source: Source, section: TrainSection) -> Heldout:
     """About eval_batches batches of held-out text, in whole bytes."""
     wanted = section.eval_batches * section.batch_size * section.seq_len * source.share
-    return source.text.heldout(max(1, round(wanted * summary["train_bytes"] / len(source.text.train))))
+    return source.text.heldout(max(1, round(wanted * source.text.bytes_per_token)))
 
 
 def _diffusion(document: dict[str, Any], section: TrainSection) -> DiffusionSection | None:

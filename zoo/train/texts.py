@@ -9,61 +9,76 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from zoo.sections import DataSection
-from zoo.train.corpus import Corpus, Document, Stream, Tokens, read_corpus, some_documents
+from zoo.sections import HUB, DataSection
+from zoo.train.corpus import Corpus, Document, Heldout, Stream, read_corpus, some_documents
+from zoo.train.hub import HubRows, HubText
+from zoo.train.loader import Rows, TrainRows
 from zoo.train.tokenizer import ByteTokenizer, Tokenizer
 from zoo.train.tokens import MappedStream, Prepared, is_prepared
 
 _COUNTED_BYTES = 1 << 24  # of prepared text about so much is read for the n-grams that a model is compared with
 
 
-@dataclass(frozen=True)
-class Heldout:
-    """Held-out text: its tokens, how many bytes they stand for, and its documents."""
-
-    stream: Tokens
-    size: int
-    documents: Sequence[Document]
-
-
 class Text(Protocol):
-    """`train`: the tokens to train on. `heldout(limit)`: about the first `limit` bytes of the held-out documents."""
+    """`rows`: what to train on. `heldout(limit)`: about the first `limit` bytes of the held-out documents."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property
-    def train(self) -> Tokens: ...
+    def bytes_per_token(self) -> float: ...
+    def rows(self, seq_len: int, seed: int, doc_ids: bool) -> Rows | HubRows: ...
     def summary(self) -> dict[str, Any]: ...
     def heldout(self, limit: int) -> Heldout: ...
     def train_documents(self) -> Sequence[Document]: ...
 
 
-class MemoryText:
+class _Addressed:
+    """Text whose tokens can be read anywhere."""
+
+    train: Stream | MappedStream
+    train_bytes: int
+
+    def rows(self, seq_len: int, seed: int, doc_ids: bool) -> Rows:
+        """Windows of the train documents."""
+        return TrainRows(self.train, seq_len, seed, doc_ids)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the train documents."""
+        return self.train_bytes / len(self.train)
+
+
+class MemoryText(_Addressed):
     """Documents that were read into memory."""
+
+    train: Stream
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
         self.corpus, self.tokenizer = corpus, tokenizer
         self.train = Stream.of(corpus.train, tokenizer)
+        self.train_bytes = sum(len(d.text) for d in corpus.train)
 
     def summary(self) -> dict[str, Any]:
         return self.corpus.summary()
 
     def heldout(self, limit: int) -> Heldout:
         """Cut where a character begins."""
-        documents = some_documents(self.corpus.heldout, limit)
-        return Heldout(Stream.of(documents, self.tokenizer), sum(len(d.text) for d in documents), documents)
+        return Heldout.of(some_documents(self.corpus.heldout, limit), self.tokenizer)
 
     def train_documents(self) -> Sequence[Document]:
         return self.corpus.train
 
 
-class PreparedText:
+class PreparedText(_Addressed):
     """Prepared tokens. Text is what the tokens decode to; the bytes of whole documents are those of their sources."""
+
+    train: MappedStream
 
     def __init__(self, prepared: Prepared, tokenizer: Tokenizer, name: str):
         prepared.check_tokenizer(tokenizer, name)
         self.prepared, self.tokenizer = prepared, tokenizer
         self.train, self.rest = prepared.split("train"), prepared.split("heldout")
+        self.train_bytes = sum(s.bytes for s in self.train.shards)
 
     def summary(self) -> dict[str, Any]:
         return self.prepared.summary()
@@ -100,6 +115,8 @@ class PreparedText:
 
 def open_text(data: DataSection, tokenizer: Tokenizer) -> Text:
     """What `data.source` names. DataError says what cannot be used."""
+    if data.source.startswith(HUB):
+        return HubText(data, tokenizer)
     if is_prepared(data.source):
         return PreparedText(Prepared(Path(data.source).expanduser()), tokenizer, data.tokenizer)
     return MemoryText(read_corpus(data), tokenizer)

@@ -33,6 +33,7 @@ from zoo.parallel.weights import full_state, whole
 from zoo.train.chunked_loss import chunks_for, loss_by_chunks
 from zoo.train.curriculum import Curriculum, check, scale_auxiliary_losses
 from zoo.train.device import Cpu, is_main, process_group, quiet, shared_folder, world_size
+from zoo.train.hub import HubRows
 from zoo.train.job import Job, Trained
 from zoo.train.loader import Loader
 from zoo.train.lowbit import to_float8
@@ -170,6 +171,7 @@ class _Data(BaseDataLoader):
         with_labels: bool  # also for the model
 
     def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **unused: Any):
+        assert not isinstance(config.job.rows, HubRows)
         self.loader = Loader(config.job.rows, local_batch_size, dp_rank, dp_world_size)
         self.with_labels = config.with_labels
 
@@ -183,6 +185,14 @@ class _Data(BaseDataLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
+
+
+def _loader(job: Job, with_labels: bool) -> BaseDataLoader.Config:
+    if not isinstance(job.rows, HubRows):
+        return _Data.Config(job=job, with_labels=with_labels)
+    from zoo.train.titan_data import HubLoader  # a second spent on `datasets`, which others need not
+
+    return HubLoader.Config(rows=job.rows, with_labels=with_labels)
 
 
 class _NoTokenizer(BaseTokenizer):
@@ -466,7 +476,7 @@ def _config(job: Job) -> _Trainer.Config:
         ),
         dump_folder=str(job.folder or ""),
         tokenizer=_NoTokenizer.Config(),
-        dataloader=_Data.Config(job=job, with_labels=job.objective is not None or chunks > 1),
+        dataloader=_loader(job, with_labels=job.objective is not None or chunks > 1),
         loss=(CrossEntropyLoss if _on_labels(job) and chunks == 1 else _Sum).Config(),
         optimizer=optimizers(groups(model, train)),
         lr_scheduler=lr_schedule(train),
