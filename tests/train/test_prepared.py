@@ -292,6 +292,11 @@ def test_sources_that_cannot_be_used(tmp_path, files, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_stream_is_no_source(tmp_path):
+    with pytest.raises(DataError, match="download its parquet files and name their folder"):
+        prepare_tokens("hf:some/name", tmp_path / "p")
+
+
 def test_out_must_be_ours(source, made, tmp_path):
     with pytest.raises(ConfigError, match="is not an empty folder"):
         prepare_tokens(str(source), source)

@@ -20,7 +20,7 @@ def command(
         typer.Option(
             "--tasks",
             metavar="A,B",
-            help="heldout, needle, mqar, ... [what the model was trained on; needle too for text]",
+            help="heldout, needle, mqar, ..., lm_eval:NAME [what the model was trained on; for text needle too]",
             show_default=False,
         ),
     ] = "",
@@ -28,13 +28,22 @@ def command(
         str,
         typer.Option("--lengths", metavar="N,M", help="Tokens of a row. [1/2, 1, 2, 4 x train.seq_len]"),
     ] = "",
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Rows of each length and depth.")] = 128,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples",
+            min=1,
+            help="Rows of each length and depth [128]; documents of lm_eval [all].",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where the model runs.")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Judge a trained model: held-out text, synthetic tasks, needles in long texts. Writes RUN/evaluation/TASK.json.
 
-    Accuracy on a synthetic task tells something of models that were trained on it, and of no others.
+    Accuracy on a synthetic task tells something of models that were trained on it, and of no others. lm_eval:NAME is a
+    task of lm-evaluation-harness (extra `eval`), with contexts of train.seq_len tokens.
     """
     numbers = _numbers(lengths)
     with output.stdout_kept_for_json(as_json):
@@ -66,7 +75,7 @@ def _numbers(text: str) -> list[int]:
 def _print(document: dict[str, Any]) -> None:
     task = document["task"]
     if "figures" in document:
-        print(f"{task}: {document['source']}")
+        print(f"{task}: {document['source']}" if task == "heldout" else task)
         figures = {k.replace("_", " "): v for k, v in document["figures"].items()}
         output.facts({k: f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for k, v in figures.items()})
     elif any("depth" in row for row in document["rows"]):

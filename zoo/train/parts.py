@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zoo.errors import DataError
+from zoo.sections import HUB
 from zoo.train.corpus import (
     JSON_LINES,
     PARQUET,
@@ -76,6 +77,8 @@ def plan(source: str, tokenizer_sha256: str, *, heldout: float, text_key: str, p
     the bytes, or else the tail of the longest. Of JSON lines and parquet rows those are held out whose name, which is
     where they stand, hashes into the first `heldout` of all hashes.
     """
+    if source.startswith(HUB):
+        raise DataError(f"{source}: is a stream; download its parquet files and name their folder")
     files = source_files(source)
     sizes = [_size(path) for _, path in files]
     binary = {i for i, (_, path) in enumerate(files) if _is_plain(path) and _is_binary(path)}

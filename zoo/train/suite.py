@@ -19,14 +19,16 @@ from zoo.train.distill import objective_of
 from zoo.train.evaluate import score
 from zoo.train.files import write_text
 from zoo.train.folder import tokenizer_of
+from zoo.train.harness import run_task
 from zoo.train.loader import TaskRows
 from zoo.train.passkey import DEPTHS, find_needles
 from zoo.train.prepare import prepare
 from zoo.train.progress import Reporter
 from zoo.train.synthetic import make_task
-from zoo.train.tokenizer import FileTokenizer
+from zoo.train.tokenizer import FileTokenizer, Tokenizer
 
-HELDOUT, NEEDLE = "heldout", "needle"
+HELDOUT, NEEDLE, HARNESS = "heldout", "needle", "lm_eval:"
+SAMPLES = 128
 _SPLIT = 3  # rows that neither training nor the evaluation of a run has met
 
 
@@ -70,20 +72,21 @@ def evaluate_run(
     tasks: Sequence[str] = (),
     *,
     lengths: Sequence[int] = (),
-    samples: int = 128,
+    samples: int | None = None,
     report: Reporter | None = None,
 ) -> list[dict[str, Any]]:
     """A document for each task, also written to evaluation/TASK.json in the folder of the model.
 
     heldout: what a run is judged by at its end. A synthetic task: accuracy at several `lengths`, over `samples` rows
-    each. needle, of a text model: keys found by length and depth. lengths: in place of 1/2, 1, 2 and 4 times
-    train.seq_len. ConfigError where a task does not fit the model.
+    each (128). needle, of a text model: keys found by length and depth. lm_eval:NAME: a task of lm-evaluation-harness,
+    on its first `samples` documents (all), with contexts of train.seq_len tokens. lengths: in place of 1/2, 1, 2 and 4
+    times train.seq_len. ConfigError where a task does not fit the model.
     """
     report = report or Reporter(False)
     tasks = list(tasks) or trained.default_tasks()
     known = (HELDOUT, NEEDLE, *SYNTHETIC)
     for task in tasks:
-        if task not in known:
+        if task not in known and not task.startswith(HARNESS):
             raise ConfigError(f"{task}: no such task{did_you_mean(task, known) or '; ' + one_of(known)}")
         if task != HELDOUT and "decode" not in trained.model.modes:
             raise ConfigError(f"{trained.folder} holds no language model: {task} cannot be asked of it")
@@ -93,14 +96,18 @@ def evaluate_run(
     for task in tasks:
         if task == HELDOUT:
             found = _heldout(trained, report)
+        elif task.startswith(HARNESS):
+            found = _harness(trained, task, samples, report)
         elif task == NEEDLE and trained.text:
-            found = _needle(trained, lengths, samples, report)
+            found = _needle(trained, lengths, samples or SAMPLES, report)
         else:
-            found = _synthetic(trained, task, lengths, samples, report)
+            found = _synthetic(trained, task, lengths, samples or SAMPLES, report)
         source = ", ".join(m["source"] for m in trained.data.mix) or trained.data.source
         document = {"task": task, "run": str(trained.folder), "source": source} | found
         document["evaluated"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_text(trained.folder / "evaluation" / f"{task}.json", json.dumps(document, indent=2) + "\n")
+        write_text(
+            trained.folder / "evaluation" / f"{task.replace(':', '-')}.json", json.dumps(document, indent=2) + "\n"
+        )
         made.append(document)
     return made
 
@@ -140,12 +147,32 @@ def _synthetic(trained: Trained, task: str, lengths: Sequence[int], samples: int
     return {"trained_on": trained.data.source == task, "samples": samples, "rows": rows}
 
 
-def _needle(trained: Trained, lengths: Sequence[int], samples: int, report: Reporter) -> dict[str, Any]:
+def _tokenizer(trained: Trained, task: str) -> Tokenizer:
+    """The tokenizer of a model that is to be asked in words."""
     if isinstance(trained.model, BlockDiffusionLM):
-        raise ConfigError(f"{trained.folder} is block diffusion: needle asks for one token after the other")
+        raise ConfigError(f"{trained.folder} is block diffusion: {task} asks for one token after the other")
     tokenizer = tokenizer_of(trained.folder)
     if trained.model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"{trained.folder} knows {trained.model.vocab_size} tokens, its tokenizer has more")
+    return tokenizer
+
+
+def _harness(trained: Trained, task: str, samples: int | None, report: Reporter) -> dict[str, Any]:
+    tokenizer = _tokenizer(trained, task)
+    report.begin(task)
+    figures = run_task(
+        task.removeprefix(HARNESS),
+        trained.model,
+        tokenizer,
+        max_length=trained.train.seq_len,
+        limit=samples,
+        advance=lambda done, total: report.advance(done, total=total),
+    )
+    return {"samples": samples, "figures": figures}
+
+
+def _needle(trained: Trained, lengths: Sequence[int], samples: int, report: Reporter) -> dict[str, Any]:
+    tokenizer = _tokenizer(trained, NEEDLE)
     report.begin(NEEDLE, len(lengths) * len(DEPTHS) * samples)
 
     def at(length: int, advance: Callable[[int], None]) -> list[dict[str, Any]]:

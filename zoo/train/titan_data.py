@@ -64,7 +64,7 @@ class HubLoader(ParallelAwareDataloader):
         if state and state["world_size"] != self.dp_world_size:
             raise ConfigError(
                 f"{self.rows.source} was read by {state['world_size']} data ranks: a streamed dataset goes on with as "
-                f"many, not with {self.dp_world_size}; prepared tokens (zoo data prepare) go on with any number"
+                f"many, not with {self.dp_world_size}; its files, prepared by zoo data prepare, with any number"
             )
         super().load_state_dict(state)
 
