@@ -65,7 +65,7 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
         raise ConfigError([Problem(f"{have}, vocab_size is {document['vocab_size']}", "vocab_size")])
     sources = open_sources(data, tokenizer)
     rows = _rows(sources, data, section)
-    asked = _asked(document, section)
+    asked = scored_rows(document, section)
     training = noisy = None
     if isinstance(rows, HubRows):
         if diffusion or document.get("prefix") is not None:
@@ -126,7 +126,7 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
     )
 
 
-def _asked(document: dict[str, Any], section: TrainSection) -> Callable[[Rows], Rows]:
+def scored_rows(document: dict[str, Any], section: TrainSection) -> Callable[[Rows], Rows]:
     """Which labels of rows are scored: all, or those that the prefix has not seen."""
     prefix = document.get("prefix")
     if prefix is None:
@@ -173,7 +173,7 @@ def _task(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
     if document.get("diffusion") is not None:
         raise ConfigError([Problem(f"block diffusion learns text, and {data.source} is a task", "data.source")])
     sample = make_task(data, section.seq_len, document["vocab_size"])
-    asked = _asked(document, section)
+    asked = scored_rows(document, section)
     rows, heldout, fresh = (asked(TaskRows(sample, section.seed, split)) for split in range(3))
     size = section.batch_size // section.accumulation
 

@@ -22,7 +22,7 @@ from zoo.train.folder import tokenizer_of
 from zoo.train.harness import run_task
 from zoo.train.loader import TaskRows
 from zoo.train.passkey import DEPTHS, find_needles
-from zoo.train.prepare import prepare
+from zoo.train.prepare import prepare, scored_rows
 from zoo.train.progress import Reporter
 from zoo.train.synthetic import make_task
 from zoo.train.tokenizer import FileTokenizer, Tokenizer
@@ -133,7 +133,8 @@ def _synthetic(trained: Trained, task: str, lengths: Sequence[int], samples: int
 
     def at(length: int, advance: Callable[[int], None]) -> list[dict[str, Any]]:
         sample = make_task(replace(trained.data, source=task), length, trained.model.vocab_size)
-        rows, done = TaskRows(sample, trained.train.seed, _SPLIT), 0
+        asked = scored_rows(trained.document, replace(trained.train, seq_len=length))
+        rows, done = asked(TaskRows(sample, trained.train.seed, _SPLIT)), 0
 
         def batch_done(now: int, total: int) -> None:
             nonlocal done
