@@ -175,6 +175,12 @@ class TrainSection(_Section):
     eval_batches: PositiveInt = 8
     checkpoint_every: NonNegativeInt = 100  # 0: only at the end
     keep_checkpoints: NonNegativeInt = 2  # 0: all
+    # a step whose loss or gradient is not finite, and one whose loss is more than spike_factor times the median of
+    # the 50 before it (0: never looked at): skip leaves weights and optimizer as they were
+    on_nan: Literal["stop", "skip"] = "stop"
+    spike_factor: NonNegativeFloat = 0.0
+    on_spike: Literal["stop", "skip"] = "skip"
+    max_skips: PositiveInt = 5  # in a row; one more stops the run
 
     def complaints(self) -> list[tuple[str, str]]:
         found = []
@@ -191,6 +197,8 @@ class TrainSection(_Section):
             found.append(("curriculum", "cannot enable in its first stage what was never left out"))
         if self.muon_lr is not None and self.optimizer != "muon":
             found.append(("muon_lr", f"goes with optimizer: muon, this is {self.optimizer}"))
+        if 0 < self.spike_factor <= 1:
+            found.append(("spike_factor", f"must be 0 (off) or more than 1, got {self.spike_factor}"))
         return found
 
 

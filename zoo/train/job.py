@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zoo.sections import ParallelSection, TrainSection
 from zoo.train.hub import HubRows
+from zoo.train.incidents import Incident
 from zoo.train.loader import Rows
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
@@ -25,7 +26,8 @@ class Job:
     Every process has the same job; `on_step` and `stop` may differ.
 
     `objective(model, inputs, labels, step)` gives losses [B] in place of the cross-entropy of the logits, and
-    `prepare(model)` changes a model that was just drawn.
+    `prepare(model)` changes a model that was just drawn. `on_incident(incident)` is called after a step that was
+    skipped; `losses` are those of the steps before `resume_from`, of which the last `skips` were skipped.
     """
 
     build: Callable[[str], nn.Module]
@@ -39,6 +41,9 @@ class Job:
     stop: Callable[[], bool] = lambda: False
     objective: Callable[[nn.Module, Tensor, Tensor, int], Tensor] | None = None
     prepare: Callable[[nn.Module], None] = lambda model: None
+    on_incident: Callable[[Incident], None] = lambda incident: None
+    losses: Sequence[float] = ()
+    skips: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Nothing: torchtitan writes its configuration out, and this is none of it."""

@@ -7,6 +7,7 @@ loss.png            the curve
 checkpoint/step-N   everything needed to go on (torch.distributed.checkpoint)
 model/              config.yaml + model.safetensors, for `zoo.from_pretrained`
 evaluation.json     held-out figures
+incident-step-N/    a step whose loss or gradient was not finite, or whose loss was a spike (zoo.train.incidents)
 sample.txt          a continuation of held-out text, an answered task, or labelled images
 """
 
@@ -26,10 +27,11 @@ from torch import nn
 import zoo
 from zoo.errors import ConfigError, Problem, ZooError
 from zoo.sections import DataSection, DistillSection, ParallelSection, TrainSection
-from zoo.train.curve import MetricsFile
+from zoo.train.curve import MetricsFile, read_metrics
 from zoo.train.device import is_main, world_size
 from zoo.train.distill import Distillation, objective_of
 from zoo.train.folder import check_folder, describe, finish, read_document
+from zoo.train.incidents import Incident
 from zoo.train.job import Job, newest_checkpoint
 from zoo.train.prepare import Data, prepare
 from zoo.train.progress import Reporter, step_text
@@ -129,6 +131,8 @@ def _run(
 ) -> RunResult:
     start = time.monotonic()
     at = newest_checkpoint(folder) if folder and resume else None
+    # every process must know them, the first one writes them
+    before = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] <= at] if folder and at else []
     records: list[dict[str, Any]] = []
     metrics = None
     with ExitStack() as stack:
@@ -149,6 +153,9 @@ def _run(
                 heldout = f"  held-out {record[key]:.3f}{' bits/byte' if key.endswith('byte') else ''}"
             report.advance(record["step"], step_text(record, heldout, data.unit))
 
+        def on_incident(incident: Incident) -> None:
+            report.say(f"skipped: {incident}{incident.where}")
+
         taught: dict[str, Any] = {}
         build = zoo.build
         if distillation is not None:
@@ -163,6 +170,9 @@ def _run(
             on_step=on_step,
             evaluate=data.glance,
             stop=stop,
+            on_incident=on_incident,
+            losses=[r["loss"] for r in before],
+            skips=(at or 0) - (before[-1]["step"] if before else 0),
             **taught,
         )
         report.begin("training", section.steps, at or 0)

@@ -7,7 +7,6 @@ Nothing of torch is patched. What is used of torchtitan stands in `tests/train/t
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 import shutil
 import sys
@@ -34,6 +33,7 @@ from zoo.train.chunked_loss import chunks_for, loss_by_chunks
 from zoo.train.curriculum import Curriculum, check, scale_auxiliary_losses
 from zoo.train.device import Cpu, is_main, process_group, quiet, shared_folder, world_size
 from zoo.train.hub import HubRows
+from zoo.train.guard import Guard
 from zoo.train.job import Job, Trained
 from zoo.train.loader import Loader
 from zoo.train.lowbit import to_float8
@@ -61,6 +61,7 @@ with warnings.catch_warnings():
     from torchtitan.components.metrics import MetricsProcessor
     from torchtitan.components.tokenizer import BaseTokenizer
     from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
+    from torchtitan.distributed import utils as dist_utils
     from torchtitan.protocols.model import BaseModel
     from torchtitan.protocols.model_spec import ModelSpec
     from torchtitan.trainer import Trainer
@@ -273,7 +274,7 @@ class _Checkpoints(CheckpointManager):
             self._purge_stale_checkpoints()
 
 
-class _Trainer(Trainer):
+class _Trainer(Guard, Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         job: Job
@@ -305,6 +306,7 @@ class _Trainer(Trainer):
             self.optimizers.state_dict()  # of a parameter that stands still there must be a state to save, too
             for state in (s for optimizer in self.optimizers for s in optimizer.state.values() if "step" in s):
                 state["step"].zero_()
+        self.watch()
 
     @property
     def trained(self) -> nn.Module:
@@ -323,23 +325,24 @@ class _Trainer(Trainer):
             self.gc_handler.run(self.step)
             record = self._timed_step(batches)
             last = self.step == train.steps
-            if job.evaluate and train.eval_every and (last or self.step % train.eval_every == 0):
-                record |= job.evaluate(self.trained)
-            job.on_step(record)
+            if record is not None:  # the step was not skipped
+                if job.evaluate and train.eval_every and (last or self.step % train.eval_every == 0):
+                    record |= job.evaluate(self.trained)
+                job.on_step(record)
             if last or self._agreed(job.stop()):
                 self.checkpointer.save_now(self.step)
             elif train.checkpoint_every:
                 self.checkpointer.save(self.step)
 
-    def _timed_step(self, batches: Iterator[Any]) -> dict[str, Any]:
+    def _timed_step(self, batches: Iterator[Any]) -> dict[str, Any] | None:
         scheduler: Any = self.lr_schedulers.schedulers[0]
         lr = self.job.train.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)  # groups may have others
         start, before = time.perf_counter(), self.ntokens_seen
         self.train_step(batches)
         seconds = time.perf_counter() - start
+        if self.skips:
+            return None
         last = self._from_last_stage(self.metrics_processor.last)
-        if not math.isfinite(last["grad_norm"]):
-            raise self._diverged("gradient norm", last["grad_norm"])
         return {
             "step": self.step,
             "loss": last["loss"],
@@ -359,30 +362,30 @@ class _Trainer(Trainer):
         return {"blocks": {name: sum(v) / len(v) for name, v in found.items()}} if found else {}
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
-        # a step's random numbers are its own: checkpoints hold no generator state
-        key = f"{self.job.train.seed}/{self.step}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
         for wrapper in self.wrappers:
             wrapper.step = self.step
         for curriculum in self.curricula:
             curriculum.begin((self.step - 1) / max(1, self.job.train.steps - 1))
         super().train_step(data_iterator)
+        if self.skips:
+            return
         resting = {m for curriculum in self.curricula for m in curriculum.resting}
         for hook in self.hooks:
             if hook.__self__ not in resting:
                 hook()
 
-    def forward_backward_step(self, **kwargs: Any) -> Tensor:
-        loss = super().forward_backward_step(**kwargs)
-        if not math.isfinite(value := float(loss.detach())):
-            raise self._diverged("loss", value)
-        for p in self.parameters:
-            # the optimizer state of a parameter that a step did not use must exist too, or it cannot be restored
-            if p.requires_grad and p.grad is None:
-                p.grad = torch.zeros_like(p)
+    def drop_gradients(self) -> None:
+        """Of what stands still in this stage of the curriculum."""
         for curriculum in self.curricula:
             curriculum.drop_gradients()
-        return loss
+
+    def loss_of_all_ranks(self, mine: Tensor) -> float | None:
+        """The loss of the step; None on a rank that does not know it."""
+        if self.parallel_dims.pp_enabled and not self.pp_has_last_stage:
+            return None
+        if self.parallel_dims.dp_cp_enabled:
+            return dist_utils.dist_sum(mine, self.parallel_dims.get_optional_mesh("loss"))
+        return float(mine)
 
     def post_dataloading_process(
         self, input_dict: dict[str, Any], labels: Tensor
@@ -435,10 +438,6 @@ class _Trainer(Trainer):
         for scheduler in self.lr_schedulers.schedulers:
             for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = lr
-
-    def _diverged(self, what: str, value: float) -> ZooError:
-        advice = "lower train.lr, or raise train.warmup_steps"
-        return ZooError(f"training diverged: the {what} of step {self.step} is {value}; {advice}")
 
     def close(self) -> None:
         self.checkpointer.maybe_wait_for_saving()
