@@ -9,14 +9,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from zoo.train.files import being_filled, new_folder
 
 
 class Cpu:
@@ -94,20 +91,3 @@ def quiet() -> Iterator[None]:
     finally:
         root.removeFilter(keep)
         own.setLevel(level)
-
-
-@contextmanager
-def shared_folder(path: Path) -> Iterator[Path]:
-    """`new_folder` that all processes of a run fill; it appears when the last one is done."""
-    if world_size() == 1:
-        with new_folder(path) as temporary:
-            yield temporary
-    elif is_main():
-        with new_folder(path) as temporary:
-            dist.barrier()
-            yield temporary
-            dist.barrier()
-    else:
-        dist.barrier()
-        yield being_filled(path)
-        dist.barrier()

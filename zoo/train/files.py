@@ -39,24 +39,30 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def being_filled(path: Path) -> Path:
-    """Where `new_folder` keeps what will be `path`."""
-    return path.with_name(f".{path.name}.tmp")
-
-
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; on success it takes the place of `path`, on failure nothing stays."""
-    temporary, old = being_filled(path), path.with_name(f".{path.name}.old")
+    temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
-            for left in (temporary, old):
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
-            if path.exists():
-                os.replace(path, old)
-            os.replace(temporary, path)
+            take_place(temporary, path)
         finally:
-            for left in (temporary, old):
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def take_place(temporary: Path, path: Path) -> None:
+    """Give a complete folder its name, in place of one that may have it."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,6 @@ from zoo.sections import ParallelSection, TrainSection
 from zoo.train.hub import HubRows
 from zoo.train.incidents import Incident
 from zoo.train.loader import Rows
-
-_CHECKPOINT = re.compile(r"step-(\d+)")
 
 
 @dataclass
@@ -48,14 +45,6 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """Nothing: torchtitan writes its configuration out, and this is none of it."""
         return {}
-
-
-def newest_checkpoint(folder: Path) -> int | None:
-    """Step of the newest complete checkpoint under a run folder."""
-    found = [
-        _CHECKPOINT.fullmatch(p.name) for p in (folder / "checkpoint").glob("step-*") if (p / ".metadata").is_file()
-    ]
-    return max((int(m[1]) for m in found if m), default=None)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ config.yaml         what was trained, complete; itself a configuration
 environment.json    versions, machine, command, size and hash of the data
 metrics.jsonl       one line per step
 loss.png            the curve
-checkpoint/step-N   everything needed to go on (torch.distributed.checkpoint)
+checkpoint/step-N   everything needed to go on (torch.distributed.checkpoint, zoo.train.checkpoints)
 model/              config.yaml + model.safetensors, for `zoo.from_pretrained`
 evaluation.json     held-out figures
 incident-step-N/    a step whose loss or gradient was not finite, or whose loss was a spike (zoo.train.incidents)
@@ -27,12 +27,13 @@ from torch import nn
 import zoo
 from zoo.errors import ConfigError, Problem, ZooError
 from zoo.sections import DataSection, DistillSection, ParallelSection, TrainSection
+from zoo.train.checkpoints import newest_checkpoint
 from zoo.train.curve import MetricsFile, read_metrics
 from zoo.train.device import is_main, world_size
 from zoo.train.distill import Distillation, objective_of
 from zoo.train.folder import check_folder, describe, finish, read_document
 from zoo.train.incidents import Incident
-from zoo.train.job import Job, newest_checkpoint
+from zoo.train.job import Job
 from zoo.train.prepare import Data, prepare
 from zoo.train.progress import Reporter, step_text
 
@@ -130,7 +131,7 @@ def _run(
     report: Reporter,
 ) -> RunResult:
     start = time.monotonic()
-    at = newest_checkpoint(folder) if folder and resume else None
+    at = newest_checkpoint(folder, report.say) if folder and resume else None
     # every process must know them, the first one writes them
     before = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] <= at] if folder and at else []
     records: list[dict[str, Any]] = []

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import gc
 import math
-import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from zoo.contract import set_auxiliary_scale, set_reduction
 from zoo.errors import ConfigError, Problem, ZooError
@@ -29,9 +28,10 @@ from zoo.parallel import context, pipeline, shard, tensor
 from zoo.parallel.expert import exchange, mixtures
 from zoo.parallel.pipeline import stages_per_rank
 from zoo.parallel.weights import full_state, whole
+from zoo.train.checkpoints import Save, clear_leftovers
 from zoo.train.chunked_loss import chunks_for, loss_by_chunks
 from zoo.train.curriculum import Curriculum, check, scale_auxiliary_losses
-from zoo.train.device import Cpu, is_main, process_group, quiet, shared_folder, world_size
+from zoo.train.device import Cpu, process_group, quiet, world_size
 from zoo.train.hub import HubRows
 from zoo.train.guard import Guard
 from zoo.train.job import Job, Trained
@@ -247,31 +247,23 @@ class _Metrics(MetricsProcessor):
 
 
 class _Checkpoints(CheckpointManager):
-    """A step's folder appears when it is complete."""
+    """A step's folder appears when it is complete, also where it is written in the background."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
-        pass
+        keep: int = 0  # not torchtitan's own count, which takes half-written folders for checkpoints
 
     def __init__(self, config: Config, **parts: Any):
         super().__init__(config, **parts)
-        if self.enable and is_main():
-            for left in Path(self.folder).glob(".step-*"):  # of a run that was killed while it saved
-                shutil.rmtree(left, ignore_errors=True)
+        self.keep = config.keep
+        if self.enable:
+            clear_leftovers(Path(self.folder))
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
-        try:
-            with shared_folder(Path(checkpoint_id)) as temporary:
-                return super().dcp_save(state_dict, str(temporary), *args, **kwargs)
-        except CheckpointException as error:
-            cause = next((c for c, _ in error.failures.values()), error)
-            why = getattr(cause, "strerror", None) or str(cause).strip().split("\n")[0]
-            raise ZooError(f"{checkpoint_id}: the checkpoint cannot be written: {why}") from error
-
-    def save_now(self, step: int) -> None:
-        self.save(step, last_step=True)
-        if self.enable:
-            self._purge_stale_checkpoints()
+        save = Save(Path(checkpoint_id), self.pg, self.keep)
+        with save.checked():
+            future = super().dcp_save(state_dict, str(save.temporary), *args, **kwargs)
+        return save.commit_after(future) if isinstance(future, Future) else save.commit()
 
 
 class _Trainer(Guard, Trainer):
@@ -330,7 +322,7 @@ class _Trainer(Guard, Trainer):
                     record |= job.evaluate(self.trained)
                 job.on_step(record)
             if last or self._agreed(job.stop()):
-                self.checkpointer.save_now(self.step)
+                self.checkpointer.save(self.step, last_step=True)
             elif train.checkpoint_every:
                 self.checkpointer.save(self.step)
 
@@ -440,8 +432,10 @@ class _Trainer(Guard, Trainer):
                 group["lr"] = lr
 
     def close(self) -> None:
-        self.checkpointer.maybe_wait_for_saving()
-        super().close()
+        try:
+            self.checkpointer.maybe_wait_for_saving()
+        finally:
+            super().close()
 
 
 def _config(job: Job) -> _Trainer.Config:
@@ -504,7 +498,9 @@ def _config(job: Job) -> _Trainer.Config:
         checkpoint=_Checkpoints.Config(
             enable=job.folder is not None,
             interval=train.checkpoint_every or train.steps,
-            keep_latest_k=train.keep_checkpoints,
+            keep=train.keep_checkpoints,
+            keep_latest_k=0,
+            async_mode="async" if train.checkpoint_async else "disabled",
             last_save_model_only=False,  # so that a finished run can be continued
             initial_load_model_only=False,
         ),
