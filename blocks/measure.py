@@ -25,10 +25,16 @@ def group_counts(indices: Tensor, groups: int) -> Tensor:
 
 
 def load_metrics(counts: Tensor) -> dict[str, Tensor]:
-    """`load_entropy` (1 where all experts get the same, 0 where one gets all) and `max_load` (busiest over mean)."""
+    """`load_entropy` (1 where all experts get the same, 0 where one gets all), `max_load` (busiest over mean) and
+    `idle_experts`, the share of those that get less than a hundredth of the mean."""
     share = counts.detach() / counts.sum().clamp(min=1)
     entropy = -(share * share.clamp(min=1e-12).log()).sum()
-    return {"load_entropy": entropy / math.log(max(len(counts), 2)), "max_load": share.max() * len(counts)}
+    load = share * len(counts)  # 1: the mean
+    return {
+        "load_entropy": entropy / math.log(max(len(counts), 2)),
+        "max_load": load.max(),
+        "idle_experts": (load < 0.01).to(load.dtype).mean(),
+    }
 
 
 def balance_loss(probabilities: Tensor, counts: Tensor) -> Tensor:

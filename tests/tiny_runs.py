@@ -59,9 +59,10 @@ def config(name: str, source: Path, **train) -> dict:
 
 
 def history(folder: Path) -> list[dict]:
-    """The metrics of a run without what depends on the clock."""
+    """The metrics of a run without what depends on the machine."""
     records = read_metrics(Path(folder) / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "seconds")} for r in records]
+    clock = ("tokens_per_second", "seconds", "mfu", "memory")
+    return [{k: v for k, v in r.items() if k not in clock} for r in records]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

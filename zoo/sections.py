@@ -175,6 +175,7 @@ class TrainSection(_Section):
     eval_batches: PositiveInt = 8
     checkpoint_every: NonNegativeInt = 100  # 0: only at the end
     keep_checkpoints: NonNegativeInt = 2  # 0: all
+    health_every: NonNegativeInt = 50  # steps between two looks at every node; 0: never
     checkpoint_async: bool = False  # written in the background while training goes on; takes memory for a copy
     # a step whose loss or gradient is not finite, and one whose loss is more than spike_factor times the median of
     # the 50 before it (0: never looked at): skip leaves weights and optimizer as they were

@@ -162,7 +162,8 @@ def test_chunk_moe_parameters_loss_and_errors():
     block, x = chunk_moe(aux_coef=0.5), draw(2, 23, DIM)
     quiet = chunk_moe(aux_coef=0.0)
     grads = [torch.autograd.grad(b.train()(x).sum(), b.gate.weight)[0] for b in (block, quiet)]
-    assert (grads[0] - grads[1]).abs().max() > 1e-4 and set(block.metrics) == {"load_entropy", "max_load"}
+    assert (grads[0] - grads[1]).abs().max() > 1e-4
+    assert set(block.metrics) == {"load_entropy", "max_load", "idle_experts"}
     with pytest.raises(ValueError, match="set top_k to 2 or more"):
         chunk_moe(top_k=1)
 

@@ -41,8 +41,8 @@ def test_run_folder(whole, name):
     assert (result.step, result.steps, result.interrupted) == (10, 10, False)
     out = result.out
     assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoint", "config.yaml", "environment.json", "evaluation.json", "loss.png", "metrics.jsonl", "model",
-        "sample.txt",
+        "checkpoint", "config.yaml", "environment.json", "evaluation.json", "health.jsonl", "loss.png",
+        "metrics.jsonl", "model", "sample.txt",
     ]  # fmt: skip
     assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["step-10", "step-9"]
     records = history(out)

@@ -25,6 +25,7 @@ from zoo.sections import DataSection, TrainSection
 from zoo.train.curve import draw
 from zoo.train.files import new_folder, write_text
 from zoo.train.prepare import Data
+from zoo.train.speed import Speed
 from zoo.train.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
 
 # options of `train:` that a resumed run may change; everything else must be as it was
@@ -32,7 +33,7 @@ MAY_CHANGE = (
     "steps", "lr", "muon_lr", "min_lr_factor", "schedule", "warmup_steps", "decay_fraction", "wsd_decay", "grad_clip",
     "accumulation", "dtype", "compile", "activation_checkpoint", "activation_budget", "loss_chunks", "eval_every",
     "eval_batches", "checkpoint_every", "keep_checkpoints",
-    "checkpoint_async", "on_nan", "spike_factor", "on_spike", "max_skips",
+    "checkpoint_async", "health_every", "on_nan", "spike_factor", "on_spike", "max_skips",
 )  # fmt: skip
 
 
@@ -83,7 +84,9 @@ def _short(value: Any) -> Any:
     return value if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
 
 
-def describe(folder: Path, document: dict[str, Any], data: dict[str, Any], resume: bool) -> None:
+def describe(
+    folder: Path, document: dict[str, Any], data: dict[str, Any], resume: bool, speed: Speed | None = None
+) -> None:
     """Write config.yaml and environment.json. DataError where a resumed run would see other data."""
     path = folder / "environment.json"
     if resume and path.is_file():
@@ -93,7 +96,7 @@ def describe(folder: Path, document: dict[str, Any], data: dict[str, Any], resum
                 f"{folder} cannot be resumed: the data are not those of its first start ({before} -> {data})"
             )
     write_text(folder / "config.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
-    write_text(path, json.dumps(_environment() | {"data": data}, indent=2) + "\n")
+    write_text(path, json.dumps(_environment() | {"data": data, "speed": speed and speed.as_dict()}, indent=2) + "\n")
 
 
 def _environment() -> dict[str, Any]:

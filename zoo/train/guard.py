@@ -1,4 +1,4 @@
-"""The part of the trainer that looks at a step between its backward pass and the optimizer."""
+"""The part of the trainer that looks at its steps: at some how every node is, at each whether it may be taken."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.train.health import gradients_of, measured, outputs_of, record
 from zoo.train.incidents import BadStep, Judge, buffers_of, find, keep
 from zoo.train.job import Job
-from zoo.train.sites import sites_of
+from zoo.train.sites import Site, sites_of
 
 
 class Guard:
@@ -32,6 +33,8 @@ class Guard:
     def watch(self) -> None:
         """Begin, once the model is there."""
         train = self.job.train
+        self.sites: list[Site] = []
+        self.gradients: dict[str, float] = {}
         self.judge = Judge(train, self.job.losses)
         self.skips = self.job.skips  # steps in a row that were not taken
         self.may_skip = train.on_nan == "skip" or bool(train.spike_factor and train.on_spike == "skip")
@@ -43,11 +46,28 @@ class Guard:
         self.draw_from_step()
         self.pieces, self.loss = [], None
         restore = buffers_of(self.parts) if self.may_skip else None
-        try:
-            super().train_step(data_iterator)  # type: ignore[misc]
-            self.skips = 0
-        except BadStep as bad:
-            self._incident(bad, restore)
+        layers = {f"layers.{name}": layer for part in self.parts for name, layer in part.layers.named_children()}
+        with outputs_of(layers if self._looks else {}) as outputs:
+            try:
+                super().train_step(data_iterator)  # type: ignore[misc]
+            except BadStep as bad:
+                self._incident(bad, restore)
+                return
+        self.skips = 0
+        if self._looks:
+            found = measured(self.parts, self._sites())
+            self.job.on_health(record(self.step, self._sites(), self.gradients, outputs, found))
+
+    @property
+    def _looks(self) -> bool:
+        """Whether this step is one of those in which the nodes are looked at."""
+        every = self.job.train.health_every
+        return bool(every) and self.step % every == 0
+
+    def _sites(self) -> list[Site]:
+        if not self.sites:
+            self.sites = sites_of(self.job.build("meta"))
+        return self.sites
 
     def draw_from_step(self) -> None:
         """A step's random numbers are its own: checkpoints hold no generator state, and a step can be run again."""
@@ -61,6 +81,8 @@ class Guard:
         self.loss = loss.detach().clone() if self.loss is None else self.loss.add_(loss.detach())
         if len(self.pieces) == self.gradient_accumulation_steps:
             self.judge(self.loss_of_all_ranks(self.loss), self.parameters)
+            if self._looks:
+                self.gradients = gradients_of(self.parts, self._sites())  # before they are clipped
         return loss
 
     def _piece(self, inputs: Any, labels: Any, valid: Tensor) -> Tensor:
@@ -81,7 +103,7 @@ class Guard:
 
     def _incident(self, bad: BadStep, restore: Callable[[], None] | None) -> None:
         train, seen = self.job.train, self.ntokens_seen
-        node, nodes = find(sites_of(self.job.build("meta")), self.parts, self._again)
+        node, nodes = find(self._sites(), self.parts, self._again)
         self.ntokens_seen = seen
         policy = train.on_spike if bad.kind == "spike" else train.on_nan
         skipped = policy == "skip" and self.skips < train.max_skips

@@ -109,7 +109,8 @@ def _anywhere(flags: Sequence[bool]) -> list[bool]:
     return [bool(f) for f in found.tolist()]
 
 
-def _of_all_ranks(mine: Any) -> list[Any]:
+def of_all_ranks(mine: Any) -> list[Any]:
+    """What each rank has, on each."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [mine]
     found: list[Any] = [None] * dist.get_world_size()
@@ -257,7 +258,7 @@ def keep(
         for i, (inputs, labels, _) in enumerate(pieces)
         for name, tensor in _tensors(inputs, labels)
     }
-    ranks = _of_all_ranks((node, nodes, mine))
+    ranks = of_all_ranks((node, nodes, mine))
     blamed = next((n for n, _, _ in ranks if n), None)
     path = folder / f"incident-step-{step}" if folder else None
     value = f"{bad.value:.4g}"

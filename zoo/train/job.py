@@ -24,7 +24,8 @@ class Job:
 
     `objective(model, inputs, labels, step)` gives losses [B] in place of the cross-entropy of the logits, and
     `prepare(model)` changes a model that was just drawn. `on_incident(incident)` is called after a step that was
-    skipped; `losses` are those of the steps before `resume_from`, of which the last `skips` were skipped.
+    skipped, `on_health(record)` in each `health_every`th. `losses` are those of the steps before `resume_from`, of
+    which the last `skips` were skipped.
     """
 
     build: Callable[[str], nn.Module]
@@ -39,6 +40,7 @@ class Job:
     objective: Callable[[nn.Module, Tensor, Tensor, int], Tensor] | None = None
     prepare: Callable[[nn.Module], None] = lambda model: None
     on_incident: Callable[[Incident], None] = lambda incident: None
+    on_health: Callable[[dict[str, Any]], None] = lambda record: None
     losses: Sequence[float] = ()
     skips: int = 0
 

@@ -75,4 +75,7 @@ def clock(seconds: float) -> str:
 
 def step_text(record: dict[str, Any], heldout: str, unit: str) -> str:
     """The numbers beside the training bar."""
-    return f"loss {record['loss']:.3f}{heldout}  {record['tokens_per_second']:,.0f} {unit}/s"
+    parts = [f"loss {record['loss']:.3f}{heldout}", f"{record['tokens_per_second']:,.0f} {unit}/s"]
+    if "mfu" in record:
+        parts.append(f"MFU {100 * record['mfu']:.0f} %")
+    return "  ".join([*parts, f"{record['memory'] / 1e9:.1f} GB"])

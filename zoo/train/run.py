@@ -2,7 +2,8 @@
 
 config.yaml         what was trained, complete; itself a configuration
 environment.json    versions, machine, command, size and hash of the data
-metrics.jsonl       one line per step
+metrics.jsonl       one line per step: loss, rate, norm of the gradient, tokens/s, MFU, peak memory, what blocks measure
+health.jsonl        how every node is, each `train.health_every` steps (zoo.train.health)
 loss.png            the curve
 checkpoint/step-N   everything needed to go on (torch.distributed.checkpoint, zoo.train.checkpoints)
 model/              config.yaml + model.safetensors, for `zoo.from_pretrained`
@@ -32,10 +33,12 @@ from zoo.train.curve import MetricsFile, read_metrics
 from zoo.train.device import is_main, world_size
 from zoo.train.distill import Distillation, objective_of
 from zoo.train.folder import check_folder, describe, finish, read_document
+from zoo.train.health import News
 from zoo.train.incidents import Incident
 from zoo.train.job import Job
 from zoo.train.prepare import Data, prepare
 from zoo.train.progress import Reporter, step_text
+from zoo.train.speed import peak_memory, speed_of
 
 
 @dataclass(frozen=True)
@@ -134,20 +137,26 @@ def _run(
     at = newest_checkpoint(folder, report.say) if folder and resume else None
     # every process must know them, the first one writes them
     before = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] <= at] if folder and at else []
+    speed = speed_of(document, section) if is_main() else None
     records: list[dict[str, Any]] = []
-    metrics = None
+    metrics = health = None
     with ExitStack() as stack:
         if folder and is_main():
-            describe(folder, document, data.summary, resume)
+            describe(folder, document, data.summary, resume, speed)
             metrics = stack.enter_context(MetricsFile(folder / "metrics.jsonl", at or 0))
             records = metrics.records
+            health = stack.enter_context(MetricsFile(folder / "health.jsonl", at or 0))
         stop = stack.enter_context(_stopping())
         heldout = ""
+        devices = world_size()
 
         def on_step(record: dict[str, Any]) -> None:
             nonlocal heldout
             if distillation is not None:
                 record |= distillation.told(record["step"])
+            if speed is not None:
+                record["mfu"] = speed.mfu(record["seconds"], devices)
+            record["memory"] = peak_memory()
             metrics.add(record) if metrics else records.append(record)
             if "heldout_loss" in record:
                 key = "heldout_bits_per_byte" if "heldout_bits_per_byte" in record else "heldout_loss"
@@ -156,6 +165,14 @@ def _run(
 
         def on_incident(incident: Incident) -> None:
             report.say(f"skipped: {incident}{incident.where}")
+
+        news = News()
+
+        def on_health(record: dict[str, Any]) -> None:
+            if health:
+                health.add(record)
+            for text in news.of(record):
+                report.say(f"step {record['step']}: {text}")
 
         taught: dict[str, Any] = {}
         build = zoo.build
@@ -172,6 +189,7 @@ def _run(
             evaluate=data.glance,
             stop=stop,
             on_incident=on_incident,
+            on_health=on_health,
             losses=[r["loss"] for r in before],
             skips=(at or 0) - (before[-1]["step"] if before else 0),
             **taught,
