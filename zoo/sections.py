@@ -143,6 +143,7 @@ class TrainSection(_Section):
     seq_len: PositiveInt = 256
     accumulation: PositiveInt = 1
     seed: Seed = 0
+    init_from: str = ""  # a run or saved model whose weights are taken over where names and shapes fit
     # muon: orthogonal updates (arXiv:2502.16982) for the matrices of the trunk, AdamW for embedding, head, vectors,
     # convolutions. adamw8bit: AdamW with moments in 8 bits, of the package torchao
     optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"

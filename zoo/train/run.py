@@ -8,12 +8,14 @@ loss.png            the curve
 checkpoint/step-N   everything needed to go on (torch.distributed.checkpoint, zoo.train.checkpoints)
 model/              config.yaml + model.safetensors, for `zoo.from_pretrained`
 evaluation.json     held-out figures
+init.json           what was taken from `train.init_from` (zoo.train.initial)
 incident-step-N/    a step whose loss or gradient was not finite, or whose loss was a spike (zoo.train.incidents)
 sample.txt          a continuation of held-out text, an answered task, or labelled images
 """
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -32,9 +34,11 @@ from zoo.train.checkpoints import newest_checkpoint
 from zoo.train.curve import MetricsFile, read_metrics
 from zoo.train.device import is_main, world_size
 from zoo.train.distill import Distillation, objective_of
+from zoo.train.files import write_text
 from zoo.train.folder import check_folder, describe, finish, read_document
 from zoo.train.health import News
 from zoo.train.incidents import Incident
+from zoo.train.initial import initial
 from zoo.train.job import Job
 from zoo.train.prepare import Data, prepare
 from zoo.train.progress import Reporter, step_text
@@ -175,9 +179,21 @@ def _run(
                 report.say(f"step {record['step']}: {text}")
 
         taught: dict[str, Any] = {}
-        build = zoo.build
+        build, changes = zoo.build, []
+        if section.init_from and at is None:
+            beginning = initial(section.init_from, zoo.build(document, device="meta"))
+            report.say(str(beginning))
+            if folder and is_main():
+                write_text(folder / "init.json", json.dumps(beginning.as_dict(), indent=1) + "\n")
+            changes.append(beginning.give)
         if distillation is not None:
-            taught, build = {"objective": distillation, "prepare": distillation.prepare}, distillation.build
+            taught, build = {"objective": distillation}, distillation.build
+            changes.append(distillation.prepare)
+
+        def ready(model: nn.Module) -> None:
+            for change in changes:
+                change(model)
+
         job = Job(
             build=lambda device: build(document, device=device),
             train=section,
@@ -188,6 +204,7 @@ def _run(
             on_step=on_step,
             evaluate=data.glance,
             stop=stop,
+            prepare=ready,
             on_incident=on_incident,
             on_health=on_health,
             losses=[r["loss"] for r in before],
