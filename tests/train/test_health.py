@@ -11,8 +11,9 @@ from torch import nn
 from zoo.blocks.measure import load_metrics
 from zoo.train import parallelize, prepare
 from zoo.train import run as running
+from zoo.train.complaints import News, complaints
 from zoo.train.curve import read_metrics
-from zoo.train.health import News, complaints, outputs_of
+from zoo.train.health import outputs_of
 from zoo.train.progress import Reporter
 from zoo.train.run import train
 

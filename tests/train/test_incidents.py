@@ -12,8 +12,9 @@ from torch import nn
 from zoo.errors import ConfigError, ZooError
 from zoo.sections import TrainSection
 from zoo.train import prepare, titan
-from zoo.train.incidents import WINDOW, BadStep, Judge, read_incidents
+from zoo.train.incidents import WINDOW, BadStep, Judge
 from zoo.train.run import train
+from zoo.train.watch import read_incidents
 
 
 @pytest.fixture(autouse=True, scope="module")

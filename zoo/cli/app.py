@@ -10,7 +10,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from zoo.cli import bench, build, data, doctor, eval, generate, launch, listing, phases, profile, show, train, verify
+from zoo.cli import (
+    bench,
+    build,
+    data,
+    doctor,
+    eval,
+    generate,
+    launch,
+    listing,
+    phases,
+    profile,
+    show,
+    train,
+    verify,
+    watch,
+)
 from zoo.errors import ConfigError, DataError, Problem, ZooError
 
 MOST_PROBLEMS = 20
@@ -110,6 +125,7 @@ app.command("profile")(profile.command)
 app.command("train")(train.command)
 app.command("launch")(launch.command)
 app.add_typer(data.app, name="data")
+app.command("watch")(watch.command)
 app.command("generate")(generate.command)
 app.command("eval")(eval.command)
 app.command("phases")(phases.command)

@@ -282,9 +282,3 @@ def _tensors(inputs: Any, labels: Any) -> Iterator[tuple[str, Tensor]]:
         if isinstance(value, Tensor):
             yield name, value
     yield "target", labels
-
-
-def read_incidents(folder: Path) -> list[dict[str, Any]]:
-    """The incidents of a run, in order."""
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("incident-step-*/incident.json")]
-    return sorted(found, key=lambda i: i["step"])

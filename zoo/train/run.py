@@ -31,12 +31,12 @@ import zoo
 from zoo.errors import ConfigError, Problem, ZooError
 from zoo.sections import DataSection, DistillSection, ParallelSection, TrainSection
 from zoo.train.checkpoints import newest_checkpoint
+from zoo.train.complaints import News
 from zoo.train.curve import MetricsFile, read_metrics
 from zoo.train.device import is_main, world_size
 from zoo.train.distill import Distillation, objective_of
 from zoo.train.files import write_text
 from zoo.train.folder import check_folder, describe, finish, read_document
-from zoo.train.health import News
 from zoo.train.incidents import Incident
 from zoo.train.initial import initial
 from zoo.train.job import Job
