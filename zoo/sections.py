@@ -177,6 +177,8 @@ class TrainSection(_Section):
     checkpoint_every: NonNegativeInt = 100  # 0: only at the end
     keep_checkpoints: NonNegativeInt = 2  # 0: all
     health_every: NonNegativeInt = 50  # steps between two looks at every node; 0: never
+    tensorboard: bool = False  # RUN/tensorboard
+    wandb: str = ""  # project of Weights & Biases; offline where nobody is logged in or the server is not reached
     checkpoint_async: bool = False  # written in the background while training goes on; takes memory for a copy
     # a step whose loss or gradient is not finite, and one whose loss is more than spike_factor times the median of
     # the 50 before it (0: never looked at): skip leaves weights and optimizer as they were

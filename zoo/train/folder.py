@@ -33,7 +33,7 @@ MAY_CHANGE = (
     "steps", "lr", "muon_lr", "min_lr_factor", "schedule", "warmup_steps", "decay_fraction", "wsd_decay", "grad_clip",
     "accumulation", "dtype", "compile", "activation_checkpoint", "activation_budget", "loss_chunks", "eval_every",
     "eval_batches", "checkpoint_every", "keep_checkpoints",
-    "checkpoint_async", "health_every", "on_nan", "spike_factor", "on_spike", "max_skips",
+    "checkpoint_async", "health_every", "tensorboard", "wandb", "on_nan", "spike_factor", "on_spike", "max_skips",
 )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ from zoo.train.job import Job
 from zoo.train.prepare import Data, prepare
 from zoo.train.progress import Reporter, step_text
 from zoo.train.speed import peak_memory, speed_of
+from zoo.train.trackers import Tracker, check_trackers, scalars, trackers
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def train(
         raise ConfigError("resume needs the run folder: give out")
     if folder and is_main():
         check_folder(folder, resume, document)
+    check_trackers(section, folder)
     distillation = None
     if "distill" in document:
         distillation = objective_of(DistillSection.from_mapping(document["distill"]), section, document)
@@ -144,12 +146,15 @@ def _run(
     speed = speed_of(document, section) if is_main() else None
     records: list[dict[str, Any]] = []
     metrics = health = None
+    told: list[Tracker] = []
     with ExitStack() as stack:
         if folder and is_main():
             describe(folder, document, data.summary, resume, speed)
             metrics = stack.enter_context(MetricsFile(folder / "metrics.jsonl", at or 0))
             records = metrics.records
             health = stack.enter_context(MetricsFile(folder / "health.jsonl", at or 0))
+            name = str(document.get("name", "model"))
+            told = stack.enter_context(trackers(section, folder, name, document, at or 0))
         stop = stack.enter_context(_stopping())
         heldout = ""
         devices = world_size()
@@ -162,6 +167,8 @@ def _run(
                 record["mfu"] = speed.mfu(record["seconds"], devices)
             record["memory"] = peak_memory()
             metrics.add(record) if metrics else records.append(record)
+            for tracker in told:
+                tracker.add(record["step"], scalars(record))
             if "heldout_loss" in record:
                 key = "heldout_bits_per_byte" if "heldout_bits_per_byte" in record else "heldout_loss"
                 heldout = f"  held-out {record[key]:.3f}{' bits/byte' if key.endswith('byte') else ''}"
@@ -175,6 +182,8 @@ def _run(
         def on_health(record: dict[str, Any]) -> None:
             if health:
                 health.add(record)
+            for tracker in told:
+                tracker.add(record["step"], scalars(record, "health/"))
             for text in news.of(record):
                 report.say(f"step {record['step']}: {text}")
 
