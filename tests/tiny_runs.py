@@ -88,6 +88,20 @@ def full_disk(room: int = 1000):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def damage(path, how):
+    """Spoil a file: one bit of it flipped, its last byte gone, or all of it."""
+    if how == "flipped":
+        with path.open("r+b") as file:
+            file.seek(os.path.getsize(path) // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+    elif how == "truncated":
+        os.truncate(path, os.path.getsize(path) - 1)
+    else:
+        path.unlink()
+
+
 if __name__ == "__main__":
     from zoo.train import curve
     from zoo.train.run import train

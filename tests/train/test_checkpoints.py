@@ -1,15 +1,10 @@
 """Checkpoints that are whole: in the background, by several ranks, and what is done about one that is spoilt."""
 
-import json
 import re
 import shutil
 
-import forked
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
-from saving_ranks import damage, ranks
-from tiny_runs import config, full_disk, history, same, texts, weights
+from tiny_runs import config, damage, full_disk, history, same, texts, weights
 
 from zoo.errors import ZooError
 from zoo.train import prepare, titan
@@ -120,17 +115,3 @@ def test_purge_counts_only_complete_ones(tmp_path):
     assert names(tmp_path) == [".step-5.tmp", "step-2", "step-3", "step-4", "step-9"]
     purge(tmp_path / "step-4", 0)
     assert len(names(tmp_path)) == 5
-
-
-def test_several_ranks_write_one_and_one_process_reads_it(tmp_path):
-    running = [forked.start(ranks, rank, 2, str(tmp_path)) for rank in range(2)]
-    for process in running:
-        process.join(120)
-        assert process.exitcode == 0
-    assert names(tmp_path) == ["step-1", "store"] or names(tmp_path) == ["step-1"]
-    files = json.loads((tmp_path / "step-1" / MANIFEST).read_text())["files"]
-    assert set(files) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
-    assert fault(tmp_path / "step-1") is None
-    found = {"cut": torch.zeros(8, 5), "same": torch.zeros(3), "step": 0}
-    dcp.load(found, checkpoint_id=str(tmp_path / "step-1"))
-    assert torch.equal(found["cut"], torch.arange(40.0).view(8, 5)) and found["step"] == 7

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from zoo.errors import ZooError
 from zoo.train.files import take_place
@@ -45,6 +44,8 @@ class Save:
     @contextmanager
     def checked(self) -> Iterator[None]:
         """What goes wrong inside, on whichever rank, is one ZooError on all; nothing of the checkpoint stays."""
+        from torch.distributed.checkpoint.api import CheckpointException  # slow to load; who saves has it
+
         try:
             yield
         except CheckpointException as error:

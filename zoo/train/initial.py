@@ -11,10 +11,8 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from zoo.errors import ConfigError, Problem
-from zoo.parallel.weights import put
 
 WEIGHTS = "model.safetensors"
 How = Literal["kept", "new", "shape differs", "dropped"]
@@ -73,6 +71,10 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _copy(mine: Tensor, given: Tensor) -> None:
+    from torch.distributed.tensor import DTensor
+
+    from zoo.parallel.weights import put
+
     if isinstance(mine, DTensor):  # each rank keeps its share of what all have read
         put(mine, given.to(mine.device, mine.dtype))
     else:
