@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from zoo.sections import TrainSection
 from zoo.train.files import new_folder
@@ -82,7 +83,7 @@ class Judge:
 
     def __call__(self, loss: float | None, parameters: Iterable[nn.Parameter]) -> None:
         """Raise BadStep, or keep the loss. None: another rank knows it."""
-        gradient = norm([g for p in parameters if (g := local(p.grad)) is not None])
+        gradient = float(get_total_norm([g for p in parameters if (g := local(p.grad)) is not None]))
         median = statistics.median(self.losses) if len(self.losses) >= ENOUGH else None
         spiked = bool(
             self.factor and median is not None and loss is not None and median > 0 and loss > self.factor * median
@@ -123,13 +124,6 @@ def local(tensor: Any) -> Tensor | None:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def norm(tensors: Sequence[Tensor]) -> float:
-    """The 2-norm of all of them together."""
-    if not tensors:
-        return 0.0
-    return float(torch.stack([n.float() for n in torch._foreach_norm(tensors)]).norm())
-
-
 def buffers_of(parts: Iterable[nn.Module]) -> Callable[[], None]:
     """Remember the counters and biases of the parts of a model; the function that is returned puts them back."""
     before = [(b, b.clone()) for part in parts for b in part.buffers()]
@@ -155,7 +149,8 @@ def find(
     weights = [named for part in parts for named in part.named_parameters()]
     wrong = next((name for name, p in weights if not _finite(p)), None)
     if _anywhere([wrong is not None])[0]:  # where a rank stops here the others must not wait for it below
-        return wrong and _blamed(owner(wrong, sites), f"weights ({wrong})"), []
+        site = wrong and (owner(wrong, sites) or Site(wrong, "of no node alone", wrong))
+        return _blamed(site, f"weights ({wrong})") if site else None, []
     seen: dict[Site, _Seen] = {}
     clock = itertools.count()
     handles: list[Any] = []
