@@ -76,10 +76,11 @@ def test_shown_commands_and_options_exist():
     helps = {}
     for line in commands():
         verb, *rest = shlex.split(line)[1:]
+        group = [rest.pop(0)] if verb in {group.name for group in app.registered_groups} else []
         if verb not in helps:
             shown = io.StringIO()
             with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as end:
-                main([verb, "--help"])
+                main([verb, *group, "--help"])
             assert not end.value.code
             helps[verb] = shown.getvalue()
         assert all(re.search(rf"{option}\b", helps[verb]) for option in rest if option.startswith("--")), line

@@ -98,7 +98,7 @@ def test_layouts_do_not_change_what_is_learnt(workers, config, layout, pieces):
         assert torch.tensor(found) == pytest.approx(torch.tensor(wanted), rel=1e-4)
         assert parameters == count
         assert state.keys() == weights.keys()
-        assert list(state.values()) == pytest.approx(list(weights.values()), rel=1e-3, abs=1e-2)
+        assert state == pytest.approx(weights, rel=1e-3, abs=1e-2)
 
 
 def refusal(config, **layout):

@@ -32,8 +32,8 @@ from zoo.train.checkpoints import Save, clear_leftovers
 from zoo.train.chunked_loss import chunks_for, loss_by_chunks
 from zoo.train.curriculum import Curriculum, check, scale_auxiliary_losses
 from zoo.train.device import Cpu, process_group, quiet, world_size
-from zoo.train.hub import HubRows
 from zoo.train.guard import Guard
+from zoo.train.hub import HubRows
 from zoo.train.job import Job, Trained
 from zoo.train.loader import Loader
 from zoo.train.lowbit import to_float8
