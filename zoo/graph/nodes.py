@@ -182,8 +182,9 @@ class ResidualBlock(Node):
         cost = self.block.cost(batch_size, seq_len, context_len, mode)
         own = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("block."))
         stream = batch_size * seq_len * self.block.dim * self.block.itemsize
-        # the norm keeps its input and output for backward
-        kept = (1 + (self.norm is not None)) * stream if mode == "train" else 0
+        # norms keep their input for backward, a learned scale what it multiplies; the block counts what it reads
+        keeping = sum(part is not None for part in (self.norm, self.out_norm, self.scale))
+        kept = keeping * stream if mode == "train" else 0
         yield Leaf(path, self.block_name, cost + Cost(own, own, 0, stream, stream, kept, 0), self)
 
 
