@@ -115,6 +115,8 @@ def test_what_a_graph_cannot_do_is_refused_with_the_way_out():
     assert "no mixture of experts" in refusal(HYBRID, ep=2)
     shared = {**MIXTURE, "trunk": [{"swiglu": {}, "share": "a"}, "gla", {"share": "a"}]}
     assert "share" in refusal(shared, pp=2)
+    inside = {**MIXTURE, "trunk": [["gla", {"swiglu": {}, "share": "a"}], ["gla", {"swiglu": {}, "share": "a"}]]}
+    assert "share" in refusal(inside, pp=2)
 
 
 def test_numbers_of_ranks_must_multiply():

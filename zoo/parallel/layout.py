@@ -35,7 +35,8 @@ def _pipeline(model: Any, layout: ParallelSection) -> list[Problem]:
     if len(layers) < count:
         text = f"{layout.schedule} on {layout.pp} ranks needs {count} layers, the trunk has {len(layers)}"
         found.append(Problem(f"{text}; a loop is one layer", "parallel.pp"))
-    if len(set(layers)) < len(layers):
+    held = [id(p) for layer in layers for p in layer.parameters()]  # shared ones stand there more than once
+    if len(set(held)) < len(held):
         found.append(Problem("layers share weights (share), which stages cannot; use tp or dp_shard", "parallel.pp"))
     if _ties_ends(model):
         found.append(Problem("embedding and head are one matrix; set tie_embeddings: false", "parallel.pp"))
