@@ -20,6 +20,7 @@ from zoo.cli import (
     launch,
     listing,
     phases,
+    plan,
     profile,
     show,
     train,
@@ -122,6 +123,7 @@ app.command("list")(listing.command)
 app.command("show")(show.command)
 app.command("build")(build.command)
 app.command("profile")(profile.command)
+app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("launch")(launch.command)
 app.add_typer(data.app, name="data")

@@ -80,8 +80,20 @@ def exchange(module: Node | Block) -> Exchange:
 
 def exchanges(model: nn.Module) -> Iterator[tuple[str, str, Exchange]]:
     """Path, name and `exchange` of everything in a model that may send something; shared modules once."""
+    known: dict[Any, Exchange] = {}
     for path, module in _blocks(model):
-        yield path, _name(module), exchange(module)
+        key = _likeness(module)
+        if key not in known:
+            known[key] = exchange(module)
+        yield path, _name(module), known[key]
+
+
+def _likeness(module: nn.Module) -> Any:
+    """Equal for modules that are built alike."""
+    plain = (bool, int, float, str, tuple, type(None))
+    inner = tuple((name, type(m), repr([v for v in vars(m).items() if isinstance(v[1], plain)]))
+                  for name, m in module.named_modules())  # fmt: skip
+    return inner, tuple((name, p.shape, p.dtype) for name, p in module.named_parameters())
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def apply(
         def placement(p: nn.Parameter) -> ShardPlacementResult:
             return ShardPlacementResult(placement=Shard(0), mesh_info=inner if p in spread else outer)
 
-    for group in _groups(model):
+    for group in groups(model):
         again = reshard and not any(unit is getattr(model, "lm_head", None) for unit in group)  # it is needed at once
         fully_shard(
             group if len(group) > 1 else group[0], mesh=mesh, mp_policy=policy, reshard_after_forward=again,
@@ -54,7 +54,7 @@ def apply(
                 module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
 
 
-def _groups(model: nn.Module) -> list[list[nn.Module]]:
+def groups(model: nn.Module) -> list[list[nn.Module]]:
     """Units that hold parameters, those that share one together."""
     groups: list[tuple[list[nn.Module], set[int]]] = []
     for unit in units(model):

@@ -72,7 +72,7 @@ def apply(model: Any, mesh: DeviceMesh) -> None:
         for split in splits(unit, mesh.size()):
             if not split.reason:
                 prefix = f"{split.path}." if split.path else ""
-                lying |= {prefix + n: _lies(n, split.plan, mesh.size()) for n, _ in split.block.named_parameters()}
+                lying |= {prefix + n: lies(n, split.plan, mesh.size()) for n, _ in split.block.named_parameters()}
                 _split(split.block, split.plan, mesh)
         if unit in (embedding, head):
             lying["weight"] = Lying(Shard(0))
@@ -91,7 +91,8 @@ def units(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-def _lies(name: str, plan: ParallelPlan, degree: int) -> Lying:
+def lies(name: str, plan: ParallelPlan, degree: int) -> Lying:
+    """How a parameter of a split block lies over `degree` ranks, by its name in the block."""
     matches = [key for key in plan.tensor if name == key or name.startswith(f"{key}.")]
     how = plan.tensor[max(matches, key=len)] if matches else "replicate"
     if how == "row" and name.endswith(".bias"):

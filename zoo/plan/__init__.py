@@ -1,0 +1,1 @@
+"""What a run on many accelerators needs, before it is started: memory of a rank, what ranks send, about how long."""

@@ -1,0 +1,260 @@
+"""What is planned: a model on the meta device, its weights and the work of its layers, read once for all layouts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import Shard
+
+from zoo.contract import Block
+from zoo.graph.nodes import Leaf
+from zoo.parallel import context, pipeline, shard, tensor
+from zoo.parallel.expert import mixtures
+from zoo.parallel.local import Lying
+from zoo.sections import TrainSection
+from zoo.train.chunked_loss import chunks_for
+from zoo.train.optim import groups
+from zoo.train.parallelize import cheapest
+
+_EIGHT_BIT = 256  # numbers that share a scale in the moments of AdamW8bit
+
+
+def share(size: int, ranks: int, index: int = 0) -> int:
+    """Rows of rank `index` where `size` rows are cut over `ranks`: equal shares rounded up, the last ones less."""
+    one = -(-size // ranks)
+    return min(one, max(0, size - index * one))
+
+
+@dataclass(frozen=True)
+class At:
+    """A rank, by its number along each axis that cuts weights. The first has no less than any other, and what it has
+    is what all allocate: FSDP pads."""
+
+    tp: int = 0
+    fsdp: int = 0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, in the unit (by number) that holds it first."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    unit: int
+    expert: bool
+    optimizer: str  # "": it is not trained
+    key: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """Of a unit's weights: elements on a rank; bytes of them, of their gradients and of the optimizer's state; bytes
+    when FSDP has gathered them, those of experts apart; bytes of gradients that tensor parallelism sums."""
+
+    elements: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    gathered: int = 0
+    experts: int = 0
+    summed: int = 0
+    matrices: int = 0  # elements of gathered weights that autocast casts
+
+    def __add__(self, other: Held) -> Held:
+        return Held(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Work:
+    """A block at one site, for one row. `outside`: bytes kept that tensor parallelism does not split; `calls`: passes
+    over a whole row; `stream`: bytes of what enters in these."""
+
+    path: str
+    block: Block | None
+    flops: int
+    kept: int
+    outside: int
+    stream: int
+    calls: float
+
+
+class Subject:
+    """A model and its recipe. Units are numbered: the embedding, the layers, what comes behind them."""
+
+    def __init__(self, model: Any, train: TrainSection, seq_len: int):
+        self.model, self.train, self.seq_len = model, train, seq_len
+        self.item = next(model.parameters()).element_size()
+        layers, embedding = list(model.layers), getattr(model, model.embedding)
+        behind = [m for name, m in model.named_children() if m is not embedding and name != "layers"]
+        self.units: list[nn.Module] = [embedding, *layers, *behind]
+        self.names = [model.embedding, *(f"layers.{i}" for i in range(len(layers)))]
+        self.names += [n for n, m in model.named_children() if m is not embedding and n != "layers"]
+        self.num_layers = len(layers)
+        self.vocab_size: int = getattr(model, "vocab_size", 0)
+        first, *last = model.ends(1, seq_len, "train")
+        self.work: list[list[Work]] = [[self._work(first)]]
+        self.work += [[self._work(leaf, layer) for leaf in self._leaves(i)] for i, layer in enumerate(layers)]
+        by_module = {id(leaf.module): leaf for leaf in last}
+        self.work += [[self._work(by_module[id(m)])] if id(m) in by_module else [] for m in behind]
+        self.weights = list(self._weights())
+        self.head = self.names.index("lm_head") if "lm_head" in self.names else -1
+        self.buffers = [sum(b.numel() * b.element_size() for b in unit.buffers()) for unit in self.units]
+
+    # -------------------------------------------------------------------------------------- weights
+    def _weights(self) -> Iterator[Weight]:
+        optimizer = {name: g.optimizer for g in groups(self.model, self.train) for name in g.names}
+        spread = {id(p) for m in mixtures(self.model).values() for p in m.parameters()}
+        unit_of: dict[int, int] = {}
+        for i, unit in enumerate(self.units):
+            for p in unit.parameters():
+                unit_of.setdefault(id(p), i)
+        for name, p in self.model.named_parameters():
+            trained = optimizer.get(name, "")
+            yield Weight(name, tuple(p.shape), p.element_size(), unit_of[id(p)], id(p) in spread, trained, id(p))
+
+    @functools.cached_property
+    def fsdp_groups(self) -> list[list[int]]:
+        """Units that FSDP gathers together, in the order of their first one."""
+        number = {id(unit): i for i, unit in reversed(list(enumerate(self.units)))}
+        found = [sorted(number[id(m)] for m in group) for group in shard.groups(self.model)]
+        return sorted(found)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def splits(self, tp: int) -> dict[int, tensor.Split]:
+        """What tensor parallelism does to each block, by the block's id."""
+        return {id(s.block): s for unit in self.units for s in tensor.splits(unit, tp)}
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def _lying(self, tp: int) -> dict[int, Lying]:
+        found: dict[int, Lying] = {}
+        if tp == 1:
+            return found
+        for split in self.splits(tp).values():
+            if not split.reason:
+                found |= {id(p): tensor.lies(n, split.plan, tp) for n, p in split.block.named_parameters()}
+        for name in ("tok_embeddings", "lm_head"):
+            if end := getattr(self.model, name, None):
+                found[id(end.weight)] = Lying(Shard(0))
+        return found
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def held(self, tp: int, fsdp: int, ep: int, at: At = At()) -> list[Held]:
+        """For each unit, what the rank `at` holds of the weights that stand there first."""
+        lying, found = self._lying(tp), [Held()] * len(self.units)
+        for w in self.weights:
+            shape, how = list(w.shape), lying.get(w.key)
+            over, index = fsdp, at.fsdp
+            if w.expert and ep > 1:  # neighbours among the ranks of FSDP hold different experts
+                shape[0], over, index = share(shape[0], ep, at.fsdp % ep), fsdp // ep, at.fsdp // ep
+            elif how is not None and isinstance(how.placement, Shard):
+                dim = how.placement.dim
+                shape[dim] = share(shape[dim], tp, at.tp)
+            whole = math.prod(shape)
+            shape[0] = share(shape[0], over, index)
+            own = math.prod(shape)
+            trained = w.optimizer != ""
+            found[w.unit] += Held(
+                own,
+                own * w.itemsize,
+                own * w.itemsize * trained,
+                _optimizer_bytes(w.optimizer, own, w.itemsize),
+                0 if w.expert else whole * w.itemsize,
+                whole * w.itemsize if w.expert else 0,
+                whole * w.itemsize * (trained and how is not None and how.gradient.is_partial()),
+                whole if len(w.shape) > 1 and w.unit > 0 else 0,
+            )
+        return found
+
+    # ----------------------------------------------------------------------------------------- work
+    def _leaves(self, layer: int) -> Iterator[Leaf]:
+        return self.model.layers[layer].leaves(1, self.seq_len, 0, "train", f"layers.{layer}")
+
+    def _work(self, leaf: Leaf, layer: Any = None) -> Work:
+        cost, block = leaf.cost, getattr(leaf.module, "block", None)
+        if not isinstance(block, Block):
+            return Work(leaf.path, None, cost.flops, cost.activation_bytes, cost.activation_bytes, 0, 1.0)
+        whole = next(iter(leaf.module.leaves(1, self.seq_len, 0, "train"))).cost  # type: ignore[operator]
+        calls = cost.activation_bytes / whole.activation_bytes if whole.activation_bytes else 1.0
+        stream = calls * self.seq_len * block.dim * block.itemsize
+        inside = calls * block.activation_elements(1, self.seq_len) * block.itemsize - stream
+        outside = min(cost.activation_bytes, int(cost.activation_bytes - inside))
+        return Work(leaf.path, block, cost.flops, cost.activation_bytes, outside, int(stream), calls)
+
+    @functools.cached_property
+    def recomputed(self) -> set[int]:
+        """Numbers of the units that backward computes again."""
+        how = self.train.activation_checkpoint
+        if how == "full":
+            return set(range(1, 1 + self.num_layers))
+        if how == "budget":
+            layers = list(dict.fromkeys(self.model.layers))
+            chosen = cheapest(layers, self.train.activation_budget, self.seq_len, self.model.dim)
+            return {i for i, unit in enumerate(self.units) if any(unit is c for c in chosen)}
+        return set()
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def stage_units(self, pp: int, stages: int) -> list[list[int]]:
+        """The units of each stage of a pipeline of `pp` ranks."""
+        count, end = pp * stages, self.num_layers + 1
+        if count == 1:
+            return [list(range(len(self.units)))]
+        cuts = pipeline.balanced(self._layer_weights, count)
+        found = [[1 + i for i in cut] for cut in cuts]
+        return [[0, *found[0]], *found[1:-1], [*found[-1], *range(end, len(self.units))]]
+
+    @functools.cached_property
+    def _layer_weights(self) -> list[float]:
+        return pipeline.layer_weights(self.model, self.seq_len)
+
+    def loss_chunks(self, rows: int, cp: int, pp: int) -> int:
+        """Pieces in which logits exist."""
+        if pp > 1 or not self.vocab_size:
+            return 1
+        return chunks_for(self.train.loss_chunks, rows * self.seq_len // cp, self.vocab_size)
+
+    @functools.cached_property
+    def _exchanges(self) -> list[tuple[str, str, Any]]:
+        return list(context.exchanges(self.model))
+
+    @functools.cached_property
+    def exchanges(self) -> list[tuple[int, Any, float]]:
+        """What context parallelism exchanges: unit, `context.Exchange`, passes over a row."""
+        calls: dict[int, float] = {}
+        for work in (w for unit in self.work for w in unit if w.block is not None):
+            calls[id(work.block)] = calls.get(id(work.block), 0) + work.calls
+        number = {name: i for i, name in enumerate(self.names)}
+        found = []
+        for path, _, exchange in self._exchanges:
+            unit = number.get(".".join(path.split(".")[: 2 if path.startswith("layers.") else 1]), 0)
+            found.append((unit, exchange, calls.get(id(self.model.get_submodule(path)), 1.0)))
+        return found
+
+    @functools.cached_property
+    def on_whole_rows(self) -> set[int]:
+        """Ids of the blocks that run on whole rows under context parallelism."""
+        found: set[int] = set()
+        for path, _, exchange in self._exchanges:
+            if exchange.kind == "input":
+                found |= {id(m) for m in self.model.get_submodule(path).modules()}
+        return found
+
+    @functools.cached_property
+    def mixtures(self) -> dict[int, int]:
+        """Experts that a token takes, by the id of the block that holds them."""
+        blocks = (m for m in self.model.modules() if isinstance(m, Block))
+        return {id(m): m.top_k for m in blocks if "expert" in m.parallel_plan().tensor.values()}  # type: ignore
+
+
+def _optimizer_bytes(name: str, elements: int, itemsize: int) -> int:
+    """State of an optimizer of a parameter of which a rank has `elements`."""
+    if name == "Muon":
+        return elements * itemsize
+    if name == "AdamW8bit" and elements >= 4096 and elements % _EIGHT_BIT == 0:
+        return 2 * (elements + 4 * elements // _EIGHT_BIT + 4 * 256) + 4  # codes, scales, the values of the codes
+    return 2 * elements * itemsize + 4 if name else 0
