@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from zoo.sections import DataSection
-from zoo.train.corpus import Stream, read_corpus
-from zoo.train.evaluate import bits_per_byte, score, some_heldout
+from zoo.train.corpus import Heldout, Stream, read_corpus, some_documents
+from zoo.train.evaluate import bits_per_byte, score
 from zoo.train.loader import HeldoutRows, Loader, TrainRows
 from zoo.train.tokenizer import ByteTokenizer
 
@@ -24,12 +24,11 @@ class Text:
     def __init__(self, seq_len: int, heldout: int, *, tiny: bool = False):
         source = {"source": str(Path(sysconfig.get_path("stdlib")) / "json")} if tiny else {}
         corpus, tokenizer = read_corpus(DataSection(**source)), ByteTokenizer()
-        documents = some_heldout(corpus, heldout)
+        text = Heldout.of(some_documents(corpus.heldout, heldout), tokenizer)
         self.seq_len = seq_len
         self.stream = Stream.of(corpus.train, tokenizer)
-        self.heldout = Stream.of(documents, tokenizer)
-        self.rows = HeldoutRows(self.heldout, seq_len)
-        self.heldout_bytes = sum(len(d.text) for d in documents)
+        self.heldout, self.heldout_bytes = text.stream, text.size
+        self.text, self.rows = text, HeldoutRows(text.stream, seq_len)
 
     def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless batches (inputs, labels) [size, T]; batch n is the same in every run of a seed."""
@@ -38,4 +37,4 @@ class Text:
 
     def bits(self, model: Any) -> float:
         """Held-out bits per byte; every row starts without context."""
-        return bits_per_byte(score(model, self.rows, len(self.rows), 32)["loss"], self.heldout, self.heldout_bytes)
+        return bits_per_byte(score(model, self.rows, len(self.rows), 32)["loss"], self.text)
