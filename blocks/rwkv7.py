@@ -69,6 +69,14 @@ class ShiftedLinearState(LinearState):
     shift: Tensor
 
 
+class HeadNorm(nn.GroupNorm):
+    """Each head's channels normed, of as many heads as there are: under tensor parallelism a rank holds some."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        heads = input.shape[1] * self.num_groups // self.num_channels
+        return F.group_norm(input, heads, self.weight, self.bias, self.eps)
+
+
 @register(
     "rwkv7",
     kind="mixer",
@@ -143,7 +151,7 @@ class RWKV7(Block):
         self.a_lora = LoRA(dim, dim, a_low_rank_dim or rank(2.5), nn.Identity(), **factory)
         self.g_lora = LoRA(dim, dim, gate_low_rank_dim or rank(5), nn.Sigmoid(), bias=False, **factory)
         self.v_lora = LoRA(dim, dim, v_low_rank_dim or rank(1.7), nn.Identity(), **factory) if value_residual else None
-        self.g_norm = nn.GroupNorm(self.num_heads, dim, eps=1e-5 * self.head_dim, **factory)
+        self.g_norm = HeadNorm(self.num_heads, dim, eps=1e-5 * self.head_dim, **factory)
 
     def projections(self) -> tuple[nn.Linear, ...]:
         """Every linear layer."""
@@ -220,8 +228,7 @@ class RWKV7(Block):
         if state is not None:
             state.memory.copy_(memory.detach())
             state.shift.copy_(x[:, -1].detach())
-        norm, heads = self.g_norm, o.shape[2]  # under tensor parallelism a rank holds only some
-        o = F.group_norm(o.flatten(0, 1).flatten(1), heads, norm.weight, norm.bias, norm.eps).view(*x.shape[:2], -1)
+        o = self.g_norm(o.flatten(0, 1).flatten(1)).view(*x.shape[:2], -1)
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         y = (o + bonus.flatten(-2)) * self.g_lora(x_g)
         return self.o_proj(y.to(x.dtype))

@@ -14,7 +14,7 @@ from zoo.contract import Block
 from zoo.registry import load, options
 
 WITH_NORMS = (*BLOCK_KINDS, "norm")
-TENSOR = ("column", "row", "expert", "replicate")
+TENSOR = ("column", "row", "expert", "replicate", "once")
 
 
 @check(kinds=WITH_NORMS, per_block=True)
