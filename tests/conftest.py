@@ -1,5 +1,6 @@
 """For all tests: fresh memory is NaN, so that a read before the first write shows; without a GPU Triton interprets."""
 
+import gc
 import os
 
 import pytest
@@ -15,3 +16,11 @@ from zoo.conformance.poison import poisoned
 def nan_in_fresh_memory():
     with poisoned():
         yield
+
+
+@pytest.fixture(autouse=True)
+def collection():
+    """Tests that drive torchtitan's Trainer themselves leave collection off, which others find changed."""
+    gc.enable()
+    yield
+    gc.enable()
