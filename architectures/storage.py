@@ -54,7 +54,7 @@ def build(
     return model.eval()
 
 
-def _unique_tensors(model: Model) -> dict[str, torch.Tensor]:
+def unique_tensors(model: Model) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers, each shared one once, under its first name."""
     persistent = model.state_dict(keep_vars=True)
     seen: dict[int, str] = {}
@@ -65,7 +65,7 @@ def save_pretrained(model: Model, directory: Path) -> Path:
     """Write the two files; a failure leaves nothing half-written. ZooError where the disk refuses."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {n: t.contiguous().cpu() for n, t in _unique_tensors(model).items()}
+        tensors = {n: t.contiguous().cpu() for n, t in unique_tensors(model).items()}
         write_atomically(directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(model.config))).encode())
         with _replacing(directory / WEIGHTS) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
@@ -122,7 +122,7 @@ def from_pretrained(directory: str | Path, *, device: str | torch.device = "cpu"
     embedding = tensors.get(f"{ARCHITECTURES[graph.architecture].embedding}.weight")
     stored = torch.float32 if embedding is None else embedding.dtype
     model = build(dict(graph.document), device=device, dtype=dtype or stored)
-    own = _unique_tensors(model)
+    own = unique_tensors(model)
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
     if missing or surplus or wrong:

@@ -1,4 +1,4 @@
-"""The sections `vision:`, `train:`, `parallel:`, `data:`, `distill:` and `diffusion:` of a configuration.
+"""The sections `vision:`, `train:`, `parallel:`, `data:`, `distill:`, `diffusion:` and `origin:` of a configuration.
 
 Annotated fields are the schema; no torch here.
 """
@@ -356,3 +356,14 @@ class DistillSection(_Section):
         if self.targets == "labels" and self.first_stage != 0.5:
             found.append(("first_stage", "goes with targets: layers"))
         return found
+
+
+@dataclass(frozen=True)
+class OriginSection(_Section):
+    """Where a converted model came from: the `config` of the library that made it (its `model_type` names the family),
+    the `source` of the weights and their `license`."""
+
+    where: typing.ClassVar[str] = "origin"
+    config: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    license: str = ""

@@ -18,7 +18,15 @@ from zoo.graph.parse import Parser, graph_of
 from zoo.graph.reading import MAX_VALUES, Source, read_file, read_text, scalar
 from zoo.graph.spec import Graph
 from zoo.schema import PositiveFloat, PositiveInt, check_type
-from zoo.sections import DataSection, DiffusionSection, DistillSection, ParallelSection, TrainSection, VisionSection
+from zoo.sections import (
+    DataSection,
+    DiffusionSection,
+    DistillSection,
+    OriginSection,
+    ParallelSection,
+    TrainSection,
+    VisionSection,
+)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # the keys that only one architecture has; it needs the first of them
@@ -54,6 +62,7 @@ class TopLevel:
     data: DataSection | None = None
     parallel: ParallelSection | None = None
     distill: DistillSection | None = None
+    origin: OriginSection | None = None
 
 
 def config_names() -> list[str]:

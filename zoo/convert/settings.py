@@ -1,0 +1,68 @@
+"""The configuration of somebody else's model, read with account: what no one read is not lost silently."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from zoo.errors import ConfigError, Problem
+
+# what changes no number of an evaluated model: names, tokens, training, bookkeeping of the library
+NEUTRAL = frozenset(
+    {
+        "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+        "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "dtype",
+        "embd_pdrop", "eos_token_id", "finetuning_task", "hidden_dropout", "hidden_dropout_prob", "id2label",
+        "initializer_range", "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id",
+        "max_position_embeddings", "max_window_layers", "model_type", "output_attentions", "output_hidden_states",
+        "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "return_dict",
+        "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "task_specific_params", "tie_encoder_decoder",
+        "torch_dtype", "torchscript", "transformers_version", "use_cache",
+    }
+)  # fmt: skip
+
+
+class Settings:
+    """Values of a configuration as attributes. `unread` names those that nobody asked for and that are not neutral."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self._values = json.loads(json.dumps(values, default=str))  # plain, as a file would hold them
+        self._read: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._values:
+            raise AttributeError(f"the configuration has no {name}")
+        self._read.add(name)
+        return self._values[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A value that may be absent or null."""
+        self._read.add(name)
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def expect(self, **wanted: Any) -> None:
+        """Refuse a configuration in which one of these has another value. A tuple lists those that will do."""
+        for name, value in wanted.items():
+            if name not in self._values:
+                continue
+            allowed = value if isinstance(value, tuple) else (value,)
+            if self.get(name) not in allowed:
+                raise self.refused(f"{name}: {self.get(name)!r}", "can be " + " or ".join(map(repr, allowed)))
+
+    def refused(self, feature: str, why: str) -> ConfigError:
+        """The error for a feature that the graph cannot represent."""
+        return ConfigError(
+            [Problem(f"{feature} cannot be represented; {why}", file=self._values.get("model_type", ""))]
+        )
+
+    def check_unread(self) -> None:
+        """Refuse settings that the family does not know, so that none is dropped silently."""
+        unknown = sorted(k for k in self._values.keys() - self._read - NEUTRAL if self._values[k] is not None)
+        if unknown:
+            raise self.refused(", ".join(f"{k}: {self._values[k]!r}" for k in unknown), "the mapping does not know it")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values."""
+        return dict(self._values)
