@@ -65,6 +65,13 @@ class HGRN2(Block):
         self.q_proj, self.f_proj, self.i_proj, self.o_proj = (Linear(dim, dim, bias=False, **factory) for _ in range(4))
         self.g_norm = RMSNorm(dim, eps=1e-5, **factory)
 
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take queries, values (the input) and output of attention; keys are 1 - f, so f stays as it is drawn."""
+        for mine, theirs in ((self.q_proj, q), (self.i_proj, v), (self.o_proj, o)):
+            mine.weight.copy_(theirs)
+        return "q_proj.weight", "i_proj.weight", "o_proj.weight"
+
     def reset_parameters(self) -> None:
         for linear in (self.q_proj, self.f_proj, self.i_proj, self.o_proj):
             init_linear_(linear)

@@ -71,6 +71,14 @@ class LightningAttention(Block):
         self.norm = RMSNorm(inner, **factory)
         self.out_proj = Linear(inner, dim, bias=False, **factory)
 
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take the maps of attention, each with the rows of all heads; rows of qkv_proj are q, k, v of each head."""
+        parts = [w.unflatten(0, (self.num_heads, -1)) for w in (q, k, v)]
+        self.qkv_proj.weight.copy_(torch.cat(parts, 1).flatten(0, 1))
+        self.out_proj.weight.copy_(o)
+        return "qkv_proj.weight", "out_proj.weight"
+
     def reset_parameters(self) -> None:
         for linear in (self.qkv_proj, self.output_gate, self.out_proj):
             init_linear_(linear)

@@ -133,6 +133,23 @@ class Mamba2(Block):
         self.norm = GatedGroupNorm(self.inner, num_groups, eps=norm_eps, **factory) if gated_norm else None
         self.out_proj = Linear(self.inner, dim, bias=False, **factory)
 
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """Options with which a head's state is its keys times its values (Mamba in the Llama, arXiv:2408.15237)."""
+        inner = {"num_heads": num_heads, "head_dim": head_dim, "expand": num_heads * head_dim / dim}
+        return inner | {"state_dim": head_dim, "num_groups": num_heads}
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take C from the queries, B from the keys, x from the values, each with the rows of all heads; at first the
+        convolution lets a token through as it is. z and dt stay as they are drawn."""
+        states = self.num_groups * self.state_dim
+        _, x, B, C, _ = self.in_proj.weight.split([self.inner, self.inner, states, states, self.num_heads])
+        for mine, theirs in ((x, v), (B, k), (C, q), (self.out_proj.weight, o)):
+            mine.copy_(theirs)
+        self.conv1d.weight.zero_()[..., -1] = 1
+        return "in_proj.weight", "out_proj.weight", "conv1d.weight"
+
     def reset_parameters(self) -> None:
         for linear in (self.in_proj, self.out_proj):
             init_linear_(linear)

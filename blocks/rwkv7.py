@@ -159,6 +159,13 @@ class RWKV7(Block):
         low_rank = [layer for m in loras for layer in m.layers()]
         return self.r_proj, self.k_proj, self.v_proj, self.o_proj, *low_rank
 
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take the maps of attention, each with the rows of all heads; the receptance r is the query."""
+        for mine, theirs in ((self.r_proj, q), (self.k_proj, k), (self.v_proj, v), (self.o_proj, o)):
+            mine.weight.copy_(theirs)
+        return "r_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"
+
     def reset_parameters(self) -> None:
         D, Dh, like = self.dim, self.head_dim, self.k_k
         depth, ahead = self.layer_index / max(self.num_layers - 1, 1), 1 - self.layer_index / self.num_layers

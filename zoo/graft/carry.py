@@ -1,0 +1,70 @@
+"""Options and weights that a new block takes over from the one it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo import registry
+from zoo.graft.donor import Donor
+
+# options of attention that mean the same in every block that has them
+SHARED = (
+    "num_heads", "num_kv_heads", "head_dim", "rope", "rope_base", "rotary_dim", "rope_interleaved", "rope_scaling",
+    "qk_norm", "zero_centered", "norm_eps", "bias", "out_bias", "scale", "softcap", "causal",
+)  # fmt: skip
+
+
+def options_for(name: str, donor: Donor, given: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:
+    """Options of block `name` in the place of the donor: what was `given`, else what both understand. place: number
+    of the layer and of layers, where the donor knows no better."""
+    known, cls, old = registry.options(name), registry.load(name), donor.options
+    made: dict[str, Any] = {k: old[k] for k in SHARED if k in known and k in old}
+    if hasattr(cls, "like_attention") and "num_heads" in old:
+        heads, width = old["num_heads"], old.get("head_dim") or donor.dim // old["num_heads"]
+        made |= cls.like_attention(donor.dim, heads, old.get("num_kv_heads") or heads, width)
+    elif "num_heads" in made and "head_dim" in old:
+        # keys and values as wide as those of attention: expand_v counts in heads where there is a head_dim
+        inner = old["num_heads"] * old["head_dim"] / donor.dim
+        wide = {"expand_k": inner, "expand_v": 1.0 if "head_dim" in known else inner}
+        made |= {k: v for k, v in wide.items() if k in known}
+    layer, layers = donor.place or place
+    made |= {k: v for k, v in {"layer_index": layer, "num_layers": layers}.items() if k in known}
+    return made | dict(given)
+
+
+@torch.no_grad()
+def carry(block: nn.Module, donor: Donor) -> dict[str, tuple[str, bool]]:
+    """Write into the block what the donor has for it: tensors of the same name and shape, heads of keys and values
+    repeated where the block has more of them, and what the block itself makes of q, k, v and o (`from_attention`).
+    Returns source, and whether it is the same tensor, by name; on the meta device that is all that happens."""
+    made: dict[str, tuple[str, bool]] = {}
+    old, maps = donor.weights, [f"{n}_proj.weight" for n in "qkvo"]
+    if hasattr(block, "from_attention") and all(n in old for n in maps):
+        heads = len(old[maps[0]])
+        source = ", ".join(dict.fromkeys(donor.sources[n] for n in maps))
+        q, k, v, o = (old[n] for n in maps)
+        k, v = (_repeated(w, heads, donor) for w in (k, v))
+        if k is not None and v is not None:
+            made |= {name: (source, False) for name in block.from_attention(q, k, v, o)}  # type: ignore[operator]
+    for name, tensor in block.state_dict().items():
+        given = old.get(name)
+        if given is None or name in made:
+            continue
+        if given.shape != tensor.shape and name in maps[1:3]:
+            given = _repeated(given, len(tensor), donor)
+        if given is not None and given.shape == tensor.shape:
+            tensor.copy_(given)
+            made[name] = donor.sources[name], given is old[name]
+    return made
+
+
+def _repeated(given: Tensor, rows: int, donor: Donor) -> Tensor | None:
+    """Rows of the heads of k or v, each head as often as query heads share it; None where they do not fit."""
+    head = donor.options.get("head_dim") or donor.dim // donor.options.get("num_heads", 1)
+    if len(given) % head or rows % len(given):
+        return None
+    return given.unflatten(0, (-1, head)).repeat_interleave(rows // len(given), 0).flatten(0, 1)
