@@ -14,7 +14,7 @@ from zoo.graft.donor import Donor
 # options of attention that mean the same in every block that has them
 SHARED = (
     "num_heads", "num_kv_heads", "head_dim", "rope", "rope_base", "rotary_dim", "rope_interleaved", "rope_scaling",
-    "qk_norm", "zero_centered", "norm_eps", "bias", "out_bias", "scale", "softcap", "causal",
+    "qk_norm", "norm_zero_centered", "norm_eps", "bias", "out_bias", "scale", "softcap", "causal",
 )  # fmt: skip
 
 
