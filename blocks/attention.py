@@ -76,7 +76,7 @@ def grouped_heads(
         {"num_heads": 4, "window": 20},
         {"num_heads": 4, "num_kv_heads": 1, "window": 7, "sinks": 3},
         {"num_heads": 4, "qk_norm": "head", "output_gate": True, "rotary_dim": 8},
-        {"num_heads": 4, "head_dim": 8, "qk_norm": "full", "rope_interleaved": True},
+        {"num_heads": 4, "head_dim": 8, "qk_norm": "full", "norm_zero_centered": True, "rope_interleaved": True},
         {"num_heads": 4, "num_kv_heads": 2, "softcap": 5.0, "sink_logits": True, "window": 16},
         {"num_heads": 4, "rope": False, "scale": 0.3},
         {"num_heads": 4, "bias": "qk"},
@@ -89,7 +89,8 @@ class Attention(Block):
     query heads of d = head_dim read G = num_kv_heads key heads. x: [B, T, D] -> y: [B, T, D].
     `window`: only i - j < window, and always the first `sinks` tokens; `sink_logits`: a learnt score per
     head that takes weight and gives no value (GPT-OSS); `softcap` c: scores c tanh(s / c) (Gemma 2);
-    `qk_norm`: RMS norm of each head (Qwen3) or of all channels (OLMo 2) of q and k; `output_gate`:
+    `qk_norm`: RMS norm of each head (Qwen3) or of all channels (OLMo 2) of q and k, with factors 1 + w where
+    `norm_zero_centered` (Gemma 3); `output_gate`:
     o * sigmoid(W_g x), rows of W_g beside those of q head by head (Qwen3-Next); `bias` of all four maps or of q and
     k alone (`qk`, Huginn), `out_bias` of W_o where it differs; `causal=False` sees the whole
     document and cannot be streamed. Rotary options: `rotary_dim` channels of each head, `rope_interleaved`
@@ -99,7 +100,7 @@ class Attention(Block):
     State: keys and values, 2 G d a token, or of sinks + window tokens. 4 H d T^2 FLOPs a sequence (causal half
     of it useful), 4 H d T window with a window. A window of at least T is plain attention.
     Parameters and their layouts are those of Llama, Qwen3, OLMo 2, Gemma 2, GPT-OSS and Qwen3-Next in Hugging
-    Face, but norm weights are w, never 1 + w.
+    Face.
     """
 
     shares_keys = True
@@ -118,6 +119,7 @@ class Attention(Block):
         rope_scaling: dict[str, Any] | None = None,
         qk_norm: Literal["none", "head", "full"] = "none",
         norm_eps: PositiveFloat = 1e-6,
+        norm_zero_centered: bool = False,
         bias: bool | Literal["qk"] = False,
         out_bias: bool | None = None,
         window: PositiveInt | None = None,
@@ -170,7 +172,8 @@ class Attention(Block):
         self.q_norm = self.k_norm = None
         if qk_norm != "none":
             widths = (self.head_dim, self.head_dim) if qk_norm == "head" else (q_width, kv_width)
-            self.q_norm, self.k_norm = (RMSNorm(w, eps=norm_eps, **factory) for w in widths)
+            norm = {"eps": norm_eps, "zero_centered": norm_zero_centered}
+            self.q_norm, self.k_norm = (RMSNorm(w, **norm, **factory) for w in widths)
         self.sinks = nn.Parameter(torch.empty(self.num_heads, **factory)) if sink_logits else None
 
     def reset_parameters(self) -> None:

@@ -14,23 +14,28 @@ from zoo.schema import PositiveFloat
 class RMSNorm(nn.Module, metaclass=DrawsItself):
     """Root-mean-square norm: y = x / sqrt(mean(x^2) + eps) * w.
 
-    x: [..., dim] -> y: [..., dim], same dtype; w starts at 1. Zhang & Sennrich 2019.
+    x: [..., dim] -> y: [..., dim], same dtype; w starts at 1. Zhang & Sennrich 2019. With `zero_centered` the factor
+    is 1 + w and w starts at 0 (Gemma, Qwen3-Next): weight decay then pulls towards the plain norm, and a checkpoint
+    of such a model is held as it is.
     """
 
-    def __init__(self, dim: int, *, eps: PositiveFloat = 1e-6, device=None, dtype=None):
+    def __init__(self, dim: int, *, eps: PositiveFloat = 1e-6, zero_centered: bool = False, device=None, dtype=None):
         super().__init__()
-        self.dim, self.eps = dim, eps
+        self.dim, self.eps, self.zero_centered = dim, eps, zero_centered
         self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, eps={self.eps}"
+        return f"{self.dim}, eps={self.eps}" + (", zero_centered=True" if self.zero_centered else "")
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.zero_centered:
+            return (y * (1 + self.weight.to(y.dtype))).to(x.dtype)  # wide: in 16 bits 1 + w would lose what w says
+        return y.to(x.dtype) * self.weight
 
 
 @register("layer", kind="norm", paper="arXiv:1607.06450")

@@ -71,7 +71,7 @@ def pair(family: str):
     config = m.Qwen3NextConfig(
         **COMMON, rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
     )  # fmt: skip
-    options = dict(output_gate=True, qk_norm="head", rope_base=100.0, rotary_dim=4)
+    options = dict(output_gate=True, qk_norm="head", norm_zero_centered=True, rope_base=100.0, rotary_dim=4)
     return config, m.Qwen3NextAttention, m.Qwen3NextRotaryEmbedding, ours | options
 
 
@@ -81,10 +81,7 @@ def test_equals_hugging_face(family):
     theirs = layer(config, 0).double().eval()
     redraw(theirs)
     ours = zoo.create_block("attention", DIM, dtype=torch.float64, **options)
-    weights = dict(theirs.state_dict())
-    if family == "qwen3_next":  # its norms multiply by 1 + w
-        weights |= {n: 1 + weights[n] for n in ("q_norm.weight", "k_norm.weight")}
-    ours.load_state_dict(weights)
+    ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, T, DIM, dtype=torch.float64)
     positions = torch.arange(T).expand(2, T)
     embeddings = rotary(config)(x, positions)
