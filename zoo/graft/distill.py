@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.errors import ConfigError
+from zoo.graft.hosted import CACHES
 from zoo.graft.plan import Plan
 
 Progress = Callable[[str, int, float], None]
@@ -85,7 +86,8 @@ def _record(plan: Plan, batch: Any) -> Iterator[tuple[str, tuple[tuple, dict, Te
 
     def keep(site: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-            found[site] = (args, kwargs, out[0] if isinstance(out, tuple) else out)
+            given = {k: v for k, v in kwargs.items() if k not in CACHES}  # the original has filled it
+            found[site] = (args, given, out[0] if isinstance(out, tuple) else out)
 
         return hook
 

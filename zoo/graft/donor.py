@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from zoo.architectures.model import Model
 from zoo.convert import plan as conversion
 from zoo.errors import ConfigError
 from zoo.graft.document import sites_of
+from zoo.graft.hosted import Hosted
 from zoo.graph.loader import load_graph
 
 # other names of the same maps
@@ -80,16 +82,13 @@ def _by_family(host: nn.Module) -> dict[str, Donor]:
 
 def _common(names: list[str]) -> str:
     """The module that holds all of these tensors."""
-    parts = [n.split(".")[:-1] for n in names]
-    shared = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return ".".join(shared)
+    parents = [f"{n.rpartition('.')[0]}." for n in names]
+    return os.path.commonprefix(parents).rpartition(".")[0]
 
 
 def _by_names(site: str, module: nn.Module, host: nn.Module) -> Donor:
+    if isinstance(module, Hosted):  # a block that was put there before
+        site, module = f"{site}.block", module.block
     donor = Donor(0)
     for name, tensor in module.state_dict().items():
         *path, last = name.split(".")
@@ -102,10 +101,12 @@ def _by_names(site: str, module: nn.Module, host: nn.Module) -> Donor:
         else:
             ours = ".".join([RENAMED.get(p, p) for p in path] + [last])
             donor.weights[ours], donor.sources[ours] = tensor.detach(), f"{site}.{name}"
-    readers = (f"{n}.weight" for n in ("q_proj", "gate_proj", "up_proj", "in_proj"))
-    matrix = next((donor.weights[n] for n in readers if n in donor.weights), None)
-    config = getattr(host, "config", None)
-    donor.dim = int(matrix.shape[1] if matrix is not None else getattr(config, "hidden_size", 0))
+    # what reads the stream: the first linear map, as modules are written in the order of their use
+    first = next((m.in_features for m in module.modules() if isinstance(m, nn.Linear)), None)
+    matrix = donor.weights.get("q_proj.weight")
+    if first is None and matrix is None and any(t.dim() > 1 for t in donor.weights.values()):
+        first = getattr(getattr(host, "config", None), "hidden_size", 0)
+    donor.dim = int(first or (0 if matrix is None else matrix.shape[1]))
     donor.options = _heads(module, donor.weights)
     return donor
 
