@@ -32,7 +32,10 @@ _WHERE = {
     "DataError": ("zoo.errors", "DataError"),
     "KernelUnavailable": ("zoo.errors", "KernelUnavailable"),
     "ZooError": ("zoo.errors", "ZooError"),
-    **{name: (f"zoo.{name}", "") for name in ("architectures", "blocks", "contract", "convert", "graft", "kernels", "registry")},
+    **{
+        name: (f"zoo.{name}", "")
+        for name in ("architectures", "blocks", "contract", "convert", "graft", "kernels", "registry")
+    },
 }
 __all__ = [
     "Card", "ConfigError", "DataError", "KernelUnavailable", "Model", "ZooError", "block_card", "build",

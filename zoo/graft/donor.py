@@ -82,8 +82,8 @@ def _by_family(host: nn.Module) -> dict[str, Donor]:
 
 def _common(names: list[str]) -> str:
     """The module that holds all of these tensors."""
-    parents = [f"{n.rpartition('.')[0]}." for n in names]
-    return os.path.commonprefix(parents).rpartition(".")[0]
+    paths = [n.replace(".", "/") for n in names]
+    return os.path.commonpath(paths if len(paths) > 1 else [os.path.dirname(paths[0])]).replace("/", ".")
 
 
 def _by_names(site: str, module: nn.Module, host: nn.Module) -> Donor:

@@ -87,7 +87,7 @@ class Hosted(nn.Module):
                 raise ZooError(f"{self.site}: the cache was begun by the module that the block replaced")
             layer = layers[index] = _with_states(layer)
         if self.site not in layer.states:
-            layer.states[self.site] = self.block.init_state(x.shape[0])
+            layer.states[self.site] = self.block.init_state(x.shape[0])  # type: ignore[operator]
             layer.seen[self.site] = 0
         layer.seen[self.site] += x.shape[1]
         _mark(layer)

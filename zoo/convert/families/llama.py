@@ -82,4 +82,4 @@ def rules(s: Settings, model: Model) -> Iterator[Rule]:
     yield from ends(s)
     blocks = residual_blocks(model)
     for i in range(s.num_hidden_layers):
-        yield from layer_rules(s, *blocks[2 * i : 2 * i + 2], i)
+        yield from layer_rules(s, blocks[2 * i], blocks[2 * i + 1], i)
