@@ -10,196 +10,33 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zoo import row
+from zoo.state import EmptyState, SharedKeys, State, StateList, counter, state_dtype  # noqa: F401  for blocks
 
 Mode = Literal["train", "prefill", "decode"]
-
-
-# --------------------------------------------------------------------------------------------- state
-class State:
-    """Streaming state of a block: subclasses are dataclasses of tensors [B, ...], nested states, lists or
-    dicts of states, and plain Python values. Tensors are preallocated and updated in place.
-
-    `field(metadata={"fill": value})` says what `reset` writes (0 where absent).
-    """
-
-    def _children(self) -> Iterator[tuple[Any, str, State]]:
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if isinstance(value, State):
-                yield None, f.name, value
-            elif isinstance(value, list):
-                yield from ((i, f.name, v) for i, v in enumerate(value) if isinstance(v, State))
-            elif isinstance(value, dict):
-                yield from ((k, f.name, v) for k, v in value.items() if isinstance(v, State))
-
-    def _tensors(self) -> Iterator[tuple[dataclasses.Field, Tensor]]:
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            if isinstance(value := getattr(self, f.name), Tensor):
-                yield f, value
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Every tensor of this state and of the states inside it."""
-        for _, t in self._tensors():
-            yield t
-        for _, _, child in self._children():
-            yield from child.tensors()
-
-    def walk(self) -> Iterator[State]:
-        """This state and every one inside it."""
-        yield self
-        for _, _, child in self._children():
-            yield from child.walk()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, nested states included."""
-        return self._tensor_bytes() + sum(child.nbytes for _, _, child in self._children())
-
-    @property
-    def max_nbytes(self) -> int:
-        """Bytes held when the rows are full. More than `nbytes` only of a state that makes room as it is used, even
-        where `max_len` is given, because it may never need all of it; it says here what that would be."""
-        return self._tensor_bytes() + sum(child.max_nbytes for _, _, child in self._children())
-
-    def _tensor_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for _, t in self._tensors())
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """A new state with `fn` applied to every tensor; Python values are kept."""
-        new: dict[str, Any] = {}
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor):
-                value = fn(value)
-            elif isinstance(value, State):
-                value = value.map(fn)
-            elif isinstance(value, list):
-                value = [v.map(fn) if isinstance(v, State) else v for v in value]
-            elif isinstance(value, dict):
-                value = {k: v.map(fn) if isinstance(v, State) else v for k, v in value.items()}
-            new[f.name] = value
-        return type(self)(**new)
-
-    def clone(self) -> Self:
-        """An independent copy."""
-        return self.map(torch.clone)
-
-    snapshot = clone
-
-    def restore(self, snapshot: Self) -> None:
-        """Go back to `snapshot` (which stays usable)."""
-        self._copy_from(snapshot, lambda mine, theirs: theirs.clone())
-
-    def reorder(self, index: Tensor) -> None:
-        """Row b becomes the old row `index[b]` (beam search); the number of rows may change."""
-        self._copy_from(self, lambda mine, theirs: theirs.index_select(0, index))
-
-    def rows(self, index: Tensor) -> Self:
-        """A copy that holds only the rows `index`."""
-        return self.map(lambda t: t.index_select(0, index))
-
-    def put_rows(self, index: Tensor, part: Self) -> None:
-        """Write back what `rows(index)` took. A buffer that grew in `part` grows here too."""
-
-        def write(mine: Tensor, theirs: Tensor) -> Tensor:
-            if theirs.shape[1:] != mine.shape[1:]:
-                grown = mine.new_zeros(mine.shape[0], *theirs.shape[1:])
-                grown[tuple(slice(0, n) for n in mine.shape)] = mine
-                mine = grown
-            return mine.index_copy_(0, index, theirs)
-
-        self._copy_from(part, write, merge=max)
-
-    def reset(self, rows: Tensor | None = None) -> None:
-        """Forget everything, or only the rows `rows` (int64 indices)."""
-        for f, t in self._tensors():
-            fill = f.metadata.get("fill", 0)
-            t.fill_(fill) if rows is None else t.index_fill_(0, rows, fill)
-        for _, _, child in self._children():
-            child.reset(rows)
-        if rows is None:
-            for f in dataclasses.fields(self):  # type: ignore[arg-type]
-                if isinstance(getattr(self, f.name), int) and f.metadata.get("counter"):
-                    setattr(self, f.name, 0)
-
-    def _copy_from(self, other: Self, fn, merge: Callable | None = None) -> None:
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(mine, Tensor):
-                setattr(self, f.name, _assign(mine, fn(mine, theirs)))
-            elif not isinstance(mine, (State, list, dict)):
-                setattr(self, f.name, merge(mine, theirs) if merge and f.metadata.get("counter") else theirs)
-        for (_, _, mine), (_, _, theirs) in zip(self._children(), other._children(), strict=True):
-            mine._copy_from(theirs, fn, merge)
-
-
-def _assign(old: Tensor, new: Tensor) -> Tensor:
-    # the same storage where shapes allow, so that a captured CUDA graph keeps reading the right memory
-    return old if new is old else old.copy_(new) if old.shape == new.shape else new
-
-
-@dataclass
-class EmptyState(State):
-    """State of a block that carries nothing from one segment to the next."""
-
-
-@dataclass
-class StateList(State):
-    """States of the children of a composite node, in order."""
-
-    children: list[State] = field(default_factory=list)
-
-
-@dataclass
-class SharedKeys(State):
-    """In the place of a block's state: the keys and values that one call leaves to later calls of the same block.
-
-    `write_keys` of the block fills it, with the keys of `own`, its state, where rows are streamed; then every call
-    queries what is in it. k, v: [B, S, H, .] (with their gradient); indices and documents as in `attention`.
-    """
-
-    own: State | None = None
-    k: Any = None  # tensors once they are written
-    v: Any = None
-    q_index: Tensor | None = None
-    k_index: Tensor | None = None
-    doc_ids: Tensor | None = None
-
-    @property
-    def written(self) -> bool:
-        """Whether keys are there."""
-        return self.k is not None
-
-    def at(self, tokens: Tensor) -> SharedKeys:
-        """The same keys for queries of only the tokens [B, n] of the segment."""
-        q_index, k_index = self.q_index, self.k_index
-        if q_index is None and self.k is not None:
-            k_index = torch.arange(self.k.shape[1], device=tokens.device).expand(self.k.shape[:2])
-            q_index = k_index
-        return dataclasses.replace(self, q_index=q_index.gather(1, tokens), k_index=k_index)  # type: ignore[union-attr]
-
-
-def counter() -> Any:
-    """Dataclass field for a host-side count: an upper bound over rows, zeroed by a full `reset`."""
-    return field(default=0, metadata={"counter": True})
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Recurrent states are float32, and float64 where the model is."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------- cost
 @dataclass(frozen=True)
 class Cost:
-    """What one call costs. `flops` counts executed matrix work, one multiply-add = 2, forward only for
-    prefill and decode and forward + backward (3x forward) for train; elementwise work is left out.
+    """What one call costs: forward for prefill and decode, forward and backward for train, which is taken as three
+    forwards in all work (for every product of the forward, backward has two; elementwise work is like it).
+
+    `flops`: executed matrix work, one multiply-add = 2: what torch's counter sees of a run on a CPU, masked scores and
+    padding included. `useful_flops`: the same of what the mathematics needs, however it is run: causal pairs (a query
+    at place i sees i + 1 keys), pairs inside a window, the keys that a selection chooses and the scores that it chooses
+    by, experts as chosen. A recurrence with a matrix state counts token by token, as the papers write it: each
+    product of the state with a vector and each rank-one update is 2 Dk Dv, whatever the chunked form executes.
+    `vector_flops`: useful work that is no matrix product: every elementwise result = 1, a transcendental function
+    and a division too; a reduction of n numbers = n; so softmax = 5 a score, RMSNorm = 4 and LayerNorm = 7 a number,
+    sigmoid = 1, SiLU and GELU = 2, a rotated number = 3, depthwise taps and the updates of a diagonal recurrence =
+    2 a multiply-add, the decay of a matrix state = 1 a number. Tables (angles), indices, sorting and copies count 0.
+
     `active_params` are the parameters one token touches; bytes are those of an ideal kernel that reads its
     weights, inputs and state once; `activation_bytes` are kept for backward (0 outside train)."""
 
@@ -210,6 +47,8 @@ class Cost:
     bytes_written: int = 0
     activation_bytes: int = 0
     state_bytes: int = 0
+    useful_flops: int = 0
+    vector_flops: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -370,11 +209,20 @@ class Block(nn.Module, metaclass=DrawsItself):
         call with a state executes is at most what they say."""
         return ""
 
-    # cost, in three parts that a block overrides
+    # cost, in parts that a block overrides
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         """Executed matrix FLOPs of one forward of `seq_len` tokens per row, `context_len` tokens being in
         the state already (`streaming`: a state is given)."""
         raise NotImplementedError(f"{type(self).__name__}.forward_flops")
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        """Matrix FLOPs of one forward that the mathematics needs (see `Cost`); by default those that are executed."""
+        return self.forward_flops(batch_size, seq_len, context_len, context_len > 0)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        """Work of one forward outside matrix products (see `Cost`); by default one operation for each element that is
+        kept for backward."""
+        return self.activation_elements(batch_size, seq_len)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         """Equals `init_state(batch_size, max_len).max_nbytes`."""
@@ -406,6 +254,8 @@ class Block(nn.Module, metaclass=DrawsItself):
             bytes_written=passes * stream + state + kept,
             activation_bytes=kept,
             state_bytes=state,
+            useful_flops=passes * self.useful_flops(batch_size, seq_len, context_len),
+            vector_flops=passes * self.vector_flops(batch_size, seq_len, context_len),
         )
 
     def parallel_plan(self) -> ParallelPlan:

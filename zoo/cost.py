@@ -30,6 +30,8 @@ class NodeCost:
     bytes_written: int
     activation_bytes: int
     state_bytes: int
+    useful_flops: int
+    vector_flops: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class CostReport:
     bytes_written: int
     activation_bytes: int
     state_bytes: int
+    useful_flops: int
+    vector_flops: int
     nodes: tuple[NodeCost, ...]
     assumptions: tuple[str, ...] = ()
 
@@ -84,7 +88,8 @@ def estimate(
     leaves = list(model.leaves(batch_size, seq_len, context_len, mode))  # type: ignore[union-attr]
     first, *last = model.ends(batch_size, seq_len, mode)  # type: ignore[union-attr]
     nodes = [NodeCost(n.path, n.block, *dataclasses.astuple(n.cost)) for n in (first, *leaves, *last)]
-    totals = {f: sum(getattr(n, f) for n in nodes) for f in ("flops", "bytes_read", "bytes_written")}
+    totals = {f: sum(getattr(n, f) for n in nodes) for f in ("flops", "useful_flops", "vector_flops")}
+    totals |= {f: sum(getattr(n, f) for n in nodes) for f in ("bytes_read", "bytes_written")}
     totals |= {f: sum(getattr(n, f) for n in nodes) for f in ("activation_bytes", "state_bytes")}
     # every tensor once, however many sites share it
     once = {id(leaf.module): leaf.cost for leaf in leaves}

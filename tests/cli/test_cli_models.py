@@ -138,7 +138,7 @@ def test_spans():
 
 def test_fold_keeps_unequal_layers_apart():
     def node(path: str) -> NodeCost:
-        return NodeCost(path, "mlp", 1, 1, 1, 1, 1, 1, 1)
+        return NodeCost(path, "mlp", 1, 1, 1, 1, 1, 1, 1, 1, 1)
 
     trunk = [Spec("mlp", kind="ffn", options={"hidden_dim": h}) for h in (8, 16, 8)]
     rows = fold([node("tok_embeddings"), *(node(f"layers.{i}") for i in range(3)), node("lm_head")], trunk)
