@@ -26,6 +26,7 @@ from zoo.contract import (
     positions_from,
     refuse_packed_streaming,
 )
+from zoo.kernels import work
 from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -323,6 +324,35 @@ class Attention(Block):
             batch_size, queries, keys, self.num_heads, self.head_dim, causal=self.causal, window=self.window,
             sinks=self.num_sinks, plain=not context_len and queries == seq_len, fused=self._fused,
         )  # fmt: skip
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        return self.key_flops(batch_size * seq_len) + self.useful_query_flops(batch_size, seq_len, seq_len, context_len)
+
+    def useful_query_flops(self, batch_size: int, queries: int, seq_len: int, context_len: int = 0) -> int:
+        """What the mathematics needs of `query_flops`."""
+        scores = self.scores(seq_len, context_len) * queries // seq_len
+        choosing = 0 if self.select is None else self.select.choosing_flops(seq_len, context_len)
+        return linear_flops(batch_size * queries, self.q_proj, self.o_proj) + batch_size * (
+            4 * scores * self.head_dim + choosing
+        )
+
+    def scores(self, seq_len: int, context_len: int = 0) -> int:
+        """Scores that the softmax of a row runs over, of all heads."""
+        policy = self.select or self.cache
+        if policy is not None:
+            return policy.scores(seq_len, context_len)
+        if not self.causal:
+            return self.num_heads * seq_len * (context_len + seq_len)
+        return self.num_heads * work.window_pairs(seq_len, context_len, self.window, self.num_sinks)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        score = work.SOFTMAX + (0 if self.softcap is None else work.SOFTCAP)
+        token = work.ROPE * self.rotary_dim * (self.num_heads + self.num_kv_heads)
+        token += 0 if self.qk_norm == "none" else work.RMS * (q_width + kv_width)
+        token += (work.SIGMOID + 1) * q_width if self.output_gate else 0
+        token += 0 if self.sinks is None else score * self.num_heads  # one more score
+        return batch_size * (seq_len * token + score * self.scores(seq_len, context_len))
 
     @property
     def _fused(self) -> bool:

@@ -19,6 +19,7 @@ from zoo.blocks.attention import Attention
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes, segment_index
 from zoo.contract import ParallelPlan, State, linear_flops, positions_from, refuse_packed_streaming
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.block_list import BlockList, sort_ids
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.rope import rope
@@ -135,6 +136,12 @@ class BlockAttention(Attention):
         linear = linear_flops(B * T, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         slots = -(-keys // self.block_size)
         return linear + attending.flops(B, T, keys, Hq, Hkv, D, D, slots, self.block_size, 1)
+
+    def scores(self, seq_len: int, context_len: int = 0) -> int:
+        passages = self.num_blocks * self.block_size
+        apart = max(0, min(seq_len, passages - context_len))  # tokens that see their own passage alone
+        pairs = work.block_pairs(apart, context_len, self.block_size, 1)
+        return self.num_heads * (pairs + work.pairs(seq_len - apart, context_len + apart))
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width = self.head_dim

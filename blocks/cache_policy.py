@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.contract import State
+from zoo.kernels import work
 
 
 class CachePolicy:
@@ -50,6 +51,10 @@ class CachePolicy:
     def flops(self, batch_size: int, seq_len: int, context_len: int, streaming: bool) -> int:
         """Matrix FLOPs of a call."""
         raise NotImplementedError
+
+    def scores(self, seq_len: int, context_len: int) -> int:
+        """Scores that a row's softmax runs over, of all heads: of all tokens before, where it forgets none."""
+        return self.num_heads * work.pairs(seq_len, context_len)
 
     def state_bytes(self, max_len: int, itemsize: int) -> int:
         """Bytes of a full row's state, of keys of `itemsize` bytes; rows that could share some are counted apart."""

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.blocks.attention import grouped_heads
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.attention import QUERY_TILE, attention_flops
 from zoo.kernels.attention.mask import Mask, tiles
 from zoo.kernels.linear import Linear
@@ -135,6 +136,17 @@ class ContextualPositionAttention(Block):
         flops += 2 * batch_size * seq_len * H * D * self.num_positions
         keys = context_len + seq_len
         return flops + attention_flops(batch_size, seq_len, keys, H, D, plain=not context_len, fused=False)
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, D = self.num_heads, self.head_dim
+        flops = linear_flops(batch_size * seq_len, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        flops += 2 * batch_size * seq_len * H * D * self.num_positions
+        return flops + batch_size * work.attention_work(H, work.pairs(seq_len, context_len), D, D)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # the gate, its sum, the score between two places (a difference, a product, a sum), added
+        score = work.SOFTMAX + work.SIGMOID + 1 + 3 + 1
+        return batch_size * score * self.num_heads * work.pairs(seq_len, context_len)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return kv_cache_bytes(batch_size, max_len, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)

@@ -19,6 +19,7 @@ from zoo.blocks.recurrent import (
     wide,
 )
 from zoo.contract import Block, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.delta_rule import delta_rule
 from zoo.kernels.delta_rule import flops as delta_rule_flops
 from zoo.kernels.dispatch import check_backend
@@ -163,6 +164,20 @@ class DeltaMixer(Block):
             chunk_size=self.chunk_size,
             channel_decay=self.decay == "channel",
         )
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens, products = batch_size * seq_len, 2 * self.updates + 1  # updates are read and written, q reads once
+        state = work.recurrence(products, tokens, self.num_heads, self.key_dim, self.value_dim)
+        return linear_flops(tokens, *self.projections()) + state
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        conv = (2 * self.conv_size + work.SILU) * sum(self.widths)
+        unit = work.UNIT * sum(self.widths[:2])
+        decays = {"none": 0, "head": 1, "channel": self.key_dim}[self.decay]
+        # decay of the state; softplus, times A, exponential; norm; beta (v - S k) and beta of each update
+        head = (decays > 0) * self.key_dim * self.value_dim + 3 * decays + work.RMS * self.value_dim
+        head += self.updates * (2 * self.value_dim + work.SIGMOID + self.allow_neg_eigval)
+        return batch_size * seq_len * (conv + unit + self.num_heads * head)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; q, k, v projected, convolved, normalised; o, norm and gate of each head, a decay; a state every 32 updates

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from zoo.blocks.delta_mixer import DeltaMixer
 from zoo.blocks.recurrent import ShortConv, default_heads
 from zoo.contract import ParallelPlan
+from zoo.kernels import work
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
@@ -100,6 +101,10 @@ class DeltaNet(DeltaMixer):
 
     def gate(self, x: Tensor) -> Tensor | None:
         return None if self.g_proj is None else self.g_proj(x)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        gated = 0 if self.g_proj is None else self.g_proj.out_features
+        return super().vector_flops(batch_size, seq_len) + batch_size * seq_len * gated * (work.SILU + 1)
 
     def mix(
         self,

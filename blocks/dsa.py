@@ -32,6 +32,7 @@ from zoo.contract import (
     state_dtype,
 )
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -91,6 +92,16 @@ class LightningIndexer(nn.Module):
             flops += linear_flops(tokens, self.wq_b, self.weights_proj)
             flops += 2 * tokens * keys * self.num_heads * (self.head_dim + 1)
         return flops
+
+    def useful_flops(self, tokens: int, pairs: int) -> int:
+        """Of `tokens` new tokens that score `pairs` keys."""
+        linears = linear_flops(tokens, self.wk, self.wq_b, self.weights_proj)
+        return linears + 2 * pairs * self.num_heads * (self.head_dim + 1)
+
+    def vector_flops(self, tokens: int, pairs: int) -> int:
+        """The key's norm, rotations, relu of the scores."""
+        turned = work.ROPE * self.rope_options["rotary_dim"] * (self.num_heads + 1)
+        return tokens * (work.LAYER * self.head_dim + turned) + self.num_heads * pairs
 
 
 @register(
@@ -277,6 +288,23 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         absorb = 2 * B * T * H * self.kv_lora_rank * (self.nope + self.v_head_dim)
         attend = attending.flops(B, T, keys, H, 1, width, width, self.top_k, 1, 1)
         return index + linear_flops(B * T, *linears) + absorb + attend
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        useful = super().useful_flops(batch_size, seq_len, context_len)
+        if context_len + seq_len > self.top_k:
+            pairs = work.pairs(seq_len, context_len)
+            useful += self.indexer.useful_flops(batch_size * seq_len, batch_size * pairs)
+        return useful
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        total = super().vector_flops(batch_size, seq_len, context_len)
+        if context_len + seq_len > self.top_k:
+            pairs = work.pairs(seq_len, context_len)
+            total += self.indexer.vector_flops(batch_size * seq_len, batch_size * pairs)
+        return total
+
+    def _seen(self, seq_len: int, context_len: int) -> int:
+        return work.pairs(seq_len, context_len, self.top_k)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width = self.kv_lora_rank + self.rope_dim

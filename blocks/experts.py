@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.blocks.measure import group_counts
+from zoo.kernels import work
 from zoo.kernels.grouped_mm import grouped_mm
 from zoo.kernels.grouped_mm.cost import flops as grouped_mm_flops
 from zoo.kernels.grouped_mm.tokens import swiglu_tokens
@@ -53,6 +54,10 @@ class SwiGLUExperts(nn.Module):
         """Matrix FLOPs of `assignments` (tokens times experts per token)."""
         up = grouped_mm_flops(assignments, self.dim, 2 * self.hidden_dim)
         return up + grouped_mm_flops(assignments, self.hidden_dim, self.dim)
+
+    def vector_flops(self, assignments: int) -> int:
+        """Work outside matrix products: silu, the product, outputs weighted and summed."""
+        return assignments * ((work.SILU + 1) * self.hidden_dim + 2 * self.dim)
 
     def activation_elements(self, assignments: int) -> int:
         """Kept for backward: rows, gate and up, silu(gate), their product, outputs in two orders."""

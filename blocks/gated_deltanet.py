@@ -21,6 +21,7 @@ from zoo.blocks.recurrent import (
     wide,
 )
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.delta_rule import delta_rule
 from zoo.kernels.delta_rule import flops as delta_rule_flops
 from zoo.kernels.dispatch import check_backend
@@ -188,6 +189,19 @@ class GatedDeltaNet(Block):
             num_groups=self.num_heads,
             chunk_size=self.chunk_size,
         )
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens = batch_size * seq_len
+        state = work.recurrence(work.DELTA, tokens, self.num_v_heads, self.head_dim, self.value_dim)
+        return linear_flops(tokens, *self.projections()) + state
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        conv = (2 * self.conv_size + work.SILU) * self.conv_channels
+        unit = work.UNIT * 2 * self.num_heads * self.head_dim
+        gate = work.SILU + 1 if self.g_proj is not None else 0
+        # decay of the state, beta (v - S k); norm and gate; alpha and beta
+        head = self.value_dim * (self.head_dim + 2 + work.RMS + gate) + 3 + work.SIGMOID + self.allow_neg_eigval
+        return batch_size * seq_len * (conv + unit + self.num_v_heads * head)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; q, k, v projected, convolved, normalised; v, o, norm and gate of each head; a state every 32 tokens

@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.blocks.cache_policy import CachePolicy
 from zoo.blocks.kv_cache import segment_index
 from zoo.contract import State, positions_from, state_dtype
+from zoo.kernels import work
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveInt
@@ -152,6 +153,10 @@ class HeavyHitters(CachePolicy):
             tokens = min(self.interval, seq_len - start)
             pairs += tokens * (slots + tokens)
         return 4 * batch_size * self.num_heads * pairs * self.head_dim
+
+    def scores(self, seq_len: int, context_len: int) -> int:
+        held = self.heavy + self.recent + (self.interval + 1) // 2  # between two choices, on average
+        return self.num_heads * work.pairs(seq_len, context_len, held)
 
     def state_bytes(self, max_len: int, itemsize: int) -> int:
         return self._slots * self.num_kv_heads * (2 * self.head_dim * itemsize + max(itemsize, 4) + 8) + 8

@@ -31,6 +31,7 @@ from zoo.contract import (
     state_dtype,
 )
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -234,6 +235,22 @@ class HierarchicalSparseAttention(Block):
         for part in self._parts(B, T, chunks):
             flops += attending.flops(B, (part.stop - part.start) * n, keys, Hq, Hkv, D, D, 1, size, Hkv)
         return flops
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        B, T, H, D, size = batch_size, seq_len, self.num_heads, self.head_dim, self.chunk_size
+        flops = linear_flops(B * T, self.q_proj, self.k_proj, self.v_proj, self.retrieval_proj, self.o_proj)
+        flops += linear_flops(B * ((context_len + T) // size - context_len // size), self.landmark_proj)
+        ranked = work.earlier_blocks(T, context_len, size)
+        chosen = work.earlier_blocks(T, context_len, size, self.top_k)
+        retrieval = self.num_retrieval_heads * self.retrieval_dim * ranked
+        return flops + 2 * B * (retrieval + H * D * (2 * size + 1) * chosen)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
+        token = self.dim + (0 if self.k_norm is None else work.RMS * Hkv * D)  # the mean of a chunk
+        chosen = work.earlier_blocks(seq_len, context_len, self.chunk_size, self.top_k)
+        weights = 3 * self.num_retrieval_heads * chosen  # softplus, sum of the newer, exponential
+        return batch_size * (seq_len * token + work.SOFTMAX * H * self.chunk_size * chosen + weights)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize = self.head_dim, self.itemsize

@@ -30,6 +30,7 @@ from zoo.contract import (
 )
 from zoo.kernels import block_scores as scoring
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import check_backend
@@ -230,6 +231,24 @@ class InfLLMV2(Block):
         slots = max(self.rule.num_listed(keys), self._num_dense)
         flops += scoring.flops(B, T, self.rule.num_slots(keys), Hq, size)
         return flops + attending.flops(B, T, keys, Hq, Hkv, size, size, slots, self.block_size, Hkv)
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        pairs, scored = self._pairs(seq_len, context_len)
+        linears = linear_flops(batch_size * seq_len, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        return linears + batch_size * self.num_heads * self.head_dim * (4 * pairs + 2 * scored)
+
+    def _pairs(self, seq_len: int, context_len: int) -> tuple[int, int]:
+        """Keys that a row's queries read, and windows that they score: from place dense_len on."""
+        early, rule = max(0, min(seq_len, self.dense_len - context_len)), self.rule
+        late, start = seq_len - early, context_len + early
+        pairs = work.pairs(early, context_len) + work.block_pairs(late, start, self.block_size, rule.top_k)
+        return pairs, work.window_scores(late, start, rule.kernel_stride, rule.kernel_size)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
+        token = 0 if self.rope_base is None else work.ROPE * (H + Hkv) * D
+        token += Hkv * D * self.rule.kernel_size // self.rule.kernel_stride  # sums of the means
+        return batch_size * (seq_len * token + work.SOFTMAX * H * sum(self._pairs(seq_len, context_len)))
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize = self.num_kv_heads * self.head_dim, self.itemsize

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo.blocks.delta_mixer import DeltaMixer
 from zoo.blocks.recurrent import ShortConv, default_heads, reset_softplus_decay_, softplus_decay, wide
 from zoo.contract import ParallelPlan
+from zoo.kernels import work
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt, Range
@@ -140,6 +141,12 @@ class KimiDeltaAttention(DeltaMixer):
 
     def gate(self, x: Tensor) -> Tensor | None:
         return self.g_b_proj(self.g_a_proj(x)) if self.output_gate else None
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        numbers = batch_size * seq_len * self.num_heads * self.key_dim
+        gate = work.SIGMOID + 1 if self.output_gate else 0
+        bounded = self.decay == "channel" and self.forget_gate.lower_bound is not None  # one product more
+        return super().vector_flops(batch_size, seq_len) + numbers * (gate + bounded)
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(

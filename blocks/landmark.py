@@ -24,6 +24,7 @@ from zoo.contract import (
     state_dtype,
 )
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -192,6 +193,22 @@ class LandmarkAttention(Block):
             queries = (part.stop - part.start) * n
             flops += attending.flops(B, queries, keys, Hq, Hkv, D, D, 1, size - 1, Hq, stride=size)
         return flops
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        B, T, H, D, size = batch_size, seq_len, self.num_heads, self.head_dim, self.block_size
+        flops = linear_flops(B * T, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        scored = work.earlier_blocks(T, context_len, size)
+        chosen = work.earlier_blocks(T, context_len, size, self.top_k)
+        # the own section, landmarks, the other tokens of chosen sections, sections joined
+        pairs = 2 * work.block_pairs(T, context_len, size, 1) + scored + (2 * (size - 1) + 1) * chosen
+        return flops + 2 * B * H * D * pairs
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, Hkv, D, size = self.num_heads, self.num_kv_heads, self.head_dim, self.block_size
+        token = 0 if self.rope_base is None else work.ROPE * (H + Hkv) * D
+        chosen = work.earlier_blocks(seq_len, context_len, size, self.top_k)
+        scores = H * (work.block_pairs(seq_len, context_len, size, 1) + size * chosen)
+        return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return kv_cache_bytes(batch_size, max_len, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from zoo.blocks.quest import bound_queries, bounds
 from zoo.blocks.selection import KeyBlocks, Part, Policy, SelectState
 from zoo.kernels import block_scores as scoring
+from zoo.kernels import work
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.block_scores import block_scores
 from zoo.kernels.select import select
@@ -118,6 +119,11 @@ class LServe(Policy):
     def scoring_flops(self, batch_size: int, num_queries: int, num_new: int, num_keys: int) -> int:
         logical = -(-num_keys // self.block_size) * (self.block_size // self.page_size)
         return scoring.flops(batch_size, num_new, logical, len(self.dense_queries), 2 * self.head_dim)
+
+    def scores(self, num_queries: int, context_len: int) -> int:
+        near, dense = (self.sinks + self.window) // self.block_size, len(self.dense_queries)
+        pages = (dense, self.top_k), (self.num_heads - dense, near)
+        return sum(heads * work.block_pairs(num_queries, context_len, self.block_size, most) for heads, most in pages)
 
     def listed(self, num_keys: int) -> tuple[int, int, int]:
         near = (self.sinks + self.window) // self.block_size

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import ShortConv, previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear, linear
 from zoo.kernels.selective_scan import INTERVAL, selective_scan
@@ -142,6 +143,12 @@ class Mamba(Block):
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         linears = linear_flops(batch_size * seq_len, self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
         return linears + selective_scan_flops(batch_size, seq_len, self.inner, self.state_dim)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # taps and silu; softplus; exp(delta A), delta u B and the update of each state; delta u, D u, the gate
+        channel = 2 * self.conv_size + work.SILU + 1 + 5 * self.state_dim + 1 + 2 + work.SILU + 1
+        norms = work.RMS * (self.dt_rank + 2 * self.state_dim) if self.dt_layernorm else 0
+        return batch_size * seq_len * (self.inner * channel + norms)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; x, z; x alone, u; dt, B, C; step before and after softplus; y, silu(z), their product; a state for

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from zoo.blocks.mamba import MambaState
 from zoo.blocks.recurrent import ShortConv, previous, reset_softplus_decay_, wide
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
@@ -218,6 +219,19 @@ class Mamba2(Block):
             num_groups=self.num_groups,
             chunk_size=self.chunk_size,
         )
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens = batch_size * seq_len
+        state = work.recurrence(work.LINEAR, tokens, self.num_heads, self.state_dim, self.head_dim)
+        return linear_flops(tokens, self.in_proj, self.out_proj) + state
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # delta x, the decay of the state, D x, the gate and its norm
+        inner = 1 + self.state_dim + 2 + work.SILU + 1 + (0 if self.norm is None else work.RMS)
+        step = 3 + (self.time_step_limit is not None)  # softplus, times A, exponential
+        scaled = 0 if self.multipliers is None else self.in_proj.out_features
+        conv = (2 * self.conv_size + work.SILU) * self.conv_channels
+        return batch_size * seq_len * (inner * self.inner + step * self.num_heads + scaled + conv)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; in_proj; convolution; step; delta x, o, y, y silu(z), norm; a state for each interval

@@ -18,6 +18,7 @@ from zoo.blocks.attention import default_num_heads
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes, segment_index
 from zoo.blocks.norms import RMSNorm
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, positions_from, refuse_packed_streaming
+from zoo.kernels import work
 from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -238,6 +239,28 @@ class MultiHeadLatentAttention(Block):
         return linear_flops(batch_size * seq_len, *linears) + batch_size * self._attend_flops(
             seq_len, context_len, absorbed
         )
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        linears = [m for m in self.children() if isinstance(m, nn.Linear) and m is not self.kv_b_proj]
+        attend = self._useful_attend(seq_len, context_len, self._seen(seq_len, context_len))
+        return linear_flops(batch_size * seq_len, *linears) + batch_size * attend
+
+    def _useful_attend(self, seq_len: int, context_len: int, pairs: int) -> int:
+        """Of a row whose queries see `pairs` keys: in the form, expanded or absorbed, that takes less."""
+        H, R, keys = self.num_heads, self.kv_lora_rank, context_len + seq_len
+        up = 2 * H * R * (self.nope + self.v_head_dim)
+        expanded = keys * up + work.attention_work(H, pairs, self.qk_head_dim, self.v_head_dim)
+        return min(expanded, seq_len * up + work.attention_work(H, pairs, R + self.rope_dim, R))
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        norms = work.RMS * (self.kv_lora_rank + (self.q_lora_rank or 0))
+        turned = work.ROPE * self.rope_dim * (self.num_heads + 1) if self.rope else 0
+        scores = self.num_heads * self._seen(seq_len, context_len)
+        return batch_size * (seq_len * (norms + turned) + work.SOFTMAX * scores)
+
+    def _seen(self, seq_len: int, context_len: int) -> int:
+        """Keys that the queries of a row read."""
+        return work.pairs(seq_len, context_len)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return kv_cache_bytes(batch_size, max_len, 1, self.kv_lora_rank + self.rope_dim, 0, self.itemsize)

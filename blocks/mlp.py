@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops
+from zoo.kernels import work
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import PositiveInt
@@ -65,6 +66,10 @@ class MLP(Block):
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, self.up_proj, self.down_proj)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        per_number = 1 if self.activation == "relu" else work.GELU  # the square of relu2 is one more too
+        return batch_size * seq_len * self.hidden_dim * per_number
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x, before and after the activation

@@ -30,6 +30,7 @@ from zoo.contract import (
 )
 from zoo.kernels import select_blocks as selecting
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.block_list import BlockList, sort_ids
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -246,6 +247,22 @@ class MoBA(Block):
             flops += selecting.flops(batch_size, seq_len, blocks, self.num_heads, size)
         lists = (min(self.top_k - 1, blocks) + 1, self.block_size, self.num_heads)
         return flops + attending.flops(batch_size, seq_len, keys, *heads, size, size, *lists)
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        scores = self.num_heads * work.block_pairs(seq_len, context_len, self.block_size, self.top_k)
+        routed = self.num_heads * work.earlier_blocks(seq_len, context_len, self.block_size) * (self.top_k > 1)
+        linears = linear_flops(batch_size * seq_len, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        return linears + batch_size * self.head_dim * (4 * scores + 2 * routed)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
+        token = Hkv * D  # sums of the keys of a block
+        token += 0 if self.rope_base is None else work.ROPE * (H + Hkv) * D
+        token += 0 if self.q_norm is None else work.RMS * (H + Hkv) * D
+        if self.k_conv1d is not None:
+            token += (2 * self.k_conv1d.kernel_size[0] + work.SILU + 1) * Hkv * D
+        scores = H * work.block_pairs(seq_len, context_len, self.block_size, self.top_k)
+        return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize = self.num_kv_heads * self.head_dim, self.itemsize

@@ -29,6 +29,7 @@ from zoo.contract import (
     init_linear_,
     linear_flops,
 )
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
@@ -83,6 +84,13 @@ class TopKRouter(nn.Module):
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.weight.numel()
 
+    def vector_flops(self, tokens: int) -> int:
+        """Scores of experts, and weights of the chosen ones."""
+        score = work.SOFTMAX if self.score == "softmax" else work.SIGMOID
+        chosen = self.top_k * (2 * self.renormalize + (self.route_scale != 1))
+        biased = self.e_score_correction_bias is not None
+        return tokens * ((score + biased) * self.weight.shape[0] + chosen)
+
     def _within_best_groups(self, wanted: Tensor) -> Tensor:
         groups = wanted.unflatten(-1, (self.num_groups, -1))
         # a group is as good as its best expert (DeepSeek-V2), with sigmoid scores its best two (V3)
@@ -115,6 +123,10 @@ class HypersphereRouter(TopKRouter):
 
     def flops(self, tokens: int) -> int:
         return super().flops(tokens) + linear_flops(tokens, self.proj)
+
+    def vector_flops(self, tokens: int) -> int:
+        experts, width = self.weight.shape  # the token made of length one, cosines over the temperature
+        return super().vector_flops(tokens) + tokens * (work.UNIT * width + experts)
 
 
 @register(
@@ -290,6 +302,15 @@ class MixtureOfExperts(Block):
         if self.shared_expert_gate is not None:
             shared += linear_flops(tokens, self.shared_expert_gate)
         return self.gate.flops(tokens) + self.experts.flops(tokens * self.top_k) + shared
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens = batch_size * seq_len
+        total = self.gate.vector_flops(tokens) + self.experts.vector_flops(tokens * self.top_k)
+        if self.shared_experts is not None:
+            total += self.shared_experts.vector_flops(batch_size, seq_len) + tokens * self.dim
+        if self.shared_expert_gate is not None:
+            total += tokens * (work.SIGMOID + self.dim)
+        return total
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         tokens = batch_size * seq_len

@@ -31,6 +31,7 @@ from zoo.contract import (
 )
 from zoo.kernels import block_scores as scoring
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -283,6 +284,31 @@ class NativeSparseAttention(Block):
         flops += attention_flops(B, T, windows, Hq, *dims, plain=False)
         flops += attending.flops(B, T, keys, Hq, Hkv, *dims, rule.num_listed(keys), self.block_size, Hkv)
         return flops + attention_flops(B, T, near, Hq, *dims, window=self.window, plain=not (context_len and streaming))
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        B, T, Hq, Hkv, rule = batch_size, seq_len, self.num_heads, self.num_kv_heads, self.rule
+        flops = linear_flops(B * T, self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.o_proj)
+        new = [work.complete_windows(n, rule.kernel_stride, rule.kernel_size) for n in (context_len + T, context_len)]
+        for mlp in (self.compress_k, self.compress_v):
+            if mlp is not None:
+                flops += linear_flops(B * (new[0] - new[1]) * Hkv, mlp.up_proj, mlp.down_proj)
+        # selection reads the weights that compressed attention has
+        return flops + B * work.attention_work(Hq, self._pairs(T, context_len), self.head_dim, self.v_head_dim)
+
+    def _pairs(self, seq_len: int, context_len: int) -> int:
+        """Keys that a row's queries read in the three branches."""
+        rule = self.rule
+        compressed = work.window_scores(seq_len, context_len, rule.kernel_stride, rule.kernel_size)
+        selected = work.block_pairs(seq_len, context_len, self.block_size, rule.top_k)
+        return compressed + selected + work.window_pairs(seq_len, context_len, self.window)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, Hkv, D, Dv = self.num_heads, self.num_kv_heads, self.head_dim, self.v_head_dim
+        token = 0 if self.rope_base is None else work.ROPE * (H + Hkv * self.kv_branches) * D
+        token += H * (3 * work.SIGMOID + 5 * Dv)  # gates, three products and their sum
+        token += Hkv * (D + Dv) * self.rule.kernel_size // self.rule.kernel_stride  # places, or sums of the means
+        scores = H * self._pairs(seq_len, context_len)
+        return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         dims, itemsize = (self.num_kv_heads, self.head_dim, self.v_head_dim), self.itemsize

@@ -22,6 +22,7 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels import work
 from zoo.kernels.attention import QUERY_TILE, attention_flops
 from zoo.kernels.attention.mask import Mask, tiles
 from zoo.kernels.linear import Linear
@@ -133,6 +134,17 @@ class Parallax(Block):
         keys = context_len + seq_len
         widths = (2 * D, D)  # two scores and one value
         return flops + attention_flops(batch_size, seq_len, keys, H, *widths, plain=not context_len, fused=False)
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, D = self.num_heads, self.head_dim
+        flops = linear_flops(batch_size * seq_len, self.q_proj, self.k_proj, self.v_proj, self.r_proj, self.o_proj)
+        return flops + batch_size * work.attention_work(H, work.pairs(seq_len, context_len), 2 * D, D)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
+        token = 0 if self.rope_base is None else work.ROPE * (2 * H + Hkv) * D
+        score = work.SOFTMAX + 4  # p u and its sum; 1 + sum - u, times p
+        return batch_size * (seq_len * token + score * H * work.pairs(seq_len, context_len))
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return kv_cache_bytes(batch_size, max_len, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)

@@ -28,6 +28,7 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels import work
 from zoo.kernels.flops import triangular_solve_flops
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
@@ -233,6 +234,20 @@ class PaTHAttention(Block):
                 one += 2 * Hkv * C * D * (C + 2 * S)
             flops += batch_size * one
         return flops
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
+        pairs = work.pairs(seq_len, context_len)
+        rewritten = 4 * Hkv * D * (pairs - seq_len)  # every token's matrix changes every earlier key
+        attend = work.attention_work(H, pairs, D, D) + rewritten
+        return linear_flops(batch_size * seq_len, *self._linears()) + batch_size * attend
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, width = self.num_heads, self.num_kv_heads * self.head_dim
+        token = (2 * self.conv_size + work.SILU + work.UNIT) * width + self.num_kv_heads * (work.SIGMOID + 1)
+        token += 0 if self.g_proj is None else H
+        score = work.SOFTMAX + (self.g_proj is not None) * 2  # the gates since the key, added
+        return batch_size * (seq_len * token + score * H * work.pairs(seq_len, context_len))
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize, real = self.num_kv_heads * self.head_dim, self.itemsize, max(self.itemsize, 4)

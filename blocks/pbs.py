@@ -25,6 +25,7 @@ from zoo.blocks.selection import (
 )
 from zoo.contract import state_dtype
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.block_list import BlockList, block_mask
 from zoo.kernels.merge_lse import merge_lse
 from zoo.kernels.precision import no_autocast
@@ -147,6 +148,9 @@ class PermutedBlockSparse(Policy):
         near = (num_keys, H, self.num_kv_heads, D, D, 1, self.segment_size, 1)
         far = (blocks * self.block_size, H, H, D, D, blocks, self.block_size, H)
         return sum(attending.flops(batch_size, num_queries, *sizes) for sizes in (near, far))
+
+    def scores(self, num_queries: int, context_len: int) -> int:
+        return self.num_heads * work.pairs(num_queries, context_len)
 
     def kept(self, seq_len: int) -> int:
         # the lists, the copies of keys and values, two outputs and their denominators

@@ -88,3 +88,7 @@ class PrefixAttention(Attention):
         sizes = (batch_size, seq_len, context_len + seq_len, self.num_heads, self.head_dim)
         linear = linear_flops(batch_size * seq_len, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         return linear + attention_flops(*sizes, plain=False, fused=self._fused)
+
+    def scores(self, seq_len: int, context_len: int = 0) -> int:
+        prefix = 0 if context_len else min(self.prefix_len, seq_len)  # its tokens see those behind them, too
+        return super().scores(seq_len, context_len) + self.num_heads * prefix * (prefix - 1) // 2

@@ -28,6 +28,7 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels import work
 from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.dispatch import check_backend
@@ -215,6 +216,18 @@ class RAT(Block):
         return flops + attention_flops(
             batch_size, seq_len, keys, self.num_heads, self.head_dim, plain=False, fused=False
         )
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # chunks before the own one, and the own one's end so far
+        keys = work.earlier_blocks(seq_len, context_len, self.chunk_size) + seq_len
+        attend = work.attention_work(self.num_heads, keys, self.head_dim, self.head_dim)
+        return linear_flops(batch_size * seq_len, self.in_proj, self.out_proj) + batch_size * attend
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # forget gate and its complement; value and key, each scaled and summed; rotated q and k; the output gate
+        token = self.dim * (2 * work.SIGMOID + 2 * 3 + 2 * work.ROPE + work.SIGMOID + 1)
+        keys = work.earlier_blocks(seq_len, context_len, self.chunk_size) + seq_len
+        return batch_size * (seq_len * token + work.SOFTMAX * self.num_heads * keys)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         slots = max_len // self.chunk_size + 1

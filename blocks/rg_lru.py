@@ -27,6 +27,7 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels import work
 from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -180,6 +181,11 @@ class RecurrentBlock(Block):
         tokens = batch_size * seq_len
         gates = 2 * 2 * tokens * self.width * (self.width // self.num_heads)
         return gates + linear_flops(tokens, self.linear_y, self.linear_x, self.linear_out)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # taps; two gates; log a, a, sqrt(1 - a^2), times i u, the update; gelu and the product
+        channel = 2 * self.conv_size + 2 * work.SIGMOID + 1 + 1 + 3 + 2 + 2 + work.GELU + 1
+        return batch_size * seq_len * self.width * channel
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; W_y x and its gelu; u before and after the convolution; gates; log a, 1 - a^2, its root, root * i;

@@ -31,6 +31,7 @@ from zoo.contract import (
     state_dtype,
 )
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
 from zoo.kernels.block_list import BlockList, sort_ids
 from zoo.kernels.dispatch import check_backend
@@ -276,6 +277,25 @@ class SeerAttention(Block):
         flops += 2 * B * T * (self.gate_q.numel() + Hkv * blocks * self.gate_dim)
         slots = min(self.top_k - 1, blocks) + 1
         return flops + attending.flops(B, T, keys, Hq, Hkv, D, D, slots, self.block_size, Hkv)
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        B, T, H, Hkv, D, size = batch_size, seq_len, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size
+        flops = linear_flops(B * T, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        flops += 4 * B * H * D * work.block_pairs(T, context_len, size, self.top_k)
+        if context_len + T <= self.top_k * size:
+            return flops
+        blocks = (context_len + T) // size - context_len // size
+        gate = T * self.gate_q.numel() + blocks * self.gate_k.numel()
+        return flops + 2 * B * (gate + Hkv * self.gate_dim * work.earlier_blocks(T, context_len, size))
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
+        token = 0 if self.rope_base is None else work.ROPE * (H + Hkv) * D
+        if context_len + seq_len > self.top_k * self.block_size:
+            token += 3 * Hkv * D  # largest, least and mean key of a block
+            token += 0 if self.rope_base is None else work.ROPE * Hkv * self.gate_dim
+        scores = H * work.block_pairs(seq_len, context_len, self.block_size, self.top_k)
+        return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         heads, width = self.num_kv_heads, self.head_dim

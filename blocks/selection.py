@@ -20,6 +20,7 @@ from zoo.blocks.compression import write_slots
 from zoo.blocks.kv_cache import KVCache
 from zoo.contract import State, positions_from
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.block_list import BlockList, sort_ids
 from zoo.kernels.sparse_attention import sparse_attention
 
@@ -289,3 +290,14 @@ class Policy:
         """Matrix FLOPs of attention to the lists of a part."""
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim)
         return attending.flops(batch_size, num_queries, num_keys, *sizes, *self.listed(num_keys))
+
+    def scores(self, num_queries: int, context_len: int) -> int:
+        """Scores that a row's softmax runs over, of all heads: of the own block and the listed ones before it."""
+        slots, size, _ = self.listed(context_len + num_queries)
+        return self.num_heads * work.block_pairs(num_queries, context_len, size, slots)
+
+    def choosing_flops(self, num_queries: int, context_len: int) -> int:
+        """Matrix FLOPs of the choice that the mathematics needs for a row: scores of what lies behind a query."""
+        keys = context_len + num_queries
+        said = self.prepare_flops(1, num_queries, keys) + self.scoring_flops(1, num_queries, num_queries, keys)
+        return said * work.pairs(num_queries, context_len) // (num_queries * keys)

@@ -15,6 +15,7 @@ from zoo.blocks.cache_policy import CachePolicy
 from zoo.blocks.kv_cache import RingKVCache, kv_cache_bytes, ring_slots
 from zoo.contract import State, positions_from
 from zoo.kernels import sparse_attention as attending
+from zoo.kernels import work
 from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.merge_lse import merge_lse
@@ -94,6 +95,9 @@ class StreamingLLM(CachePolicy):
         held = min(context_len, ring_slots(None, self.window, self.sinks))
         keys = min(held + T, ring_slots(None, self.window, self.sinks)) if T == 1 else held + T
         return 2 * attention_flops(B, T, keys, H, D, plain=False, fused=False)
+
+    def scores(self, seq_len: int, context_len: int) -> int:
+        return self.num_heads * work.window_pairs(seq_len, context_len, self.window, self.sinks)
 
     def state_bytes(self, max_len: int, itemsize: int) -> int:
         slots = ring_slots(max_len, self.window, self.sinks)

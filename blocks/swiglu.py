@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops
+from zoo.kernels import work
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import PositiveFloat, PositiveInt
@@ -59,6 +60,11 @@ class SwiGLU(Block):
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, self.gate_proj, self.up_proj, self.down_proj)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # the activation of the gate, and the product
+        per_number = work.SILU + 1 + (self.gate_scale != 1)
+        return batch_size * seq_len * self.hidden_dim * per_number
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x, gate, up, silu(gate), silu(gate) * up

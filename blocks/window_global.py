@@ -31,6 +31,7 @@ from zoo.contract import (
     state_dtype,
 )
 from zoo.kernels import sparse_attention as sparse
+from zoo.kernels import work
 from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import check_backend
@@ -302,6 +303,23 @@ class WindowGlobal(Block):
             flops += attention_flops(*near, window=self.window, plain=False, fused=fused)
             flops += sparse.flops(B, L, G if L == 1 else 2 * G, *heads, size, size, 1, G, 1) if G else 0
         return flops
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.score_proj)
+        attend = work.attention_work(self.num_heads, self._pairs(seq_len, context_len), self.head_dim, self.head_dim)
+        return linear_flops(batch_size * seq_len, *projections) + batch_size * attend
+
+    def _pairs(self, seq_len: int, context_len: int) -> int:
+        """Keys that a row's queries read: the window's, and as many globals as have left it."""
+        near = work.window_pairs(seq_len, context_len, self.window)
+        left = max(0, context_len - self.window)
+        late = max(0, context_len + seq_len - self.window) - left
+        return near + (work.pairs(late, left, self.num_globals) if self.num_globals else 0)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
+        token = work.ROPE * (H + Hkv) * D + (self.num_globals > 0)  # log sigmoid of the score
+        return batch_size * (seq_len * token + work.SOFTMAX * H * self._pairs(seq_len, context_len))
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         R, G, itemsize = self._ring, self.num_globals, self.itemsize
