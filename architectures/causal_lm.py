@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.architectures.model import Model, evaluating
-from zoo.contract import Cost, Mode, State, positions_from, refuse_packed_streaming
+from zoo.contract import Cost, Mode, State, part_cost, positions_from, refuse_packed_streaming
 from zoo.graph.nodes import Builder, Leaf
 from zoo.graph.spec import Graph
 from zoo.kernels.attention import TwoCopies
@@ -180,17 +180,18 @@ class CausalLM(Model):
     # --------------------------------------------------------------------------------------- cost
     def ends(self, batch_size: int, seq_len: int, mode: Mode) -> Iterator[Leaf]:
         tokens, item = batch_size * seq_len, self.tok_embeddings.weight.element_size()
-        stream, table = tokens * self.dim * item, self.tok_embeddings.weight.numel()
-        train = mode == "train"
-        passes = 3 if train else 1
-        yield Leaf("tok_embeddings", "embedding", Cost(table, table, 0, stream, stream), self.tok_embeddings)
-        yield from self._norm_leaf(stream, train)
-        logits = tokens * self.vocab_size * item
-        own = 0 if self._tied else table
-        head = Cost(
-            own, own, passes * 2 * tokens * table,
-            passes * (table * item + stream), passes * logits, stream + logits if train else 0,
+        stream, table = tokens * self.dim, self.tok_embeddings.weight.numel()
+        # the rows of the tokens are read, and in training their gradients written
+        looked_up = stream * item * (2 if mode == "train" else 1)
+        rows = Cost(table, table, bytes_read=looked_up, bytes_written=looked_up)
+        yield Leaf("tok_embeddings", "embedding", rows, self.tok_embeddings)
+        yield from self._norm_leaf(stream, mode)
+        logits = tokens * self.vocab_size
+        head = part_cost(
+            mode, item, flops=2 * tokens * table, read=table + stream, written=logits, kept=stream + logits
         )  # fmt: skip
+        own = 0 if self._tied else table
+        head = head.replace(params=own, active_params=own)
         yield Leaf("lm_head", "head (tied)" if self._tied else "head", head, self.lm_head)
 
 

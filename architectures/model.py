@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.contract import Cost, Mode
+from zoo.contract import Cost, Mode, part_cost
 from zoo.graph.nodes import Builder, Leaf
 from zoo.graph.spec import Graph
 
@@ -91,10 +91,13 @@ class Model(nn.Module):
         """Costs around the trunk: the embedding first, then final norm and head."""
         raise NotImplementedError
 
-    def _norm_leaf(self, stream: int, train: bool) -> Iterator[Leaf]:
+    def _norm_leaf(self, numbers: int, mode: Mode) -> Iterator[Leaf]:
         if self.norm is not None:
-            own = sum(p.numel() for p in self.norm.parameters())
-            yield Leaf("norm", "norm", Cost(own, own, 0, stream, stream, stream if train else 0), self.norm)
+            weights = list(self.norm.parameters())
+            own, vector = sum(p.numel() for p in weights), self.norm.vector_flops * numbers
+            item = weights[0].element_size()
+            cost = part_cost(mode, item, params=own, vector=vector, read=numbers, written=numbers, kept=numbers)
+            yield Leaf("norm", "norm", cost, self.norm)
 
     def merge(self) -> None:
         """Drop what only training needed, in every block that has such a thing (`structured_ffn`), and from `config`,

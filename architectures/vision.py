@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.architectures.model import Model
-from zoo.contract import Cost, Mode
+from zoo.contract import Mode, part_cost
 from zoo.graph.nodes import Builder, Leaf
 from zoo.graph.spec import Graph
 from zoo.graph.stage import layers_of
@@ -172,25 +172,23 @@ class VisionModel(Model):
     # --------------------------------------------------------------------------------------- cost
     def ends(self, batch_size: int, seq_len: int, mode: Mode) -> Iterator[Leaf]:
         """`seq_len` counts the tokens of the trunk: class token, registers and patches."""
-        item, train = self.embed.weight.element_size(), mode == "train"
-        stream, kernel = batch_size * seq_len * self.dim * item, self.embed.weight.numel()
+        item = self.embed.weight.element_size()
+        stream, kernel = batch_size * seq_len * self.dim, self.embed.weight.numel()
         patches = batch_size * max(seq_len - self.options.num_prefix, 0)
-        pixels = patches * self.embed.weight[0].numel() * item
+        pixels = patches * self.embed.weight[0].numel()
         own = sum(p.numel() for p in self.embed.parameters())
-        passes = 2 if train else 1  # images need no gradient
-        embedding = Cost(
-            own, own, passes * 2 * patches * kernel, passes * (own * item + pixels), passes * stream,
-            pixels if train else 0,
+        embedding = part_cost(
+            mode, item, params=own, flops=2 * patches * kernel, vector=stream, read=pixels, written=stream, kept=pixels,
+            passes=2,  # images need no gradient
         )  # fmt: skip
         yield Leaf("embed", "patches", embedding, self.embed)
-        yield from self._norm_leaf(stream, train)
+        yield from self._norm_leaf(stream, mode)
         for name, head in self._heads():
-            table, passes = head.weight.numel(), 3 if train else 1
-            own = table + head.out_features
-            pooled, logits = (batch_size * n * item for n in (head.in_features, head.out_features))
-            cost = Cost(
-                own, own, passes * 2 * batch_size * table, passes * (own * item + pooled), passes * logits,
-                pooled + logits if train else 0,
+            table = head.weight.numel()
+            pooled, logits = (batch_size * n for n in (head.in_features, head.out_features))
+            cost = part_cost(
+                mode, item, params=table + head.out_features, flops=2 * batch_size * table, read=pooled,
+                written=logits, kept=pooled + logits,
             )  # fmt: skip
             yield Leaf(name, "head", cost, head)
 

@@ -53,6 +53,8 @@ class Anchor(Policy):
     a query. State: mean query and anchor of every row, the last row's queries. A large theta is attention.
     """
 
+    expectation = "anchor: every query reads all keys that it may"
+
     def __init__(
         self, *, block_size: PositiveInt = 128, step: PositiveInt = 16, init: PositiveInt = 128, theta: float = 12.0
     ):

@@ -254,6 +254,10 @@ class Attention(Block):
         # a subclass has a mask of its own
         return type(self) is Attention and self.window is None and self.select is None and self.cache is None
 
+    @property
+    def expectation(self) -> str:
+        return "" if self.select is None else self.select.expectation
+
     def write_keys(
         self, x: Tensor, keys: SharedKeys, *, positions: Tensor | None = None, doc_ids: Tensor | None = None
     ) -> None:

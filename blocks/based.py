@@ -95,6 +95,10 @@ class Based(LinearMixer):
     def read_out(self, o: Tensor) -> Tensor:
         return o[..., :-1] / (o[..., -1:] + self.eps)
 
+    @property
+    def key_work(self) -> int:
+        return 2 * self.memory_dim  # products of queries, and of keys
+
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # the factors and products of the second order too, of q and k
         products = 2 * 2 * self.num_heads * (self.memory_dim - 1 - self.key_dim)

@@ -26,6 +26,7 @@ from zoo.contract import (
     positions_from,
     state_dtype,
 )
+from zoo.kernels import work
 from zoo.kernels.attention import TwoCopies
 from zoo.kernels.linear import Linear, linear
 from zoo.kernels.precision import no_autocast
@@ -178,8 +179,17 @@ class BlockFFN(Block):
     def assumption(self) -> str:
         return "blockffn reads all experts" if self.inference == "union" else ""
 
+    @property
+    def expectation(self) -> str:
+        return "" if self.assumption else "blockffn: every expert fires at every token"
+
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, self.router, self.up_proj, self.down_proj)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        routing = self.num_experts * (1 + work.RMS)
+        activation = 1 if self.activation == "relu" else work.GELU
+        return batch_size * seq_len * (routing + self.num_experts * self.expert_dim * (activation + 1))
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; up before and after f and after the gates; z, relu(z), normed, a

@@ -19,6 +19,8 @@ from zoo.blocks.measure import balance_loss, group_counts, load_metrics, recordi
 from zoo.blocks.swiglu import swiglu_width
 from zoo.contract import (
     Block,
+    Cost,
+    Mode,
     ParallelPlan,
     State,
     add_auxiliary_loss,
@@ -28,6 +30,7 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
@@ -165,6 +168,15 @@ class ChunkMixtureOfExperts(Block):
         routes = batch_size * (max_finished(seq_len, self.chunk_size, streaming) + 1)
         return 2 * routes * self.dim * self.num_experts + self.experts.flops(batch_size * seq_len * self.top_k)
 
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        begun = -(-(context_len + seq_len) // self.chunk_size) - -(-context_len // self.chunk_size)
+        routing = 2 * batch_size * begun * self.dim * self.num_experts
+        return routing + self.experts.flops(batch_size * seq_len * self.top_k)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens = batch_size * seq_len
+        return tokens * (self.dim + work.SOFTMAX * self.top_k) + self.experts.vector_flops(tokens * self.top_k)
+
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return batch_size * (2 * self.dim * state_dtype(self.gate.weight.dtype).itemsize + 8)
 
@@ -175,6 +187,18 @@ class ChunkMixtureOfExperts(Block):
 
     def active_params(self) -> int:
         return super().active_params() - (self.num_experts - self.top_k) * self.experts.params_per_expert
+
+    def cost(self, batch_size: int, seq_len: int, context_len: int = 0, mode: Mode = "train") -> Cost:
+        """As every block's; few chunks read few experts."""
+        cost = super().cost(batch_size, seq_len, context_len, mode)
+        chunks = batch_size * (-(-(context_len + seq_len) // self.chunk_size) - context_len // self.chunk_size)
+        passes = 3 if mode == "train" else 1
+        saved = passes * self.experts.unread(chunks, self.top_k) * self.itemsize
+        return cost.replace(bytes_read=cost.bytes_read - saved)
+
+    @property
+    def expectation(self) -> str:
+        return "chunk_moe: chunks choose experts evenly"
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(

@@ -109,6 +109,10 @@ class DiagonalSSM(Block):
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, self.param_proj, self.skip_proj)
 
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # softplus, times lambda, exponential; B U; the update; C s, and the skip added
+        return batch_size * seq_len * 8 * self.dim
+
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; the four maps; softplus, log-decay; B U, the state
         return batch_size * seq_len * self.dim * 9

@@ -63,6 +63,10 @@ class SwiGLUExperts(nn.Module):
         """Kept for backward: rows, gate and up, silu(gate), their product, outputs in two orders."""
         return assignments * (3 * self.dim + 4 * self.hidden_dim)
 
+    def unread(self, choices: int, top_k: int) -> int:
+        """Parameters that nobody reads where so many choices of `top_k` experts fall evenly, as is expected."""
+        return round(self.num_experts * (1 - top_k / self.num_experts) ** choices * self.params_per_expert)
+
     @property
     def params_per_expert(self) -> int:
         return 3 * self.dim * self.hidden_dim

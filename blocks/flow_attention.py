@@ -19,6 +19,7 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels import work
 from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -172,6 +173,16 @@ class FlowAttention(Block):
             chunk_size=self.chunk_size,
             decay="none",
         )
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens, D = batch_size * seq_len, self.head_dim
+        state = work.recurrence(work.LINEAR, tokens, self.num_heads, D, D)
+        return linear_flops(tokens, *self.projections()) + state
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # of queries and of keys: sigmoid, two running sums, four factors of two flows; v and o weighted
+        number = 2 * (work.SIGMOID + 3 + 2 * 4) + 2
+        return batch_size * seq_len * (self.dim * number + 10 * self.num_heads)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x, q, k, v and their sigmoids; inputs and results of both pairs of sums; weighted values, what is read and

@@ -103,6 +103,10 @@ class GatedLinearAttention(LinearMixer):
             return None
         return (F.logsigmoid(wide(self.gk_proj(x))) / self.gate_logit_normalizer).unflatten(-1, (-1, self.key_dim))
 
+    @property
+    def key_work(self) -> int:
+        return 0 if self.gk_proj is None else 3 * self.key_dim  # log sigmoid, quotient, exponential
+
     def parallel_plan(self) -> ParallelPlan:
         plan = super().parallel_plan()
         gate = {"gk_proj.0": "replicate", "gk_proj.1": "column"} if self.gk_proj is not None else {}

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import LinearState, default_heads, previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
@@ -126,6 +127,15 @@ class HGRN2(Block):
             batch_size, seq_len, self.num_heads, self.head_dim, self.head_dim, chunk_size=self.chunk_size,
             decay="channel",
         )  # fmt: skip
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens, D = batch_size * seq_len, self.head_dim
+        linears = linear_flops(tokens, self.q_proj, self.f_proj, self.i_proj, self.o_proj)
+        return linears + work.recurrence(work.LINEAR, tokens, self.num_heads, D, D)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # silu; 1 - f, log f, f; decay of the state; norm
+        return batch_size * seq_len * self.dim * (work.SILU + 4 + self.head_dim + work.RMS)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; W_q x, q; W_f x, log f, sigmoid, k; v, o, its norm twice; and a state for each interval

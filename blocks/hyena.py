@@ -212,6 +212,13 @@ class Hyena(Block):
             + fft_conv_flops(batch_size, seq_len, (self.order - 1) * self.dim, taps)
         )
 
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        taps = min(self.filter_len, context_len + seq_len)
+        # directly, or by Fourier transforms: about 15 log2 operations a number
+        conv = min(2 * taps, math.ceil(15 * math.log2(seq_len + taps)))
+        short = 2 * self.conv_size * (self.order + 1)
+        return batch_size * seq_len * self.dim * (short + (self.order - 1) * (1 + conv + 2) + 1)
+
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         taps, longs = min(seq_len, self.filter_len), self.order - 1
         # x, in_proj, short convolution, v * x_0; for each long one v * x_i twice

@@ -156,6 +156,13 @@ class JRT(Based):
         outside = linear_flops(batch_size * (seq_len - tokens), *self.encoder())
         return flops - outside + 2 * batch_size * tokens * self.num_heads * width
 
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        useful = super().useful_flops(batch_size, seq_len, context_len)
+        # a row that continues has no prefix
+        tokens = 0 if context_len else min(seq_len, self.prefix_len)
+        outside = linear_flops(batch_size * (seq_len - tokens), *self.encoder())
+        return useful - outside + 2 * batch_size * tokens * self.num_heads * self.memory_dim * (self.value_dim + 1)
+
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         tokens = min(seq_len, self.prefix_len)
         encoder = self.num_heads * (self.key_dim + self.memory_dim + self.value_dim)

@@ -44,6 +44,7 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels import work
 from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -403,6 +404,32 @@ class LaCT(Block):
         if isinstance(self.w0, LowRank):
             far += 2 * H * 2 * d * h * self.w0.w_left.shape[-1]
         return linear_flops(batch_size * seq_len, *self.projections()) + near + far
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        C, H, d, h = self.chunk_size, self.num_fast_heads, self.fast_dim, self.hidden_dim
+        pairs = work.window_pairs(seq_len, context_len, self.window)
+        near = batch_size * work.attention_work(self.num_heads, pairs, self.head_dim, self.head_dim)
+        chunk = ascent_flops(C, d, h) + (3 * orthogonalise_flops(d, h) if self.muon else 0)
+        far = batch_size * H * (read_flops(seq_len, d, h) + self._learnt(seq_len, context_len) * chunk)
+        if isinstance(self.w0, LowRank):
+            far += 2 * H * 2 * d * h * self.w0.w_left.shape[-1]
+        return linear_flops(batch_size * seq_len, *self.projections()) + near + far
+
+    def _learnt(self, seq_len: int, context_len: int) -> int:
+        """Chunks whose step a later token reads, or could."""
+        return (context_len + seq_len - (context_len == 0)) // self.chunk_size - context_len // self.chunk_size
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, d, h = self.num_fast_heads, self.fast_dim, self.hidden_dim
+        # q-k norms; two rotations of q and k; silu, scale and offset, unit length; silu of v; norm and its scale
+        token = self.dim * 2 * (work.RMS + 2 * work.ROPE + work.SILU + 2 + work.UNIT)
+        token += self.dim * (work.SILU + work.RMS + (self.ttt_scale_proj is not None))
+        token += H * ((work.SILU + 1) * h + 12 * h + d)  # reading; the gradient and its rates
+        token += self._num_rates * 2
+        step = 3 * H * d * h * (5 + (self.momentum_proj is not None) * 2)  # added, and rows rescaled
+        scores = self.num_heads * work.window_pairs(seq_len, context_len, self.window)
+        learnt = self._learnt(seq_len, context_len)
+        return batch_size * (seq_len * token + learnt * step + work.SOFTMAX * scores)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         wide_row = self.num_fast_heads * self.hidden_dim

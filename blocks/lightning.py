@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import LinearState, alibi_slopes, default_heads, previous
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
@@ -130,6 +131,16 @@ class LightningAttention(Block):
             batch_size, seq_len, self.num_heads, self.head_dim, self.head_dim, chunk_size=self.chunk_size
         )
         return linear_flops(batch_size * seq_len, self.qkv_proj, self.output_gate, self.out_proj) + core
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens, D = batch_size * seq_len, self.head_dim
+        state = work.recurrence(work.LINEAR, tokens, self.num_heads, D, D)
+        return linear_flops(tokens, self.qkv_proj, self.output_gate, self.out_proj) + state
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # silu of q, k and v; decay of the state; norm; output gate
+        number = 3 * work.SILU + self.head_dim + work.RMS + work.SIGMOID + 1
+        return batch_size * seq_len * self.num_heads * self.head_dim * number
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; per head qkv before silu and as the op sees them, o before and after norm, gate; a state for each interval

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import default_heads, wide
+from zoo.kernels import work
 from zoo.registry import register
 from zoo.schema import PositiveInt
 
@@ -97,3 +98,8 @@ class LinearAttention(LinearMixer):
 
     def read_out(self, o: Tensor) -> Tensor:
         return o[..., :-1] / (o[..., -1:] + self.eps) if self.normalize else o
+
+    @property
+    def key_work(self) -> int:
+        per_number = {"elu1": 2, "relu": 1, "silu": work.SILU}.get(self.feature_map, 0)
+        return 2 * self.key_dim * per_number

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.recurrent import GatedHeadNorm, LinearState, previous
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
@@ -140,6 +141,24 @@ class LinearMixer(Block):
             chunk_size=self.chunk_size,
             decay=self.decay_kind,
         )
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens, width = batch_size * seq_len, self.value_dim + self.value_extra
+        state = work.recurrence(work.LINEAR, tokens, self.num_heads, self.memory_dim, width)
+        return linear_flops(tokens, *self.projections()) + state
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        decay = 0 if self.decay_kind == "none" else self.memory_dim * (self.value_dim + self.value_extra)
+        value = self.value_extra  # what is divided by it
+        value += 0 if self.o_norm is None else work.RMS
+        value += 0 if self.g_proj is None else work.SILU + 1
+        head = decay + self.value_dim * value + self.key_work
+        return batch_size * seq_len * self.num_heads * head
+
+    @property
+    def key_work(self) -> int:
+        """Operations outside matrix products that a head makes its features and its decay with, a token."""
+        return 0
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # per token and head: q and k (projected, and what the op sees), v, o, norm and gate, a decay; and a state for

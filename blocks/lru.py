@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.recurrent import previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear, linear
@@ -121,6 +122,10 @@ class LRU(Block):
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         tokens = batch_size * seq_len
         return 8 * tokens * self.dim * self.state_dim + linear_flops(tokens, self.out_proj)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # scaled inputs and the complex update; real part, D x, gelu, the gated half
+        return batch_size * seq_len * (10 * self.state_dim + self.dim * (1 + 2 + work.GELU + work.SIGMOID + 1))
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; B x, scaled, lambda of every token, h, and h cast to the dtype of x, all complex; y, its gelu, both halves

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
@@ -271,6 +272,20 @@ class Mamba3(Block):
         if R > 1:  # pairs within a token, and the last token's part in the next step; elementwise at R = 1
             total += 2 * batch_size * H * R * (seq_len * R * (N + P) + streaming * N * P)
         return total
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens, H, R, N, P = batch_size * seq_len, self.num_heads, self.rank, self.state_dim, self.head_dim
+        state = work.recurrence(work.LINEAR, tokens * R, H, N, P)
+        within = 2 * tokens * H * R * R * (N + P) if R > 1 else 0  # pairs within a token
+        return linear_flops(tokens, self.in_proj, self.out_proj) + state + within
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, R, N = self.num_heads, self.rank, self.state_dim
+        norms = 2 * R * N * (work.RMS * self.num_groups + H)  # and biases, of B and C
+        turned = 2 * work.ROPE * R * H * 2 * self.num_angles + 3 * H * self.num_angles  # and the turns, added up
+        # decay of the state; of each rank x spread and weighted, D x, norm and gate; the step, its decay and share
+        inner = N + R * ((R > 1) + 1 + 2 + (0 if self.norm is None else work.RMS) + work.SILU + 1)
+        return batch_size * seq_len * (norms + turned + self.inner * inner + 6 * H)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         H, R, N, S = self.num_heads, self.rank, self.state_dim, self.num_angles

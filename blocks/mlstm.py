@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.recurrent import LinearState, default_heads, previous, wide
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
@@ -229,6 +230,17 @@ class MatrixLSTM(Block):
         return linear_flops(batch_size * seq_len, *self.projections()) + linear_attention_flops(
             batch_size, seq_len, self.num_heads, self.key_dim, self.value_dim + 1, chunk_size=self.chunk_size
         )
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens = batch_size * seq_len
+        state = work.recurrence(work.LINEAR, tokens, self.num_heads, self.key_dim, self.value_dim + 1)
+        return linear_flops(tokens, *self.projections()) + state
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # decay of memory and normaliser; v times its gate; quotient, norm and output gate; the gates and m
+        value = 1 + 1 + work.LAYER + work.SIGMOID + 1
+        head = (self.key_dim + 1) * (self.value_dim + 1) + self.value_dim * value + 2 * work.SOFTCAP + 6
+        return batch_size * seq_len * self.num_heads * head
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # per token and head: q and k; v, its scaled copy, what is read, the quotient, the norm, the gate and their

@@ -327,10 +327,13 @@ class MixtureOfExperts(Block):
     def cost(self, batch_size: int, seq_len: int, context_len: int = 0, mode: Mode = "train") -> Cost:
         """As every block's; few tokens read few experts."""
         cost = super().cost(batch_size, seq_len, context_len, mode)
-        unread = self.num_experts - min(self.num_experts, batch_size * seq_len * self.top_k)
         passes = 3 if mode == "train" else 1
-        saved = passes * unread * self.experts.params_per_expert * self.itemsize
+        saved = passes * self.experts.unread(batch_size * seq_len, self.top_k) * self.itemsize
         return cost.replace(bytes_read=cost.bytes_read - saved)
+
+    @property
+    def expectation(self) -> str:
+        return "moe: tokens choose experts evenly"
 
     def parallel_plan(self) -> ParallelPlan:
         plan = {"gate": "replicate", "experts": "expert"}

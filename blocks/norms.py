@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.contract import DrawsItself
+from zoo.kernels import work
 from zoo.registry import register
 from zoo.schema import PositiveFloat
 
@@ -18,6 +19,8 @@ class RMSNorm(nn.Module, metaclass=DrawsItself):
     is 1 + w and w starts at 0 (Gemma, Qwen3-Next): weight decay then pulls towards the plain norm, and a checkpoint
     of such a model is held as it is.
     """
+
+    vector_flops = work.RMS  # a number
 
     def __init__(self, dim: int, *, eps: PositiveFloat = 1e-6, zero_centered: bool = False, device=None, dtype=None):
         super().__init__()
@@ -44,6 +47,8 @@ class LayerNorm(nn.Module, metaclass=DrawsItself):
 
     x: [..., dim] -> y: [..., dim], same dtype; w starts at 1, b at 0 (absent with `bias=False`). Ba et al. 2016.
     """
+
+    vector_flops = work.LAYER  # a number
 
     def __init__(self, dim: int, *, eps: PositiveFloat = 1e-5, bias: bool = True, device=None, dtype=None):
         super().__init__()

@@ -58,6 +58,8 @@ class PermutedBlockSparse(Policy):
     token at a time costs more than dense attention. State: the permutations, and the queries of the last block.
     """
 
+    expectation = "pbs: every query reads all keys that it may"
+
     table_dtype = torch.int32
 
     def __init__(self, *, block_size: PositiveInt = 128, segment_size: PositiveInt = 256, tau: PositiveFloat = 0.9):

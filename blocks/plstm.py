@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.recurrent import default_heads, previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.plstm import flops as plstm_flops
@@ -203,6 +204,23 @@ class ParallelLSTM(Block):
         )
         transitions = 2 * tokens * self.num_heads * J**3 if J > 1 else 0
         return linear_flops(tokens, *self.projections()) + transitions + core
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens, H, J = batch_size * seq_len, self.num_heads, self.tracking_dim
+        transitions = 2 * tokens * H * J**3 if J > 1 else 0
+        # each slot is written and read; transitions mix slots; source, mark and direct gates mix values
+        state = (2 * J + (J * J if J > 1 else 0)) * self.key_dim * self.value_dim
+        gates = (3 * J * J if J > 1 else 0) * self.value_dim + self.key_dim
+        flops = linear_flops(tokens, *self.projections()) + transitions + 2 * tokens * H * (state + gates)
+        # merging chunks can take less than moving every slot at every token
+        return min(flops, self.forward_flops(batch_size, seq_len, context_len, context_len > 0))
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, J = self.num_heads, self.tracking_dim
+        gates = H * (3 * J * J * work.SIGMOID + J)
+        decay = H * self.key_dim * self.value_dim if J == 1 else 0
+        conv = 2 * self.conv.kernel_size[0]
+        return batch_size * seq_len * (self.dim * (conv + work.RMS + 2) + gates + decay)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x, its convolution, q, k, v, o and the norm; gates with their sigmoids and rotations; then what a chunk forms:

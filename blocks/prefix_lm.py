@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo.blocks.attention import Attention
 from zoo.blocks.kv_cache import segment_index
 from zoo.contract import linear_flops, positions_from, refuse_packed_streaming
+from zoo.kernels import work
 from zoo.kernels.attention import attention, attention_flops
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
@@ -91,4 +92,4 @@ class PrefixAttention(Attention):
 
     def scores(self, seq_len: int, context_len: int = 0) -> int:
         prefix = 0 if context_len else min(self.prefix_len, seq_len)  # its tokens see those behind them, too
-        return super().scores(seq_len, context_len) + self.num_heads * prefix * (prefix - 1) // 2
+        return self.num_heads * (work.pairs(seq_len, context_len) + prefix * (prefix - 1) // 2)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo.blocks.measure import recording
 from zoo.blocks.norms import RMSNorm
 from zoo.contract import Block, Cost, Mode, ParallelPlan, State, init_linear_, linear_flops
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.product_key_lookup import product_key_lookup
@@ -118,6 +119,13 @@ class ProductKeyMemory(Block):
         tokens = batch_size * seq_len
         scores = lookup_flops(tokens, self.num_heads, self.num_keys, 2 * self.key_dim)
         return linear_flops(tokens, self.q_proj, self.o_proj, self.gate_proj) + scores
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        H, read = self.num_heads, self.num_heads * self.top_k
+        token = work.RMS * H * 2 * self.key_dim if isinstance(self.q_norm, RMSNorm) else 0
+        token += read * (work.SOFTMAX + 2 * self.value_dim)  # values weighted and summed
+        token += 0 if self.gate_proj is None else work.SIGMOID + self.dim
+        return batch_size * seq_len * token
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x, output, gate; per head: query before and after the norm, both halves' scores, K^2 pairs, weights

@@ -218,14 +218,14 @@ class RAT(Block):
         )
 
     def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
-        # chunks before the own one, and the own one's end so far
-        keys = work.earlier_blocks(seq_len, context_len, self.chunk_size) + seq_len
+        keys = work.earlier_blocks(seq_len, context_len, self.chunk_size)
         attend = work.attention_work(self.num_heads, keys, self.head_dim, self.head_dim)
         return linear_flops(batch_size * seq_len, self.in_proj, self.out_proj) + batch_size * attend
 
     def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
-        # forget gate and its complement; value and key, each scaled and summed; rotated q and k; the output gate
-        token = self.dim * (2 * work.SIGMOID + 2 * 3 + 2 * work.ROPE + work.SIGMOID + 1)
+        # forget gate and its complement; value and key, each scaled and summed; rotated q and k; the own chunk's score
+        # and value, joined; the output gate
+        token = self.dim * (2 * work.SIGMOID + 2 * 3 + 2 * work.ROPE + 2 + 3 + work.SIGMOID + 1)
         keys = work.earlier_blocks(seq_len, context_len, self.chunk_size) + seq_len
         return batch_size * (seq_len * token + work.SOFTMAX * self.num_heads * keys)
 

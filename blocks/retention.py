@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import LinearState
 from zoo.contract import State, own_part, positions_from
+from zoo.kernels import work
 from zoo.kernels.rope import rope
 from zoo.registry import register
 from zoo.schema import Fraction, PositiveFloat, PositiveInt
@@ -113,6 +114,10 @@ class Retention(LinearMixer):
         if self.decay is not None:
             return torch.full_like(heads, self.decay).log()
         return torch.log1p(-torch.exp2(-5 - heads))
+
+    @property
+    def key_work(self) -> int:
+        return 2 * work.ROPE * self.key_dim if self.rotary else 0
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> State:
         memory = self.new_memory(batch_size)

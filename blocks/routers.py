@@ -159,6 +159,10 @@ class EarlyExit(Router):
     def takes_all(self):
         return self.training
 
+    @property
+    def assumption(self):
+        return "no token leaves before the last step"
+
     def pick(self, step, x, carry, streaming):
         if self.training and not streaming:
             return Pick()

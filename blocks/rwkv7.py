@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.recurrent import LinearState, default_heads, previous, wide
 from zoo.contract import Block, ParallelPlan, State, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.dplr import dplr
 from zoo.kernels.dplr import flops as dplr_flops
@@ -254,6 +255,18 @@ class RWKV7(Block):
         return linear_flops(batch_size * seq_len, *self.projections()) + dplr_flops(
             batch_size, seq_len, self.num_heads, self.head_dim, self.head_dim, chunk_size=self.chunk_size
         )
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        tokens, D = batch_size * seq_len, self.head_dim
+        state = work.recurrence(work.DPLR, tokens, self.num_heads, D, D)
+        return linear_flops(tokens, *self.projections()) + state
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        shift = 1 + 2 * len(MIX_POWERS)
+        # log w and w; a; kappa; k; kappa a; decay of the state; norm; bonus; gate
+        number = shift + 3 + work.SIGMOID + 1 + work.UNIT + 4 + 1 + self.head_dim + work.LAYER + 5 + 1
+        number += 0 if self.v_lora is None else work.SIGMOID + 3  # the first layer's value
+        return batch_size * seq_len * self.dim * number
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x, the step and six mixes; r, k, v, w, a, g with their gates; kappa, its norm and what the op sees; norm,

@@ -94,6 +94,9 @@ class RWKV7FeedForward(Block):
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, self.key, self.value)
 
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        return batch_size * seq_len * (3 * self.dim + 2 * self.hidden_dim)  # token shift; relu and square
+
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # the step and the mix; after ReLU and after the square
         return batch_size * seq_len * (2 * self.dim + 2 * self.hidden_dim)

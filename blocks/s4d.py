@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.recurrent import previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
+from zoo.kernels import work
 from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -170,6 +171,14 @@ class S4D(Block):
         whole = seq_len - seq_len % self.chunk_size
         per_number = 2 * self.chunk_size + 8 * self.pairs  # kernel; into and out of the state
         return batch_size * whole * self.dim * per_number + linear_flops(batch_size * seq_len, self.out_proj)
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # the recurrence, of which only reading is a product
+        return 4 * batch_size * seq_len * self.dim * self.pairs + linear_flops(batch_size * seq_len, self.out_proj)
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        # the complex update; D x, gelu, the gated half
+        return batch_size * seq_len * self.dim * (8 * self.pairs + 2 + work.GELU + work.SIGMOID + 1)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x, as columns; y, + D x, its gelu, both halves. A chunk: its addition, decay, state, and the state before

@@ -86,6 +86,10 @@ class SimpleGatedLinearAttention(LinearMixer):
     def log_decay(self, x: Tensor) -> Tensor | None:
         return None if self.gk_proj is None else F.logsigmoid(wide(self.gk_proj(x))) / self.gate_logit_normalizer
 
+    @property
+    def key_work(self) -> int:
+        return 0 if self.gk_proj is None else 3  # log sigmoid, quotient, exponential
+
     def parallel_plan(self) -> ParallelPlan:
         plan = super().parallel_plan()
         gate = {} if self.gk_proj is None else {"gk_proj": "column"}

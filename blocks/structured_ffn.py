@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from zoo.blocks.structured_linear import STRUCTURES, StructuredLinear
 from zoo.blocks.swiglu import SwiGLU, swiglu_width
 from zoo.contract import Block, ParallelPlan, State, state_dtype
+from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveInt, Range
@@ -182,6 +183,10 @@ class StructuredFFN(Block):
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return sum(layer.flops(batch_size * seq_len) for layer in self._layers())
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        mixed = 0 if self.guide is None else 3 * (2 * self.hidden_dim + self.dim)
+        return batch_size * seq_len * ((work.SILU + 1) * self.hidden_dim + mixed)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x, gate, up, silu(gate), silu(gate) * up, and what lies between the factors

@@ -26,6 +26,7 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels import work
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
@@ -207,6 +208,25 @@ class WorkspaceMemory(Block):
         keys = 2 * batch_size * self.num_slots * D * rank * max(later + 1, steps)
         writes = linear_flops(batch_size * steps, self.write_down, self.controller)
         return tokens + reads + keys + writes + linear_flops(batch_size * steps * self.active, self.write_up)
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        C, D, rank, slots = self.chunk_size, self.dim, self.rank, self.num_slots
+        steps = (context_len + seq_len) // C - context_len // C
+        tokens = linear_flops(batch_size * seq_len, self.q_proj, self.gate_proj)
+        reads = 2 * batch_size * seq_len * slots * (rank + D)
+        keys = 2 * batch_size * slots * D * rank * (steps + (context_len == 0))
+        writes = linear_flops(batch_size * steps, self.write_down, self.controller)
+        writes += linear_flops(batch_size * steps * self.active, self.write_up)
+        # in a stateless pass nobody reads what the last chunk writes
+        return min(
+            tokens + reads + keys + writes, self.forward_flops(batch_size, seq_len, context_len, context_len > 0)
+        )
+
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        steps = (context_len + seq_len) // self.chunk_size - context_len // self.chunk_size
+        token = work.SOFTMAX * self.num_slots + 2 * self.dim + work.SIGMOID  # the chunk's mean, the gate
+        step = self.num_slots * self.dim * (2 + 3) + 4 * self.active * self.dim  # lengths, norms; slots moved
+        return batch_size * (seq_len * token + steps * step)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return batch_size * ((self.num_slots + 1) * self.dim * state_dtype(self.slots.dtype).itemsize + 8)

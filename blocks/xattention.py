@@ -50,6 +50,8 @@ class XAttention(Policy):
     attention.
     """
 
+    expectation = "xattention: every query reads all keys that it may"
+
     def __init__(self, *, block_size: PositiveInt = 128, stride: PositiveInt = 16, tau: PositiveFloat = 0.9):
         if block_size % stride:
             raise ValueError(f"xattention: stride={stride} must divide block_size={block_size}")

@@ -53,9 +53,44 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
+    def of_share(self, share: float) -> Cost:
+        """The work of a share of the calls; what is held stays."""
+        names = ("flops", "useful_flops", "vector_flops", "bytes_read", "bytes_written")
+        return self.replace(**{name: round(share * getattr(self, name)) for name in names})
+
     def replace(self, **changes: int) -> Cost:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def part_cost(
+    mode: Mode,
+    itemsize: int,
+    *,
+    params: int = 0,
+    flops: int = 0,
+    vector: int = 0,
+    read: int = 0,
+    written: int = 0,
+    kept: int = 0,
+    state_bytes: int = 0,
+    passes: int = 3,
+) -> Cost:
+    """Cost of what is no block: a norm, a merge, a router, a head. All is of one forward; read, written and kept are
+    numbers beside the parameters; `passes`: forwards that a training step is worth."""
+    train = mode == "train"
+    passes, kept = passes if train else 1, kept * itemsize * train
+    return Cost(
+        params=params,
+        active_params=params,
+        flops=passes * flops,
+        bytes_read=passes * (params + read) * itemsize + kept,
+        bytes_written=passes * written * itemsize + kept,
+        activation_bytes=kept,
+        state_bytes=0 if train else state_bytes,
+        useful_flops=passes * flops,
+        vector_flops=passes * vector,
+    )
 
 
 def linear_flops(tokens: int, *layers: nn.Linear | None) -> int:
@@ -209,6 +244,11 @@ class Block(nn.Module, metaclass=DrawsItself):
         call with a state executes is at most what they say."""
         return ""
 
+    @property
+    def expectation(self) -> str:
+        """In words, what predicted bytes and useful work take for granted where they depend on what the tokens are."""
+        return ""
+
     # cost, in parts that a block overrides
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         """Executed matrix FLOPs of one forward of `seq_len` tokens per row, `context_len` tokens being in
@@ -250,13 +290,18 @@ class Block(nn.Module, metaclass=DrawsItself):
             params=params,
             active_params=self.active_params(),
             flops=passes * forward,
-            bytes_read=passes * (params * itemsize + stream) + state,
-            bytes_written=passes * stream + state + kept,
+            bytes_read=passes * (params * itemsize + stream) + state + kept,
+            bytes_written=passes * stream + self._state_written(batch_size, context_len, state) + kept,
             activation_bytes=kept,
             state_bytes=state,
             useful_flops=passes * self.useful_flops(batch_size, seq_len, context_len),
             vector_flops=passes * self.vector_flops(batch_size, seq_len, context_len),
         )
+
+    def _state_written(self, batch_size: int, context_len: int, state: int) -> int:
+        """Bytes of `state` that new tokens change: what they append, or all of one that does not grow."""
+        before = self.state_bytes(batch_size, context_len) if state and context_len else 0
+        return state if state == before else state - before
 
     def parallel_plan(self) -> ParallelPlan:
         """How this block is split over ranks."""
@@ -346,6 +391,20 @@ class Router(nn.Module, metaclass=DrawsItself):
         """Expected share of tokens that take a step: what predicted costs assume."""
         return 1.0
 
+    @property
+    def assumption(self) -> str:
+        """In words, what `share` takes for granted, where tokens may do otherwise."""
+        shares = [self.share(step) for step in range(self.steps)]
+        if all(share in (0, 1) for share in shares):
+            return ""
+        what = "steps" if self.nested else "bodies"
+        return f"{what} are taken by {', '.join(f'{share:.3g}' for share in shares)} of the tokens"
+
     def step_flops(self, tokens: int) -> int:
         """Matrix FLOPs of all decisions for `tokens` tokens."""
         return sum(2 * tokens * p.numel() for n, p in self.named_parameters() if n.endswith("weight"))
+
+    def step_vector_flops(self, tokens: int) -> int:
+        """Work outside matrix products of all decisions and of the weights of increments: by default the activation of
+        one score a step, its product with the increment, and their sum with the stream."""
+        return tokens * self.steps * (1 + 2 * self.dim)

@@ -95,10 +95,12 @@ def estimate(
     once = {id(leaf.module): leaf.cost for leaf in leaves}
     params = sum(p.numel() for p in model.parameters())  # type: ignore[union-attr]
     inactive = sum(c.params - c.active_params for c in once.values())
-    assumptions = []
-    if any("router" in n.path and n.block not in ("fixed", "act") for n in nodes):
-        assumptions.append("routed bodies run on the share of tokens that their router's capacity names")
-    assumptions += dict.fromkeys(a for leaf in leaves if (a := getattr(leaf.module, "assumption", "")))
+    assumptions: list[str] = []
+    for leaf in leaves:
+        router = getattr(leaf.module, "router", None)
+        said = [getattr(leaf.module, name, "") for name in ("assumption", "expectation")]
+        said += [f"{leaf.block}: {router.assumption}"] if router is not None and router.assumption else []
+        assumptions += [line for line in said if line and line not in assumptions]
     # the model counts tokens itself
     state = totals["state_bytes"] + (8 * batch_size if streams and mode != "train" else 0)
     name = str(model.config.get("name", "model"))  # type: ignore[union-attr]

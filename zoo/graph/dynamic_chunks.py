@@ -20,6 +20,7 @@ from zoo.contract import Pick, State, add_auxiliary_loss, state_dtype
 from zoo.graph.gather import run_picked
 from zoo.graph.hierarchy import Calls, Chunker
 from zoo.graph.nodes import Node
+from zoo.kernels import work
 from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.linear import Linear
 from zoo.registry import register
@@ -179,6 +180,10 @@ class DynamicChunks(Chunker):
 
     def forward_flops(self, batch_size, seq_len, decode):
         return 3 * 2 * batch_size * seq_len * self.dim**2
+
+    def vector_flops(self, batch_size, seq_len):
+        # unit queries and keys; smoothing (weight, decay, update), the residual and p added
+        return batch_size * seq_len * (self.dim * (2 * work.UNIT + 4 + 2) + 6)
 
     def state_bytes(self, batch_size):
         like = self.k_proj.weight

@@ -121,6 +121,11 @@ class Feedback(Composite):
         return heard and cycle == self.outer - 1
 
     @property
+    def assumption(self) -> str:
+        """What predicted costs take for granted."""
+        return "" if self.halt is None else "feedback: no token halts before the last segment"
+
+    @property
     def calls(self) -> int:
         """How often the network runs."""
         return self.segments * self.outer * (self.inner + 1)
@@ -148,7 +153,14 @@ class Feedback(Composite):
             flops = 2 * reads * batch_size * seq_len * self.dim
         seen = 0 if mode == "train" else 8 * batch_size
         where = f"{path}.router" if self.halt is not None else f"{path}.latents"
-        yield Leaf(where.strip("."), "feedback", Cost(own, own, flops, state_bytes=seen), self)
+        # every call reads a sum of up to three streams and adds its increment; trained ones go back
+        tokens, item = batch_size * seq_len * self.dim, self.y_start.element_size()
+        passes = self.calls + 2 * trained
+        cost = Cost(
+            own, own, flops, bytes_read=item * (4 * passes * tokens + own), bytes_written=item * 2 * passes * tokens,
+            state_bytes=seen, useful_flops=flops, vector_flops=3 * passes * tokens,
+        )  # fmt: skip
+        yield Leaf(where.strip("."), "feedback", cost, self)
 
 
 def _times(a: Cost, n: int, b: Cost, m: int) -> Cost:

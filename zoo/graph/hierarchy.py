@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from zoo.contract import Cost, DrawsItself, EmptyState, State
+from zoo.contract import DrawsItself, EmptyState, State, part_cost
 from zoo.graph.nodes import Builder, Composite, Leaf, Node
 from zoo.graph.spec import Spec
 from zoo.registry import register
@@ -62,6 +62,10 @@ class Chunker(nn.Module, metaclass=DrawsItself):
         """Matrix FLOPs of the chunker itself."""
         raise NotImplementedError
 
+    def vector_flops(self, batch_size: int, seq_len: int) -> int:
+        """Work of the chunker itself outside matrix products."""
+        return 0
+
     def state_bytes(self, batch_size: int) -> int:
         """Bytes of what the chunker itself carries."""
         raise NotImplementedError
@@ -98,8 +102,9 @@ class _Normed(Node):
         if self.norm is not None:
             weights = list(self.norm.parameters())
             own = sum(p.numel() for p in weights)
-            stream = batch_size * seq_len * self.norm.dim * weights[0].element_size()
-            cost = Cost(own, own, 0, stream, stream, stream if mode == "train" else 0)
+            tokens, item = batch_size * seq_len * self.norm.dim, weights[0].element_size()
+            vector = self.norm.vector_flops * tokens
+            cost = part_cost(mode, item, params=own, vector=vector, read=tokens, written=tokens, kept=tokens)
             yield Leaf(f"{path}.norm", "norm", cost, self.norm)
 
 
@@ -168,16 +173,18 @@ class Hierarchy(Composite):
     def _chunker_leaf(self, batch_size: int, seq_len: int, mode, path: str) -> Leaf:
         own = list(self.chunker.parameters())
         count, item = sum(p.numel() for p in own), own[0].element_size()
-        stream, train = batch_size * seq_len * self.chunker.dim * item, mode == "train"
+        tokens = batch_size * seq_len * self.chunker.dim
         flops = self.chunker.forward_flops(batch_size, seq_len, mode == "decode")
-        state = 0 if train else self.chunker.state_bytes(batch_size)
+        state, vector = self.chunker.state_bytes(batch_size), self.chunker.vector_flops(batch_size, seq_len)
         # into and out of the chunks
-        cost = Cost(count, count, flops * (3 if train else 1), 2 * stream, 2 * stream, 4 * stream * train, state)
+        cost = part_cost(
+            mode, item, params=count, flops=flops, vector=vector, read=2 * tokens, written=2 * tokens,
+            kept=4 * tokens, state_bytes=state,
+        )  # fmt: skip
         return Leaf(path, type(self.chunker).zoo_registration.name, cost, self.chunker)  # type: ignore[attr-defined]
 
 
 def _shared_out(part: Node, calls: Calls, mode, path: str) -> Iterator[Leaf]:
     batch_size, seq_len, context_len, share = calls
     for leaf in part.leaves(batch_size, seq_len, context_len, mode, path):
-        work = {k: round(getattr(leaf.cost, k) * share) for k in ("flops", "bytes_read", "bytes_written")}
-        yield Leaf(leaf.path, leaf.block, leaf.cost.replace(**work), leaf.module)
+        yield Leaf(leaf.path, leaf.block, leaf.cost.of_share(share), leaf.module)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import registry
-from zoo.contract import Block, Cost, Mode, State, StateList
+from zoo.contract import Block, Cost, Mode, State, StateList, part_cost
 from zoo.graph.spec import Residual, Spec
 from zoo.registry import register
 
@@ -153,6 +153,11 @@ class ResidualBlock(Node):
         """That of the block."""
         return getattr(self.block, "assumption", "")
 
+    @property
+    def expectation(self) -> str:
+        """That of the block."""
+        return getattr(self.block, "expectation", "")
+
     def value(self, x, *, state: Any = None, doc_ids=None):
         """The value of a block that has one, before `forward` moves its state on; later blocks take it as v_first."""
         return self.block.value(self._normed(x), state=state, doc_ids=doc_ids)  # type: ignore[operator]
@@ -185,7 +190,16 @@ class ResidualBlock(Node):
         # norms keep their input for backward, a learned scale what it multiplies; the block counts what it reads
         keeping = sum(part is not None for part in (self.norm, self.out_norm, self.scale))
         kept = keeping * stream if mode == "train" else 0
-        yield Leaf(path, self.block_name, cost + Cost(own, own, 0, stream, stream, kept, 0), self)
+        norms = [norm for norm in (self.norm, self.out_norm) if norm is not None]
+        added = self.style != "none"
+        number = sum(norm.vector_flops for norm in norms) + added + (self.skip != 1)
+        number += self.scale is not None or self.fixed_scale not in (None, 1)
+        tokens, item = batch_size * seq_len * self.block.dim, self.block.itemsize
+        around = part_cost(
+            mode, item, params=own, vector=number * tokens, read=(len(norms) + 2 * added) * tokens,
+            written=(len(norms) + added) * tokens, kept=kept // item,
+        )  # fmt: skip
+        yield Leaf(path, self.block_name, cost + around, self)
 
 
 class Composite(Node):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from zoo.contract import Cost, StateList, init_linear_
+from zoo.contract import StateList, init_linear_, part_cost
 from zoo.graph.nodes import Builder, Composite, Leaf
 from zoo.graph.spec import Spec
 from zoo.kernels.linear import Linear
@@ -110,8 +110,12 @@ class Parallel(Composite):
         own = [p for n, p in self.named_parameters() if not n.startswith("branches.")]
         count, item = sum(p.numel() for p in own), next(self.parameters()).element_size()
         flops = 0 if self.out_proj is None else 2 * batch_size * seq_len * self.out_proj.weight.numel()
-        stream = batch_size * seq_len * self.dim * item
-        cost = Cost(count, count, flops * (3 if mode == "train" else 1), stream, stream)
-        if mode == "train":
-            cost = cost.replace(activation_bytes=(len(self.branches) + 1) * stream)
+        tokens, parts, normed = batch_size * seq_len * self.dim, len(self.branches), self.norm is not None
+        number = 1 + (self.norm.vector_flops if normed else 0)  # type: ignore[union-attr]  # the stream is added
+        number += 0 if self.out_proj is not None else parts - 1 + (self.merge == "mean")
+        number += 0 if self.gates is None else parts
+        cost = part_cost(
+            mode, item, params=count, flops=flops, vector=number * tokens, read=(parts + 1 + normed) * tokens,
+            written=(1 + normed) * tokens, kept=(parts + 1) * tokens,
+        )  # fmt: skip
         yield Leaf(f"{path}.merge", f"merge {self.merge}", cost, self)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import registry
-from zoo.contract import Cost, StateList, init_linear_
+from zoo.contract import StateList, init_linear_, part_cost
 from zoo.graph.nodes import Builder, Composite, Leaf
 from zoo.graph.parse import flatten
 from zoo.graph.repeat import chosen
 from zoo.graph.spec import Spec
+from zoo.kernels import work
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import PositiveInt
@@ -218,12 +219,17 @@ class Revisit(Composite):
         count, item, tokens = sum(p.numel() for p in own), attention.itemsize, batch_size * seq_len
         passes = 3 if mode == "train" else 1
         flops = passes * 2 * tokens * sum(p.numel() for p in own if p.ndim == 2)
-        stream = passes * tokens * self.dim * item
         hidden = shared.down_proj.in_features
         # the joined input and its norm; the norm's input and output, gate and up, gelu(gate) and the product; what
         # lies between adapters, and what they add
         adapters: Any = visit.adapted.values()
         adapted = sum(m.down.out_features + m.up.out_features for m in adapters)
         kept = tokens * (6 * self.dim + 4 * hidden + adapted) * item if mode == "train" else 0
-        cost = Cost(count, count, flops, passes * count * item + stream, stream + kept, kept)
+        norms = [shared.input_layernorm, shared.pre_ff_layernorm]
+        per_norm = [getattr(norm, "vector_flops", 0) for norm in norms]
+        vector = tokens * (self.dim * (2 * per_norm[0] + per_norm[1] + 2) + hidden * (work.GELU + 1))
+        cost = part_cost(
+            mode, item, params=count, flops=flops // passes, vector=vector, read=4 * tokens * self.dim,
+            written=2 * tokens * self.dim, kept=kept // item,
+        )  # fmt: skip
         yield Leaf(f"{path}.visit", "shared mlp", cost, visit)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zoo import registry
-from zoo.contract import Router
+from zoo.contract import Cost, Router
 from zoo.graph.gather import run_picked, run_reading, shared_keys
 from zoo.graph.nodes import Builder, Composite, Leaf
 from zoo.graph.routed import (
@@ -129,5 +129,6 @@ class Route(Composite):
                 for leaf in reading_leaves(body, share, *where, at):
                     block: Any = leaf.module.block
                     keys = block.key_flops(batch_size * seq_len) if block.shares_keys else 0
-                    yield Leaf(leaf.path, leaf.block, leaf.cost.replace(flops=leaf.cost.flops + keys), leaf.module)
+                    cost = leaf.cost + Cost(flops=keys, useful_flops=keys)
+                    yield Leaf(leaf.path, leaf.block, cost, leaf.module)
         yield routing_leaf(self, self.router, batch_size, seq_len, mode, path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo import registry
-from zoo.contract import Cost, State, positions_from
+from zoo.contract import Cost, State, part_cost, positions_from
 from zoo.graph.nodes import Leaf
 from zoo.graph.spec import Spec
 
@@ -55,7 +55,7 @@ def picked_leaves(body, share, batch_size, seq_len, context_len, mode, path) -> 
     if share == 1:
         return everything
     if seq_len == 1:  # decoding: a share of the steps does the work
-        return [Leaf(e.path, e.block, _scaled(e.cost, share), e.module) for e in everything]
+        return [Leaf(e.path, e.block, e.cost.of_share(share), e.module) for e in everything]
     part = body.leaves(batch_size, max(1, int(share * seq_len)), round(share * context_len), mode, path)
     return [
         Leaf(p.path, p.block, p.cost.replace(state_bytes=e.cost.state_bytes), p.module)
@@ -71,14 +71,11 @@ def reading_leaves(body, share, batch_size, seq_len, context_len, mode, path) ->
     for leaf in picked_leaves(body, share, batch_size, seq_len, context_len, mode, path):
         block, cost = getattr(leaf.module, "block", None), leaf.cost
         if getattr(block, "shares_keys", False):
-            flops = block.query_flops(batch_size, queries, seq_len, context_len)  # type: ignore[union-attr]
-            cost = cost.replace(flops=round(often * flops * (3 if mode == "train" else 1)))
+            given, passes = (batch_size, queries, seq_len, context_len), often * (3 if mode == "train" else 1)
+            flops, useful = block.query_flops(*given), block.useful_query_flops(*given)  # type: ignore[union-attr]
+            cost = cost.replace(flops=round(passes * flops), useful_flops=round(passes * useful))
         run.append(Leaf(leaf.path, leaf.block, cost, leaf.module))
     return run
-
-
-def _scaled(cost: Cost, share: float) -> Cost:
-    return cost.replace(**{k: round(getattr(cost, k) * share) for k in ("flops", "bytes_read", "bytes_written")})
 
 
 def sum_leaves(runs: list[Leaf], more: list[Leaf]) -> list[Leaf]:
@@ -100,10 +97,19 @@ def routing_leaf(node, router, batch_size, seq_len, mode, path, extra=None, runs
     """Cost of a combinator's own parameters: its router, and a map `extra` that runs so often (backward is two)."""
     inside = {id(p) for name, child in node.named_children() if name in ("body", "bodies") for p in child.parameters()}
     own = sum(p.numel() for p in node.parameters() if id(p) not in inside)
-    tokens = batch_size * seq_len
-    flops = router.step_flops(tokens) * (3 if mode == "train" else 1)
+    tokens, item = batch_size * seq_len, next(node.parameters()).element_size()
+    shares = [router.share(step) for step in range(router.steps)]
+    # a step that some tokens take gathers them, and adds to them what it says
+    moved = tokens * router.dim * sum(2 * share for share in shares if share < 1)
+    scored = tokens * router.dim * len(shares) if own else 0
+    cost = part_cost(
+        mode, item, params=own, flops=router.step_flops(tokens), vector=router.step_vector_flops(tokens),
+        read=round(scored + moved), written=round(moved),
+        state_bytes=8 * batch_size,  # the count of tokens seen, int64 per row
+    )  # fmt: skip
     if extra is not None:
-        flops += 2 * runs * tokens * extra.weight.numel()
-    # the count of tokens seen, int64 per row
-    cost = Cost(own, own, flops, state_bytes=0 if mode == "train" else 8 * batch_size)
+        flops, width = 2 * runs * tokens * extra.weight.numel(), extra.in_features
+        read = runs * item * (tokens * width + extra.weight.numel())
+        written = runs * item * tokens * extra.out_features
+        cost += Cost(flops=flops, useful_flops=flops, bytes_read=read, bytes_written=written)
     return Leaf(f"{path}.router".strip("."), type(router).zoo_registration.name, cost, node)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.contract import Cost, State, StateList, init_linear_
+from zoo.contract import State, StateList, init_linear_, part_cost
 from zoo.graph.nodes import Builder, Composite, Leaf, ResidualBlock, Sequence
 from zoo.graph.spec import Spec
 from zoo.kernels.linear import Linear
@@ -119,7 +119,11 @@ class Stage(Composite):
         own = sum(p.numel() for m in (self.depth_in, self.depth_out) for p in m.parameters())
         # the depth itself needs no gradient
         flops = 2 * first + 3 * second if mode == "train" else first + second
-        yield Leaf(f"{path}.depth".strip("."), "stage", Cost(own, own, flops), self)
+        item, tokens = self.depth_in.weight.element_size(), batch_size * seq_len * self.dim
+        # each step scales its branches and its output
+        scaled = self.steps * (len(self.body.order) + 1) * tokens
+        cost = part_cost(mode, item, params=own, vector=scaled, read=scaled, written=scaled)
+        yield Leaf(f"{path}.depth".strip("."), "stage", cost.replace(flops=flops, useful_flops=flops), self)
 
 
 def layers_of(node: nn.Module) -> list[Callable[[Tensor], Tensor]]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from zoo import registry
-from zoo.contract import Cost, StateList, linear_flops
+from zoo.contract import StateList, linear_flops, part_cost
 from zoo.graph.nodes import Builder, Composite, Leaf, ResidualBlock
 from zoo.graph.parse import flatten
 from zoo.graph.spec import Spec
@@ -85,10 +85,13 @@ class ValueResidual(Composite):
         for i, item in enumerate(self.items):
             if i == self.first:
                 block: Any = item.block
-                flops = linear_flops(batch_size * seq_len, block.v_proj) * (3 if mode == "train" else 1)
-                read = batch_size * seq_len * block.dim * block.itemsize
-                kept = 2 * read if mode == "train" else 0  # the mix and the value
-                yield Leaf(f"{path}.value".strip("."), "first value", Cost(0, 0, flops, read, read, kept, 0), self)
+                tokens = batch_size * seq_len * block.dim
+                cost = part_cost(
+                    mode, block.itemsize, flops=linear_flops(batch_size * seq_len, block.v_proj), vector=3 * tokens,
+                    read=tokens + block.v_proj.weight.numel(), written=tokens,
+                    kept=2 * tokens,  # the mix and the value
+                )  # fmt: skip
+                yield Leaf(f"{path}.value".strip("."), "first value", cost, self)
             yield from item.leaves(batch_size, seq_len, context_len, mode, f"{path}.{i}".strip("."))
 
 
