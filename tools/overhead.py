@@ -1,6 +1,6 @@
 """How much of a run's time is the model's own? `zoo train` against a bare loop over the same model.
 
-    python tools/overhead.py [--steps 200]     # docs/measured/overhead.md and overhead.json
+    python tools/overhead.py [--steps 120]     # docs/measured/overhead.md and overhead.json
 
 Both run in one process and take turns, a step of one and then a step of the other, so that what else the machine does
 falls on both alike. The bare loop is what one writes by hand: batch, forward, cross-entropy, backward, clipping, AdamW
@@ -174,7 +174,7 @@ def page(found: list[dict[str, Any]], machine: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="*", help="some of them; then nothing is written")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     args = parser.parse_args()
     from zoo.bench.machine import describe
 
