@@ -33,8 +33,8 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
                            "define.layer[1].swiglu={hidden_dim: 384}", "trunk[0].repeat=4"]),
     "mamba2": ("mamba2_130m", ["dim=128", "vocab_size=257", "trunk[0].repeat=4"]),
 }  # fmt: skip
-RECIPE = ["train.batch_size=4", "train.seq_len=256", "train.eval_every=0", "train.checkpoint_every=0"]
-DATA = ["data.source=python-stdlib", "data.tokenizer=bytes"]
+RECIPE = ["train.batch_size=4", "train.seq_len=256", "train.eval_every=0", "train.checkpoint_every=0",
+          "data.source=python-stdlib", "data.tokenizer=bytes", "data.heldout_bytes=4096"]  # fmt: skip
 FIRST = 5  # steps that are not counted
 
 
@@ -53,7 +53,11 @@ class Bare:
         named = dict(self.model.named_parameters())
         members = [{"params": [named[n] for n in g.names], **g.options} for g in groups(self.model, self.train)]
         self.optimizer = torch.optim.AdamW(members, fused=True)
-        warmup, steps, least = min(self.train.warmup_steps, self.train.steps), self.train.steps, self.train.min_lr_factor
+        warmup, steps, least = (
+            min(self.train.warmup_steps, self.train.steps),
+            self.train.steps,
+            self.train.min_lr_factor,
+        )
         assert self.train.schedule == "cosine" and self.train.accumulation == 1
 
         def factor(step: int) -> float:
@@ -94,7 +98,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     from zoo.train.run import train
 
     config, changes = MODELS[name]
-    loaded = zoo.load_config(config, [*changes, *RECIPE, *DATA, f"train.steps={steps}"])
+    loaded = zoo.load_config(config, [*changes, *RECIPE, f"train.steps={steps}"])
     document: Any = OmegaConf.to_container(loaded, resolve=True)
     ours: list[float] = []
     bare: list[float] = []
@@ -179,7 +183,7 @@ def main() -> int:
     from zoo.bench.machine import describe
 
     machine, found = describe("cpu"), []
-    for name in args.models or MODELS:
+    for name in args.models or list(MODELS):
         found.append(measure(name, args.steps))
         print(json.dumps(found[-1]), file=sys.stderr)
     text = page(found, machine)

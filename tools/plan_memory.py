@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,10 @@ REAL = ("dim=512", "train.batch_size=4", "define.experts.chunk_moe.hidden_dim=34
 RECIPE = ("train.seq_len=256", "train.steps=2", "train.eval_every=0", "train.checkpoint_every=0", "data.source=mqar")
 LAYOUTS = {
     "FSDP 2": "dp_shard=2",
-    "DDP 2": "dp_replicate=2",
     "TP 2": "tp=2",
-    "CP 2": "cp=2",
+    "FSDP 2, activations computed again": "dp_shard=2 train.activation_checkpoint=full",
+    "DDP 2": "dp_replicate=2",
 }
-FULL = ("FSDP 2, activations computed again", "dp_shard=2 train.activation_checkpoint=full")
 CLUSTERS = (("64", "tp=8"), ("64", ""), ("512", "tp=8 dp_replicate=8"), ("512", ""))
 
 
@@ -106,9 +106,9 @@ def compare(name: str, layout: str, folder: Path) -> dict[str, Any]:
     """A row of the table."""
     words = words_of(layout)
     made = planned((*SHRUNK, *RECIPE, *REAL, *words))
-    parts = ("weights", "gradients", "optimizer", "gathered", "activations", "loss", "working")
+    parts = ("weights", "gradients", "optimizer", "gathered", "activations", "loss")
     stage = made["stages"][0]
-    row: dict[str, Any] = {"layout": name, **{p: stage[p] for p in parts if p in stage}, "planned": made["peak"]}
+    row: dict[str, Any] = {"layout": name, **{p: stage[p] for p in parts}, "planned": made["peak"]}
     row["resident"] = resident(words, folder)
     return row | {"ratio": row["planned"] / row["resident"]}
 
@@ -133,7 +133,12 @@ def page(rows: list[dict[str, Any]], runs: list[dict[str, Any]], machine: dict[s
     text += [f"| MiB | {' | '.join(parts)} | planned / resident |", "|" + " --- |" * (len(parts) + 2)]
     for r in rows:
         text.append(f"| {r['layout']} | {' | '.join(f'{r[p] / 2**20:.0f}' for p in parts)} | {r['ratio']:.2f} |")
-    text += ["", f"Overrides: `{' '.join((*SHRUNK, *REAL, *RECIPE))}`.", "", "`zoo plan hydra_hybrid`, without any GPU:"]
+    text += [
+        "",
+        f"Overrides: `{' '.join((*SHRUNK, *REAL, *RECIPE))}`.",
+        "",
+        "`zoo plan hydra_hybrid`, without any GPU:",
+    ]
     text += ["", "| ranks | layout | memory of a rank, GiB | seconds |", "| --- | --- | --- | --- |"]
     text += [f"| {r['ranks']} | {r['layout']} | {r['peak'] / 2**30:.2f} | {r['seconds']:.1f} |" for r in runs]
     text += ["", f"{machine['device']}, {machine['processors']} processors, torch {machine['versions']['torch']}."]
@@ -141,12 +146,10 @@ def page(rows: list[dict[str, Any]], runs: list[dict[str, Any]], machine: dict[s
 
 
 def main() -> int:
-    import tempfile
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("layout", nargs="*", help="one layout, as in dp_shard=2; then nothing is written")
     args = parser.parse_args()
-    layouts = {" ".join(args.layout): " ".join(args.layout)} if args.layout else LAYOUTS | dict([FULL])
+    layouts = {" ".join(args.layout): " ".join(args.layout)} if args.layout else LAYOUTS
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, layout in layouts.items():
