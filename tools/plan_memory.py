@@ -120,7 +120,7 @@ def dry_runs() -> list[dict[str, Any]]:
         begin = time.perf_counter()
         made = planned((f"train.batch_size={gpus}", *words_of(layout)), gpus, "H100")
         seconds = time.perf_counter() - begin
-        what = layout.replace("_", " ") or "a proposal"
+        what = layout.replace("=", " ") or "a proposal"
         found.append({"ranks": int(gpus), "layout": what, "peak": made["peak"], "seconds": seconds})
     return found
 
