@@ -10,7 +10,7 @@ import zoo.train.titan
 from zoo.train import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import overhead  # noqa: E402
+import overhead  # pyright: ignore[reportMissingImports]
 
 
 def test_a_bare_loop_learns_the_same(monkeypatch, tmp_path):
