@@ -38,6 +38,7 @@ LAYOUTS = {
     "FSDP 2, activations computed again": "dp_shard=2 train.activation_checkpoint=full",
     "DDP 2": "dp_replicate=2",
 }
+OFF = 0.1  # share by which a plan may be wrong
 CLUSTERS = (("64", "tp=8"), ("64", ""), ("512", "tp=8 dp_replicate=8"), ("512", ""))
 
 
@@ -133,6 +134,10 @@ def page(rows: list[dict[str, Any]], runs: list[dict[str, Any]], machine: dict[s
     text += [f"| MiB | {' | '.join(parts)} | planned / resident |", "|" + " --- |" * (len(parts) + 2)]
     for r in rows:
         text.append(f"| {r['layout']} | {' | '.join(f'{r[p] / 2**20:.0f}' for p in parts)} | {r['ratio']:.2f} |")
+    for r in rows:
+        if abs(r["ratio"] - 1) > OFF:
+            more = (r["resident"] - r["planned"]) / 2**20
+            text += ["", f"Not explained yet: {r['layout']} takes {more:+.0f} MiB beside the plan."]
     text += [
         "",
         f"Overrides: `{' '.join((*SHRUNK, *REAL, *RECIPE))}`.",
@@ -165,7 +170,7 @@ def main() -> int:
         (measured / "plan_memory.md").write_text(text, encoding="utf-8")
         found = {"machine": machine, "layouts": rows, "dry_runs": runs}
         (measured / "plan_memory.json").write_text(json.dumps(found, indent=1) + "\n")
-    return int(any(abs(r["ratio"] - 1) > 0.1 for r in rows))
+    return int(any(abs(r["ratio"] - 1) > OFF for r in rows))
 
 
 if __name__ == "__main__":
