@@ -196,6 +196,11 @@ def test_slices_of_a_model_are_the_model(workers, name, packed):
     _check(workers(2).run(_model, MODELS[name], LENGTH, packed))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_slices_of_a_model_that_is_evaluated(workers, name):
+    _check(workers(2).run(_model, MODELS[name], LENGTH, True, False))
+
+
 @pytest.mark.parametrize("name", ["hydra_small", "gla_small"])
 def test_shipped_models(workers, name):
     _check(workers(2).run(_model, name, 160, True))

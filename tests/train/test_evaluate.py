@@ -8,9 +8,9 @@ from torch import nn
 
 from zoo.sections import DataSection
 from zoo.train.corpus import Corpus, Document
-from zoo.train.evaluate import evaluate_text, ngram_bits, score
+from zoo.train.evaluate import Share, evaluate_text, ngram_bits, score
 from zoo.train.loader import TaskRows
-from zoo.train.synthetic import make_task
+from zoo.train.synthetic import IGNORE, make_task
 from zoo.train.texts import MemoryText
 from zoo.train.tokenizer import ByteTokenizer
 
@@ -66,3 +66,23 @@ def test_score_restores_the_mode_and_counts_only_scored_tokens():
     assert result["tokens"] == 5 and result["loss"] == pytest.approx(math.log(8))
     assert calls == [(2, 5), (4, 5), (5, 5)]
     assert model.training and model.table.grad is None
+
+
+def test_shares_of_a_batch_are_the_batch():
+    rows = TaskRows(make_task(DataSection(source="induction"), 12, 8), 0)
+    for last in (4, 5, 6, 9):  # of three ranks the last one may be left with nothing
+        parts = [Share(rank, 3).of(rows, 3, last) for rank in range(3)]
+        assert [i for mine, _ in parts for i in mine] == list(range(3, last))
+        for mine, part in parts:
+            assert len(part.inputs) == max(1, len(mine))
+            assert bool((part.labels != IGNORE).any()) == bool(mine)
+
+
+def test_what_other_ranks_found_counts():
+    rows = TaskRows(make_task(DataSection(source="induction"), 12, 8), 0)
+    model = Fixed(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    sums = []
+    for rank in range(3):
+        score(model, rows, 5, 4, share=Share(rank, 3, None, lambda mine: (sums.append(mine.clone()), mine.fill_(1))))
+    found = score(model, rows, 5, 4, share=Share(0, 3, None, lambda mine: mine.copy_(torch.stack(sums).sum(0))))
+    assert found == pytest.approx(score(model, rows, 5, 4))

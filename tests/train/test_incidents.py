@@ -45,14 +45,14 @@ def inject(monkeypatch, module, steps, how):
     take = titan._Trainer.train_step
 
     def state(self):
-        model = {k: v.clone() for k, v in [*self.trained.state_dict().items(), *self.trained.named_buffers()]}
+        model = {k: v.clone() for k, v in [*self.parts[0].state_dict().items(), *self.parts[0].named_buffers()]}
         return model | {k: v.clone() for k, v in self.optimizers.state_dict().items() if torch.is_tensor(v)}
 
     def train_step(self, batches):
         if self.step not in steps:
             return take(self, batches)
         before = state(self)
-        handle = self.trained.get_submodule(module).register_forward_hook(lambda m, args, y: how(y))
+        handle = self.parts[0].get_submodule(module).register_forward_hook(lambda m, args, y: how(y))
         try:
             take(self, batches)
         finally:
@@ -151,7 +151,7 @@ def test_bad_weights_are_blamed_first(source, monkeypatch):
     def train_step(self, batches):
         if self.step == 2:
             with torch.no_grad():
-                self.trained.get_submodule("layers.1.items.1.block").up_proj.weight[0, 0] = math.nan
+                self.parts[0].get_submodule("layers.1.items.1.block").up_proj.weight[0, 0] = math.nan
         take(self, batches)
 
     monkeypatch.setattr(titan._Trainer, "train_step", train_step)

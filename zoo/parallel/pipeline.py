@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
@@ -70,6 +71,39 @@ def run(model: Any, x: Tensor, doc_ids: Tensor | None = None) -> Tensor:
     for layer in model.layers:
         x = layer(x, **given)
     return model.end(x) if model.is_last else x
+
+
+class InTurn(nn.Module):
+    """The stages of a rank, without gradients, one after the other. Every rank of the pipeline calls it alike; it gives
+    logits where the last stage lies, and None elsewhere."""
+
+    def __init__(self, parts: Sequence[nn.Module], mesh: DeviceMesh):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+
+    def forward(self, x: Tensor, doc_ids: Tensor | None = None) -> Tensor | None:
+        given = {} if doc_ids is None else {"doc_ids": doc_ids}
+        last = self.ranks * len(self.parts) - 1
+        for number, part in zip(range(self.rank, last + 1, self.ranks), self.parts, strict=True):
+            y = part(self._received(x.device) if number else x, **given)
+            if number == last:
+                return y
+            self._send(y)
+        return None
+
+    def _send(self, x: Tensor) -> None:
+        to = dist.get_global_rank(self.group, (self.rank + 1) % self.ranks)
+        dist.send_object_list([x.shape, x.dtype], to, self.group, x.device)
+        dist.send(x.contiguous(), to, self.group)
+
+    def _received(self, device: torch.device) -> Tensor:
+        source = dist.get_global_rank(self.group, (self.rank - 1) % self.ranks)
+        told: list[Any] = [None, None]
+        dist.recv_object_list(told, source, self.group, device)
+        x = torch.empty(told[0], dtype=told[1], device=device)
+        dist.recv(x, source, self.group)
+        return x
 
 
 def build_schedule(

@@ -54,6 +54,13 @@ def apply(
                 module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
 
 
+def free(root: nn.Module) -> None:
+    """Let go of whole weights that a forward pass without a backward one left on each rank."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def groups(model: nn.Module) -> list[list[nn.Module]]:
     """Units that hold parameters, those that share one together."""
     groups: list[tuple[list[nn.Module], set[int]]] = []

@@ -5,15 +5,18 @@ from __future__ import annotations
 import gzip
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.architectures.model import evaluating
+from zoo.row import Slice
 from zoo.train.corpus import Document, Heldout, Stream
-from zoo.train.loader import HeldoutRows, Rows, batch
+from zoo.train.loader import Batch, HeldoutRows, Rows, batch
 from zoo.train.synthetic import IGNORE
 from zoo.train.texts import Text
 from zoo.train.tokenizer import ByteTokenizer
@@ -21,34 +24,73 @@ from zoo.train.tokenizer import ByteTokenizer
 Advance = Callable[[int, int], None]  # (batches done, batches in all)
 
 
-def score(model: Any, rows: Rows, count: int, size: int, advance: Advance | None = None) -> dict[str, float]:
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes scores: of each batch the rows of number `rank` of `ranks`, with a `slice` its
+    tokens of them. `reduce(sums)` adds up in place what all of them found."""
+
+    rank: int = 0
+    ranks: int = 1
+    slice: Slice | None = None
+    reduce: Callable[[Tensor], Any] = lambda sums: None
+
+    def of(self, rows: Rows, first: int, last: int) -> tuple[range, Batch]:
+        """The numbers of its rows among first .. last - 1, and these rows. Where there are too few for all ranks,
+        a row without labels: the ranks run the model together."""
+        each = -(-(last - first) // self.ranks)
+        start = min(first + self.rank * each, last)
+        mine = range(start, min(start + each, last))
+        part = batch(rows, mine.start, len(mine)) if mine else batch(rows, first, 1)
+        if not mine:
+            part = part._replace(labels=torch.full_like(part.labels, IGNORE))
+        if self.slice is not None:
+            cut = (self.slice.own(t).contiguous() if isinstance(t, Tensor) else t for t in part)
+            part = Batch(*cut)  # type: ignore[arg-type]
+        return mine, part
+
+    def sums(self, *mine: float) -> list[float]:
+        """These numbers, summed over the ranks."""
+        total = torch.tensor(mine, dtype=torch.float64)
+        self.reduce(total)
+        return total.tolist()
+
+
+ALL = Share()
+
+
+def score(
+    model: Any, rows: Rows, count: int, size: int, advance: Advance | None = None, share: Share = ALL
+) -> dict[str, float]:
     """Loss in nats per scored token (or image), accuracy of the most likely one, and how many were scored, over
-    the first `count` rows in batches of `size`.
+    the first `count` rows in batches of `size`, this process computing its `share` of them.
 
     Of noisy rows the loss is the bound sum_masked -log p / rate, whatever the model was trained on, and the
-    accuracy that of the masked tokens.
+    accuracy that of the masked tokens. A model that gives None has its logits in another process.
     """
     nats, right, asked, tokens = 0.0, 0, 0, 0
     device = next(model.parameters()).device
     with evaluating(model):
         for first in range(0, count, size):
-            part = batch(rows, first, min(size, count - first)).to(device)
+            part = share.of(rows, first, min(first + size, count))[1].to(device)
             labels, noise = part.labels.flatten(), part.noise
             weight = (labels != IGNORE).float()
-            tokens += int(weight.sum())
             if noise is None:
                 logits = model(part.inputs, **({} if part.doc_ids is None else {"doc_ids": part.doc_ids}))
             else:
                 logits = model.logits_of(model.two_copies(part.inputs, noise > 0, part.doc_ids)[0])
-                weight = torch.where(noise.flatten() > 0, weight / noise.flatten(), 0)
-            logits = logits.float().flatten(0, -2)
-            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-            nats += float(losses @ weight)
-            right += int(((logits.argmax(-1) == labels) & (weight > 0)).sum())
-            asked += int((weight > 0).sum())
+            if logits is not None:
+                tokens += int(weight.sum())
+                if noise is not None:
+                    weight = torch.where(noise.flatten() > 0, weight / noise.flatten(), 0)
+                logits = logits.float().flatten(0, -2)
+                losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+                nats += float((losses * weight).sum())  # a product of vectors would be one in bfloat16 under autocast
+                right += int(((logits.argmax(-1) == labels) & (weight > 0)).sum())
+                asked += int((weight > 0).sum())
             if advance:
                 advance(min(first + size, count), count)
-    return {"loss": nats / tokens, "accuracy": right / max(asked, 1), "tokens": tokens}
+    nats, right, asked, tokens = share.sums(nats, right, asked, tokens)
+    return {"loss": nats / tokens, "accuracy": right / max(asked, 1), "tokens": int(tokens)}
 
 
 def evaluate_text(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.sections import ParallelSection, TrainSection
+from zoo.train.evaluate import Share
 from zoo.train.hub import HubRows
 from zoo.train.incidents import Incident
 from zoo.train.loader import Rows
@@ -18,7 +19,7 @@ from zoo.train.loader import Rows
 @dataclass
 class Job:
     """One training run. `build(device)` gives the model; `on_step(record)` is called after each step, with what
-    `evaluate(model)` returned in steps that are due; `stop()` ends the run after a step.
+    `evaluate(model, share)` returned in steps that are due; `stop()` ends the run after a step.
 
     Every process has the same job; `on_step` and `stop` may differ.
 
@@ -35,7 +36,7 @@ class Job:
     folder: Path | None = None
     resume_from: int | None = None
     on_step: Callable[[dict[str, Any]], None] = lambda record: None
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+    evaluate: Callable[[nn.Module, Share], dict[str, float]] | None = None
     stop: Callable[[], bool] = lambda: False
     objective: Callable[[nn.Module, Tensor, Tensor, int], Tensor] | None = None
     prepare: Callable[[nn.Module], None] = lambda model: None

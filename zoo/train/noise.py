@@ -10,11 +10,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from zoo.architectures.block_diffusion import RECIPES
 from zoo.architectures.model import evaluating
 from zoo.sections import DiffusionSection
-from zoo.train.loader import Row, Rows, batch
+from zoo.train.evaluate import ALL, Share
+from zoo.train.loader import Row, Rows
 from zoo.train.synthetic import IGNORE
 
 # ranges of rates, in twentieths
@@ -88,23 +90,25 @@ class NoisyRows:
         return Row(tokens, np.where(scored, tokens, IGNORE), doc_ids, np.where(masked, rates, 0), block)
 
 
-def search_clip(model: Any, rows: NoisyRows, count: int, size: int) -> tuple[float, float]:
+def search_clip(model: Any, rows: NoisyRows, count: int, size: int, share: Share = ALL) -> tuple[float, float]:
     """The range of rates over which the loss of a block varies least: all, or one 0.5 to 0.9 wide.
 
     Every token counts once in expectation whatever the range, so narrowing it costs no bias of the weights. rows:
-    of all rates, of which the first `count` are read in batches of `size`. (The released code also draws a mask
-    again where the share that it hides lies outside of the range; that does bias them, and is not done here.)
+    of all rates, of which the first `count` are read in batches of `size`, by this process its `share`. (The released
+    code also draws a mask again where the share that it hides lies outside of the range; that does bias them, and is
+    not done here.)
     """
-    device, rates, losses = next(model.parameters()).device, [], []
+    device = next(model.parameters()).device
+    losses = torch.zeros(count, len(rows.row(0).inputs) // model.block_size, device=device)
     with evaluating(model):
         for first in range(0, count, size):
-            last = min(first + size, count)
-            part = batch(rows, first, last - first).to(device)
+            mine, part = share.of(rows, first, min(first + size, count))
+            part = part.to(device)
             loss = model.losses(part.inputs, part.noise, part.doc_ids).masked_fill(part.labels == IGNORE, 0)
-            blocks = loss.unflatten(1, (-1, model.block_size)).mean(-1)
-            losses.append(blocks.flatten().cpu().numpy())
-            rates += [rows.rates(i, blocks.shape[1]) for i in range(first, last)]
-    drawn, loss = np.concatenate(rates), np.concatenate(losses)
+            losses[mine.start : mine.stop] = loss.unflatten(1, (-1, model.block_size)).mean(-1)[: len(mine)]
+    share.reduce(losses)
+    drawn = np.concatenate([rows.rates(i, losses.shape[1]) for i in range(count)])
+    loss = losses.flatten().cpu().numpy()
 
     def variance(clip: tuple[float, float]) -> float:
         inside = loss[(drawn >= clip[0]) & (drawn <= clip[1])]

@@ -14,7 +14,7 @@ from zoo.errors import ConfigError, Problem
 from zoo.sections import SHAPES, DataSection, DiffusionSection, TrainSection, VisionSection
 from zoo.train.corpus import Heldout
 from zoo.train.distill import Distillation, LayerDistillation
-from zoo.train.evaluate import bits_per_byte, evaluate_text, score
+from zoo.train.evaluate import ALL, Share, bits_per_byte, evaluate_text, score
 from zoo.train.hub import HubRows
 from zoo.train.images import read_images
 from zoo.train.loader import HeldoutRows, PrefixRows, Rows, TaskRows, batch
@@ -36,7 +36,7 @@ class Data:
 
     rows: Rows | HubRows
     summary: dict[str, Any]
-    glance: Callable[[nn.Module], dict[str, float]]
+    glance: Callable[[nn.Module, Share], dict[str, float]]
     judge: Callable[[nn.Module, Reporter], dict[str, float | int]]
     sample: Callable[[nn.Module], str]
     tokenizer: Tokenizer | None
@@ -83,15 +83,15 @@ def _text(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
     seen_rows = [HeldoutRows(s.stream, section.seq_len, data.doc_ids) for s in seen]
     size = section.batch_size // section.accumulation
 
-    def glance(model: nn.Module) -> dict[str, float]:
+    def glance(model: nn.Module, share: Share = ALL) -> dict[str, float]:
         each = []
         for heldout, rows in zip(seen, seen_rows, strict=True):
-            loss = score(model, asked(rows), len(rows), size)["loss"]
+            loss = score(model, asked(rows), len(rows), size, share=share)["loss"]
             each.append({"loss": loss, "bits_per_byte": bits_per_byte(loss, heldout)})
         whole = over_sources(sources, each, "{figure}_{source}")
         found = {f"heldout_{name}": value for name, value in whole.items()}
         if diffusion and training and noisy and diffusion.search_clip:
-            training.clip = search_clip(model, noisy(seen_rows[0]), len(seen_rows[0]), size)
+            training.clip = search_clip(model, noisy(seen_rows[0]), len(seen_rows[0]), size, share)
             found |= {"clip_low": training.clip[0], "clip_high": training.clip[1]}
         return found
 
@@ -177,8 +177,8 @@ def _task(data: DataSection, section: TrainSection, document: dict[str, Any]) ->
     rows, heldout, fresh = (asked(TaskRows(sample, section.seed, split)) for split in range(3))
     size = section.batch_size // section.accumulation
 
-    def glance(model: nn.Module) -> dict[str, float]:
-        result = score(model, heldout, section.eval_batches * section.batch_size, size)
+    def glance(model: nn.Module, share: Share = ALL) -> dict[str, float]:
+        result = score(model, heldout, section.eval_batches * section.batch_size, size, share=share)
         return {"heldout_loss": result["loss"], "heldout_accuracy": result["accuracy"]}
 
     def judge(model: nn.Module, report: Reporter) -> dict[str, float | int]:
@@ -206,8 +206,8 @@ def _images(data: DataSection, section: TrainSection, vision: VisionSection, dis
     size = section.batch_size // section.accumulation
     found = read_images(data, vision, section.seed, section.eval_batches * section.batch_size)
 
-    def glance(model: nn.Module) -> dict[str, float]:
-        result = score(model, found.seen, found.seen_images, size) if vision.num_classes else {}
+    def glance(model: nn.Module, share: Share = ALL) -> dict[str, float]:
+        result = score(model, found.seen, found.seen_images, size, share=share) if vision.num_classes else {}
         seen = {f"heldout_{name}": result[name] for name in ("loss", "accuracy") if result}
         if distillation is not None:  # its loss is the one that is trained
             seen["heldout_loss"] = distillation.figures(model, found.seen, found.seen_images, size)["distill_loss"]

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +32,7 @@ from zoo.train.checkpoints import Save, clear_leftovers
 from zoo.train.chunked_loss import chunks_for, loss_by_chunks
 from zoo.train.curriculum import Curriculum, check, scale_auxiliary_losses
 from zoo.train.device import Cpu, process_group, quiet, world_size
+from zoo.train.evaluate import Share
 from zoo.train.guard import Guard
 from zoo.train.hub import HubRows
 from zoo.train.job import Job, Trained
@@ -128,16 +129,20 @@ class _Model(BaseModel):
 
     def forward(
         self,
-        inputs: Tensor,
+        inputs: Tensor | None,
         *,
         doc_ids: Tensor | None = None,
         labels: Tensor | None = None,
         noise: Tensor | None = None,
         block: int | None = None,
-    ) -> Tensor:
-        half = self.section.dtype != "float32"
+        evaluate: Callable[[nn.Module], Any] | None = None,
+    ) -> Any:
+        half, device = self.section.dtype != "float32", next(self.parameters()).device.type
         # without a cache of cast weights, which recomputation would find in another state
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+        with torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False):
+            if evaluate is not None:
+                return evaluate(self.model)
+            assert inputs is not None
             return self._losses_or_logits(inputs, doc_ids, labels, noise, block)
 
     def _losses_or_logits(self, inputs: Tensor, doc_ids: Any, labels: Any, noise: Any, block: int | None) -> Tensor:
@@ -300,11 +305,6 @@ class _Trainer(Guard, Trainer):
                 state["step"].zero_()
         self.watch()
 
-    @property
-    def trained(self) -> nn.Module:
-        """The model, where one process holds all layers."""
-        return self.parts[0]
-
     def train(self) -> None:
         """The loop of torchtitan's Trainer without its end-of-run pause, with evaluation and a way to stop."""
         job, train = self.job, self.job.train
@@ -319,12 +319,41 @@ class _Trainer(Guard, Trainer):
             last = self.step == train.steps
             if record is not None:  # the step was not skipped
                 if job.evaluate and train.eval_every and (last or self.step % train.eval_every == 0):
-                    record |= job.evaluate(self.trained)
+                    record |= self.evaluate(job.evaluate)
                 job.on_step(record)
             if last or self._agreed(job.stop()):
                 self.checkpointer.save(self.step, last_step=True)
             elif train.checkpoint_every:
                 self.checkpointer.save(self.step)
+
+    def evaluate(self, evaluate: Callable[[nn.Module, Share], dict[str, float]]) -> dict[str, float]:
+        """The same figures on all ranks, of the model as training computes it."""
+        share = Share(*self._data_rank, getattr(self.parts[0], "slice", None), self._sum_over_tokens)
+        if self.parallel_dims.pp_enabled:
+            stages: Any = pipeline.InTurn(self.wrappers, self.parallel_dims.get_mesh("pp"))
+            found = evaluate(stages, share)
+        else:  # inside the root of FSDP, whatever of the model is called
+            found = self.wrappers[0](None, evaluate=lambda model: evaluate(model, share))
+        for wrapper in self.wrappers:
+            shard.free(wrapper)
+        return found
+
+    @property
+    def _data_rank(self) -> tuple[int, int]:
+        """Number of this rank among those that read different rows, and how many there are."""
+        if not self.parallel_dims.dp_enabled:
+            return 0, 1
+        mesh = self.parallel_dims.get_mesh("batch")
+        return mesh.get_local_rank(), mesh.size()
+
+    def _sum_over_tokens(self, sums: Tensor) -> None:
+        """In place, over all ranks that look at different tokens or hold other stages."""
+        total = sums.to(self.device)
+        dims = self.parallel_dims
+        for name, there in (("loss", dims.dp_cp_enabled), ("pp", dims.pp_enabled)):
+            if there:
+                dist.all_reduce(total, group=dims.get_mesh(name).get_group())
+        sums.copy_(total)
 
     def _timed_step(self, batches: Iterator[Any]) -> dict[str, Any] | None:
         scheduler: Any = self.lr_schedulers.schedulers[0]
