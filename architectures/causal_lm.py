@@ -55,7 +55,7 @@ class CausalLM(Model):
         if graph.tie_embeddings:
             self.lm_head.weight = self.tok_embeddings.weight
         for module in self.modules():
-            if hasattr(module, "readout"):  # a tuple, so that the head is no submodule of its own layer
+            if isinstance(getattr(module, "readout", None), tuple):  # so the head is no submodule of its own layer
                 module.readout = tuple(m for m in (self.norm, self.lm_head) if m is not None)
 
     # --------------------------------------------------------------------------------- parameters

@@ -153,7 +153,8 @@ class EarlyExit(Router):
         if not nested:
             raise ValueError("exit ends the steps of a loop; it cannot choose the body of a route")
         self.metric, self.threshold = metric, threshold
-        self.readout: tuple[nn.Module, ...] = ()  # final norm and head, given by the model
+        # final norm and head, given by the model
+        self.readout: tuple[nn.Module, ...] | None = () if metric == "kl" else None
 
     @property
     def takes_all(self):
@@ -187,6 +188,6 @@ class EarlyExit(Router):
         return (p.exp() * (p - q)).sum(-1)
 
     def _log_distribution(self, x):
-        for module in self.readout:
+        for module in self.readout or ():
             x = module(x)
         return x.log_softmax(-1)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import zoo
 from zoo.blocks.diag_ssm import DiagonalSSM
 from zoo.blocks.mamba import Mamba
 from zoo.blocks.mamba2 import Mamba2
@@ -210,3 +211,16 @@ def test_sizes_of_the_published_models():
 def test_mamba2_refuses(options, words):
     with pytest.raises(ValueError, match=words):
         Mamba2(DIM, **options)
+
+
+def test_a_model_leaves_the_options_of_its_blocks_alone():
+    """`readout` is also the name of what the model gives to a router that asks the head."""
+    made = {
+        name: zoo.build({"dim": 32, "vocab_size": 17, "trunk": [{"diag_ssm": {"readout": name}}]}, dtype=torch.float64)
+        for name in ("pre", "post")
+    }
+    made["post"].load_state_dict(made["pre"].state_dict())
+    tokens = torch.arange(8)[None]
+    for name, model in made.items():
+        assert next(m.readout for m in model.modules() if hasattr(m, "readout")) == name
+    assert not torch.allclose(made["pre"](tokens), made["post"](tokens))
