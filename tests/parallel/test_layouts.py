@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 import zoo
 from zoo.errors import ConfigError
 from zoo.parallel import pipeline
-from zoo.parallel.layout import check
+from zoo.parallel.layout import check, pieces
 from zoo.sections import DataSection, ParallelSection, TrainSection
 
 MIXTURE = {
@@ -117,6 +117,11 @@ def test_what_a_graph_cannot_do_is_refused_with_the_way_out():
     assert "share" in refusal(shared, pp=2)
     inside = {**MIXTURE, "trunk": [["gla", {"swiglu": {}, "share": "a"}], ["gla", {"swiglu": {}, "share": "a"}]]}
     assert "share" in refusal(inside, pp=2)
+    assert "BlockDiffusionLM sends two copies" in refusal({**MIXTURE, "diffusion": {}}, pp=2)
+    leaves = {"loop": {"steps": 2, "router": {"exit": {"metric": "kl"}}}, "of": ["gla"]}
+    assert "layers.1.router: exit (metric: kl) asks the head" in refusal({**DEEP, "trunk": ["gla", leaves]}, pp=2)
+    leaves["loop"]["router"] = "exit"
+    check(zoo.build({**DEEP, "trunk": ["gla", leaves]}, device="meta"), ParallelSection(pp=2), 32)
 
 
 def test_numbers_of_ranks_must_multiply():
@@ -126,6 +131,31 @@ def test_numbers_of_ranks_must_multiply():
         ParallelSection.from_mapping({"dp_shard": 3}).data_ranks(8)
     with pytest.raises(ConfigError, match="goes with tp: 1"):
         ParallelSection.from_mapping({"ep": 2, "tp": 2})
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ({"ep": 4, "dp_shard": 2}, "parallel.ep: must divide dp_shard * cp, 2 ranks, got 4"),
+        ({"ep": 3, "dp_shard": 2, "cp": 2}, "parallel.ep: must divide dp_shard * cp, 4 ranks, got 3"),
+        ({"dp_replicate": 3}, "train.batch_size: 8 is no multiple of 3 data-parallel ranks"),
+        ({"pp": 2, "microbatches": 3}, "parallel.microbatches: must divide the 8 rows of a rank, got 3"),
+        ({"pp": 4, "microbatches": 2}, "at least one for each of 4 stages, got 2; GPipe takes fewer"),
+        ({"pp": 2, "microbatches": 8, "dp_shard": 2}, "must divide the 4 rows of a rank, got 8"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused(layout, words):
+    section = ParallelSection.from_mapping({"dp_shard": 1, **layout})
+    ranks = section.dp_replicate * section.dp_shard * section.cp * section.pp
+    with pytest.raises(ConfigError) as caught:
+        pieces(section, TrainSection(batch_size=8), ranks)
+    assert words in str(caught.value)
+
+
+def test_rounds_of_an_interleaved_pipeline():
+    section = ParallelSection(dp_shard=1, pp=2, schedule="Interleaved1F1B", microbatches=5)
+    with pytest.raises(ConfigError, match="in rounds of 2 ranks, got 5; use a multiple"):
+        pieces(section, TrainSection(batch_size=10), 2)
 
 
 def test_stages_are_balanced():

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from zoo.cli.options import Config, Overrides
-from zoo.errors import ConfigError, Problem
 
 _SLURM = """\
 #!/bin/bash
@@ -82,12 +81,9 @@ def several(count: int, words: list[str], document: Any, folder: Path) -> int:
 def _check(document: Any, world: int) -> None:
     """Refuse before anything is launched what the graph or the numbers do not allow."""
     import zoo
-    from zoo.parallel.layout import check
+    from zoo.parallel.layout import check, pieces
     from zoo.sections import ParallelSection, TrainSection
 
     layout, train = (s.from_mapping(document.get(s.where)) for s in (ParallelSection, TrainSection))
-    ranks = layout.data_ranks(world)
-    if train.batch_size % (ranks * train.accumulation):
-        text = f"{train.batch_size} is no multiple of {ranks} data-parallel ranks times accumulation"
-        raise ConfigError([Problem(f"{text} {train.accumulation}", "train.batch_size")])
+    pieces(layout, train, world)
     check(zoo.build(document, device="meta"), layout, train.seq_len)

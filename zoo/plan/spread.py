@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zoo.errors import ConfigError, Problem
+from zoo.parallel.layout import pieces
 from zoo.parallel.pipeline import stages_per_rank
 from zoo.sections import ParallelSection, TrainSection
 
@@ -57,22 +57,8 @@ class Spread:
 
 def resolve(layout: ParallelSection, train: TrainSection, ranks: int) -> Spread:
     """`layout` on `ranks` processes. ConfigError where the numbers do not go together, as in training."""
-    data = layout.data_ranks(ranks)
-    shard = data // layout.dp_replicate
-    if shard * layout.cp % layout.ep:
-        text = f"must divide dp_shard * cp, {shard * layout.cp} ranks, got {layout.ep}"
-        raise ConfigError([Problem(text, "parallel.ep")])
-    rows = train.batch_size // (train.accumulation * data)
-    if rows * train.accumulation * data != train.batch_size:
-        text = f"{train.batch_size} is no multiple of {data} data-parallel ranks times accumulation"
-        raise ConfigError([Problem(f"{text} {train.accumulation}", "train.batch_size")])
-    microbatches = 1
-    if layout.pp > 1:
-        microbatches = layout.microbatches or layout.pp * stages_per_rank(layout.schedule)
-        if rows % microbatches:
-            text = f"must divide the {rows} rows of a rank, got {microbatches}; a larger train.batch_size helps"
-            raise ConfigError([Problem(text, "parallel.microbatches")])
+    made = pieces(layout, train, ranks)
     return Spread(
-        layout.dp_replicate, shard, layout.cp, layout.tp, layout.pp, layout.ep, layout.schedule,
-        rows // microbatches, microbatches, train.accumulation,
+        layout.dp_replicate, made.shard, layout.cp, layout.tp, layout.pp, layout.ep, layout.schedule,
+        made.rows // made.microbatches, made.microbatches, train.accumulation,
     )  # fmt: skip

@@ -109,11 +109,11 @@ def train(
 def _check_layout(
     document: dict[str, Any], layout: ParallelSection, section: TrainSection, distillation: Distillation | None
 ) -> None:
-    from zoo.parallel.layout import check
+    from zoo.parallel.layout import check, pieces
 
     if distillation is not None:
         raise ConfigError([Problem("a student learns in one process", "distill")])
-    layout.data_ranks(world_size())
+    pieces(layout, section, world_size())
     check(zoo.build(document, device="meta"), layout, section.seq_len)
 
 

@@ -26,6 +26,7 @@ from zoo.contract import set_auxiliary_scale, set_reduction
 from zoo.errors import ConfigError, Problem, ZooError
 from zoo.parallel import context, pipeline, shard, tensor
 from zoo.parallel.expert import exchange, mixtures
+from zoo.parallel.layout import pieces
 from zoo.parallel.pipeline import stages_per_rank
 from zoo.parallel.weights import full_state, whole
 from zoo.train.checkpoints import Save, clear_leftovers
@@ -473,18 +474,8 @@ def _config(job: Job) -> _Trainer.Config:
     check(model, train)
     if train.dtype == "float8" and layout.tp > 1:
         raise ConfigError([Problem("float8 goes with parallel.tp: 1", "train.dtype")])
-    ranks = layout.data_ranks(world_size())
-    rows = train.batch_size // (train.accumulation * ranks)  # of a rank, at once
-    if rows * train.accumulation * ranks != train.batch_size:
-        text = (
-            f"{train.batch_size} is no multiple of {ranks} data-parallel ranks times accumulation {train.accumulation}"
-        )
-        raise ConfigError([Problem(text, "train.batch_size")])
-    microbatches = layout.microbatches or layout.pp * stages_per_rank(layout.schedule)
-    if layout.pp > 1 and rows % microbatches:
-        text = f"must divide the {rows} rows of a rank, got {microbatches}; a larger train.batch_size helps"
-        raise ConfigError([Problem(text, "parallel.microbatches")])
-    chunks = _loss_chunks(job, model, rows)
+    made = pieces(layout, train, world_size())
+    chunks = _loss_chunks(job, model, made.rows)
     return _Trainer.Config(
         job=job,
         model_spec=ModelSpec(
@@ -503,7 +494,7 @@ def _config(job: Job) -> _Trainer.Config:
         optimizer=optimizers(groups(model, train)),
         lr_scheduler=lr_schedule(train),
         training=TrainingConfig(
-            local_batch_size=rows,
+            local_batch_size=made.rows,
             global_batch_size=train.batch_size,
             seq_len=train.seq_len,
             steps=train.steps,
@@ -518,7 +509,7 @@ def _config(job: Job) -> _Trainer.Config:
             context_parallel_degree=layout.cp,
             pipeline_parallel_degree=layout.pp,
             pipeline_parallel_schedule=layout.schedule,
-            pipeline_parallel_microbatch_size=rows // microbatches if layout.pp > 1 else 1,
+            pipeline_parallel_microbatch_size=made.rows // made.microbatches if layout.pp > 1 else 1,
             expert_parallel_degree=layout.ep,
             enable_sequence_parallel=False,
             spmd_backend="partial_dtensor",
