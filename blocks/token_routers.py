@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.blocks.measure import balance_loss, group_counts, recording
-from zoo.contract import Pick, Router, add_auxiliary_loss, counted_by_all, init_linear_
+from zoo.contract import Pick, Router, add_auxiliary_loss, counted_by_all, init_linear_, mean_over_all, state_dtype
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -355,9 +355,11 @@ class SkipLayerRouter(Router):
         if streaming or not self.training:
             return Pick(mask=z[..., 1] > z[..., 0])
         m = carry["weight"] = F.gumbel_softmax(z, self.temperature, hard=True)[..., 1]
-        carry["loss"] = self.density_coef * (m.mean() - self.density).square()
+        chosen = m.to(state_dtype(m.dtype))  # sums in half precision would be none
+        share = mean_over_all(chosen.sum(), chosen.new_tensor(chosen.numel()))
+        carry["loss"] = self.density_coef * (share - self.density).square()
         if recording(self):
-            self.metrics = {"share_0": m.detach().mean()}
+            self.metrics = {"share_0": share.detach()}
         return Pick()
 
     def advance(self, step, x, increment, carry):

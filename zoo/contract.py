@@ -187,6 +187,16 @@ def counted_by_all(counts: Tensor) -> Tensor:
     return total
 
 
+def mean_over_all(total: Tensor, count: Tensor) -> Tensor:
+    """`total` / `count` over the tokens of all ranks, from the sums of each over its own. Of any function of it, linear
+    or not, the mean over ranks of the gradients is the gradient of the whole batch."""
+    if _reduction is None:
+        return total / count
+    sums, counts, ranks = counted_by_all(torch.stack([total.detach(), count.to(total.dtype), torch.ones_like(total)]))
+    own = total * ranks / counts
+    return own + (sums / counts - own).detach()
+
+
 # ------------------------------------------------------------------------------------- initialisation
 class DrawsItself(type):
     """Of a module built on a real device every parameter is drawn, as in any torch module; `reset_parameters` is

@@ -32,6 +32,16 @@ VISION = {
     "trunk": [{"repeat": 2, "of": [{"attention": {"num_heads": 2, "causal": False, "rope": False}}, "mlp"]}],
     "data": {"source": "shapes"},
 }
+CHUNKS = {
+    "dim": 32,
+    "vocab_size": 257,
+    "tie_embeddings": False,
+    "trunk": [
+        {"hierarchy": {"chunker": {"dynamic_chunks": {"width": 48, "ratio": 4, "ratio_coef": 10.0}},
+                       "encoder": "gla", "of": [{"attention": {"num_heads": 2}}], "decoder": "gla"}}
+    ],
+}  # fmt: skip
+SKIPS = {**DEEP, "trunk": ["gla", {"route": {"router": {"skip_layer": {"density_coef": 10.0}}}, "of": ["attention"]}]}
 TASK = {"source": "mqar", "num_pairs": 4}
 TRAIN = {"steps": 4, "batch_size": 8, "seq_len": 32, "lr": 1e-3, "eval_every": 0, "checkpoint_every": 0}
 
@@ -78,6 +88,7 @@ def losses(config, layout, accumulation=1):
         (DEEP, {"pp": 2, "schedule": "GPipe", "microbatches": 8}, 1),
         (VISION, {"dp_shard": 2}, 1),
         (VISION, {"pp": 2}, 2),
+        (CHUNKS, {"dp_shard": 2}, 1),
     ],
     ids=(
         "hybrid dp",
@@ -90,6 +101,7 @@ def losses(config, layout, accumulation=1):
         "gpipe",
         "vit dp",
         "vit pp",
+        "dynamic chunks dp",
     ),
 )
 def test_layouts_do_not_change_what_is_learnt(workers, config, layout, pieces):
@@ -99,6 +111,31 @@ def test_layouts_do_not_change_what_is_learnt(workers, config, layout, pieces):
         assert parameters == count
         assert state.keys() == weights.keys()
         assert state == pytest.approx(weights, rel=1e-3, abs=1e-2)
+
+
+def test_pipelines_of_slices(workers):
+    wanted, _, weights = losses(MIXTURE, {}, 2)
+    for found, _, state in workers(4).run(losses, MIXTURE, {"pp": 2, "cp": 2}, timeout_s=120):
+        assert torch.tensor(found) == pytest.approx(torch.tensor(wanted), rel=1e-4)
+        assert state == pytest.approx(weights, rel=1e-3, abs=1e-2)
+
+
+def skipping(layout):
+    """Losses of skipped layers, without the noise that ranks draw for rows of their own."""
+
+    def hard(z, temperature, hard):
+        p = z.softmax(-1)
+        return torch.nn.functional.one_hot(p.argmax(-1), 2) + (p - p.detach())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "gumbel_softmax", hard)
+        return losses(SKIPS, layout)[0]
+
+
+def test_the_density_of_a_body_is_that_of_all_rows(workers):
+    wanted = skipping({})
+    for found in workers(2).run(skipping, {"dp_shard": 2}):
+        assert torch.tensor(found) == pytest.approx(torch.tensor(wanted), rel=1e-4)
 
 
 def refusal(config, **layout):

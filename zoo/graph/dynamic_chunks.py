@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.contract import Pick, State, add_auxiliary_loss, state_dtype
+from zoo.contract import Pick, State, add_auxiliary_loss, mean_over_all, state_dtype
 from zoo.graph.gather import run_picked
 from zoo.graph.hierarchy import Calls, Chunker
 from zoo.graph.nodes import Node
@@ -157,7 +157,7 @@ class DynamicChunks(Chunker):
 
     def _with_ratio_loss(self, y: Tensor, p: Tensor, begins: Tensor, doc_ids: Tensor | None) -> Tensor:
         real = torch.ones_like(p) if doc_ids is None else (doc_ids >= 0).to(p.dtype)
-        share, mean_p = ((t * real).sum() / real.sum() for t in (begins.to(p.dtype), p))
+        share, mean_p = (mean_over_all((t * real).sum(), real.sum()) for t in (begins.to(p.dtype), p))
         n = self.ratio
         loss = n / (n - 1) * ((n - 1) * share * mean_p + (1 - share) * (1 - mean_p))
         self.metrics = {"chunk_share": share.detach(), "ratio_loss": loss.detach()}
