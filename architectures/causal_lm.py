@@ -54,6 +54,7 @@ class CausalLM(Model):
         self.lm_head = Linear(graph.dim, graph.vocab_size, bias=False, **builder.factory)
         if graph.tie_embeddings:
             self.lm_head.weight = self.tok_embeddings.weight
+        module: Any
         for module in self.modules():
             if isinstance(getattr(module, "readout", None), tuple):  # so the head is no submodule of its own layer
                 module.readout = tuple(m for m in (self.norm, self.lm_head) if m is not None)

@@ -4,24 +4,14 @@ import re
 import shutil
 
 import pytest
-from tiny_runs import config, damage, full_disk, history, same, texts, weights
+from tiny_runs import config, damage, full_disk, history, same, weights
 
 from zoo.errors import ZooError
-from zoo.train import prepare, titan
+from zoo.train import titan
 from zoo.train.checkpoints import MANIFEST, fault, newest_checkpoint, purge
 from zoo.train.run import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return texts(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tiny_runs import config, history, same, texts, weights
+from tiny_runs import config, history, same, weights
 
 import zoo
 from zoo.errors import ConfigError
 from zoo.graph.loader import config_names
 from zoo.sections import TrainSection
-from zoo.train import optim, parallelize, prepare
+from zoo.train import optim, parallelize
 from zoo.train.curriculum import Curriculum, check, scale_auxiliary_losses
 from zoo.train.folder import read_document
 from zoo.train.run import train
@@ -32,16 +32,7 @@ STAGES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return texts(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 def recipe(**given):

@@ -5,11 +5,11 @@ import io
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import config, history, same, texts, weights
+from tiny_runs import config, history, same, weights
 from torch import nn
 
 from zoo.blocks.measure import load_metrics
-from zoo.train import parallelize, prepare
+from zoo.train import parallelize
 from zoo.train import run as running
 from zoo.train.complaints import News, complaints
 from zoo.train.curve import read_metrics
@@ -17,17 +17,7 @@ from zoo.train.health import outputs_of
 from zoo.train.progress import Reporter
 from zoo.train.run import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return texts(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 def health(out):

@@ -6,27 +6,17 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import config, history, same, texts, weights
+from tiny_runs import config, history, same, weights
 from torch import nn
 
 from zoo.errors import ConfigError, ZooError
 from zoo.sections import TrainSection
-from zoo.train import prepare, titan
+from zoo.train import titan
 from zoo.train.incidents import WINDOW, BadStep, Judge
 from zoo.train.run import train
 from zoo.train.watch import read_incidents
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return texts(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 class BadGradient(torch.autograd.Function):

@@ -6,27 +6,16 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import config, history, texts, weights
+from tiny_runs import config, history, weights
 
 import zoo
 from zoo.errors import ConfigError
-from zoo.train import prepare
 from zoo.train import run as running
 from zoo.train.initial import initial
 from zoo.train.progress import Reporter
 from zoo.train.run import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return texts(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,9 @@ import pytest
 from tiny_runs import config, history, texts
 
 from zoo.errors import DataError
-from zoo.train import prepare
 from zoo.train.run import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 def test_killed_at_random_moments_and_resumed_is_bit_identical(tmp_path):

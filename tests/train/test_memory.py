@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import config, history, texts
+from tiny_runs import config, history
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,23 +10,13 @@ import zoo
 from zoo.errors import ConfigError
 from zoo.sections import TrainSection
 from zoo.train import parallelize as parallelize_module
-from zoo.train import prepare, titan
+from zoo.train import titan
 from zoo.train.chunked_loss import LOGITS_AT_ONCE, chunks_for, loss_by_chunks
 from zoo.train.lowbit import to_float8
 from zoo.train.parallelize import cheapest, parallelize
 from zoo.train.run import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return texts(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 @pytest.fixture(scope="module")

@@ -4,28 +4,18 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import config, history, same, texts, weights
+from tiny_runs import config, history, same, weights
 from torch import nn
 
 import zoo
 from zoo.errors import ConfigError, ZooError
 from zoo.sections import TrainSection
-from zoo.train import optim, prepare
+from zoo.train import optim
 from zoo.train.muon import Muon, orthogonal
 from zoo.train.run import train
 from zoo.train.select import modules, parameters
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return texts(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 def model(*trunk, **more):

@@ -8,21 +8,11 @@ import tiny_runs
 from tiny_runs import config, full_disk, history, same, texts, weights
 
 from zoo.errors import DataError, ZooError
-from zoo.train import curve, prepare
+from zoo.train import curve
 from zoo.train.curve import read_metrics
 from zoo.train.run import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return texts(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 @pytest.fixture(scope="module")

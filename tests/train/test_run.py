@@ -7,26 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import config, history, texts, weights
+from tiny_runs import config, history, weights
 
 import zoo
 from zoo import contract
 from zoo.errors import ConfigError, ZooError
-from zoo.train import parallelize, prepare
+from zoo.train import parallelize
 from zoo.train.folder import free_folder, tokenizer_of
 from zoo.train.run import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return texts(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 @pytest.fixture(scope="module")

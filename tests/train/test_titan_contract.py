@@ -9,6 +9,7 @@ import torch
 
 from zoo.train import (
     titan,  # binds the device: first
+    titan_adapters,
     titan_optim,
 )
 
@@ -26,7 +27,7 @@ def test_only_the_adapter_knows_torchtitan():
     knows = re.compile(r"^\s*(?:from|import)\s+torchtitan\b", re.M)
     files = [f for folder in (root, root.parent / "blocks", root.parent / "kernels") for f in folder.rglob("*.py")]
     known = {f.name for f in files if knows.search(f.read_text(encoding="utf-8"))}
-    assert known == {"titan.py", "titan_data.py", "titan_optim.py"}
+    assert known == {"titan.py", "titan_adapters.py", "titan_data.py", "titan_optim.py"}
 
 
 def test_configurations_have_the_fields_that_are_set():
@@ -37,7 +38,7 @@ def test_configurations_have_the_fields_that_are_set():
     assert fields(titan.TrainingConfig) >= {
         "local_batch_size", "global_batch_size", "seq_len", "steps", "max_norm", "disable_cuda_graphs",
     }  # fmt: skip
-    assert fields(titan.CheckpointManager.Config) >= {
+    assert fields(titan_adapters.CheckpointManager.Config) >= {
         "enable", "folder", "interval", "keep_latest_k", "async_mode", "last_save_model_only",
         "initial_load_model_only",
     }  # fmt: skip
@@ -51,21 +52,27 @@ def test_configurations_have_the_fields_that_are_set():
     assert fields(titan.ModelSpec) == {
         "name", "flavor", "model", "parallelize_fn", "pipelining_fn", "post_optimizer_build_fn", "state_dict_adapter",
     }  # fmt: skip
-    assert titan.CheckpointManager.Config().folder == "checkpoint"
+    assert titan_adapters.CheckpointManager.Config().folder == "checkpoint"
 
 
 def test_methods_that_are_called_or_replaced():
     assert parameters(titan.Trainer.train_step) == ["self", "data_iterator"]
     assert parameters(titan.Trainer.forward_backward_step) == ["self", "input_dict", "labels", "global_valid_tokens"]
     assert parameters(titan.Trainer.batch_generator) == ["self", "data_iterable"]
-    assert parameters(titan.CheckpointManager.save) == ["self", "curr_step", "last_step"]
-    assert parameters(titan.CheckpointManager.load) == ["self", "step"]
-    assert parameters(titan.CheckpointManager.dcp_save)[:4] == ["self", "state_dict", "checkpoint_id", "async_mode"]
-    assert {"maybe_wait_for_saving"} <= set(dir(titan.CheckpointManager))
-    assert parameters(titan.MetricsProcessor.log) == [
+    assert parameters(titan_adapters.CheckpointManager.save) == ["self", "curr_step", "last_step"]
+    assert parameters(titan_adapters.CheckpointManager.load) == ["self", "step"]
+    save = titan_adapters.CheckpointManager.dcp_save
+    assert parameters(save)[:4] == [
+        "self",
+        "state_dict",
+        "checkpoint_id",
+        "async_mode",
+    ]
+    assert {"maybe_wait_for_saving"} <= set(dir(titan_adapters.CheckpointManager))
+    assert parameters(titan_adapters.MetricsProcessor.log) == [
         "self", "step", "global_avg_loss", "global_max_loss", "grad_norm", "extra_metrics",
     ]  # fmt: skip
-    assert {"dp_world_size", "dp_rank", "local_batch_size"} <= set(parameters(titan._Data.__init__))
+    assert {"dp_world_size", "dp_rank", "local_batch_size"} <= set(parameters(titan_adapters.Data.__init__))
     container = titan_optim.OptimizersContainer
     assert parameters(container._resolve_optimizer_factory) == ["name"]
     assert parameters(container._build_param_groups) == ["model", "param_group_configs", "impl_kwargs"]
@@ -73,9 +80,9 @@ def test_methods_that_are_called_or_replaced():
     source = inspect.getsource(titan.Trainer.__init__)
     for name in ("dp_world_size=", "dp_rank=", "local_batch_size=", "init_weights(buffer_device", "tokenizer_path="):
         assert name in source
-    assert parameters(titan.cross_entropy_loss)[:2] == ["pred", "labels"]
-    assert parameters(titan.BaseLoss.__call__)[:4] == ["self", "pred", "labels", "global_valid_tokens"]
-    assert "self.fn(pred, labels)" in inspect.getsource(titan.BaseLoss.__call__)
+    assert parameters(titan_adapters.cross_entropy_loss)[:2] == ["pred", "labels"]
+    assert parameters(titan_adapters.BaseLoss.__call__)[:4] == ["self", "pred", "labels", "global_valid_tokens"]
+    assert "self.fn(pred, labels)" in inspect.getsource(titan_adapters.BaseLoss.__call__)
     assert "](inputs, **extra_kwargs)" in inspect.getsource(titan.Trainer._forward_backward_body)
     assert '"n_tokens_seen"' in inspect.getsource(titan.Trainer.train_step)
 

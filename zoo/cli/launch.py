@@ -84,6 +84,7 @@ def _check(document: Any, world: int) -> None:
     from zoo.parallel.layout import check, pieces
     from zoo.sections import ParallelSection, TrainSection
 
-    layout, train = (s.from_mapping(document.get(s.where)) for s in (ParallelSection, TrainSection))
+    layout = ParallelSection.from_mapping(document.get("parallel"))
+    train = TrainSection.from_mapping(document.get("train"))
     pieces(layout, train, world)
     check(zoo.build(document, device="meta"), layout, train.seq_len)

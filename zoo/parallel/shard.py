@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -23,7 +22,6 @@ def apply(
     *,
     root: nn.Module,
     experts: DeviceMesh | None = None,
-    compute_dtype: torch.dtype | None = None,
     reshard: bool = True,
 ) -> None:
     """Shard the parameters of `model` over `mesh` (one dimension, or replicate x shard) in place. Gradients are summed.
@@ -31,14 +29,17 @@ def apply(
     root: the module around it that is called.
     experts: the mesh of expert networks that are spread over ranks already.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     placement: Callable[..., Any] | None = None
     if experts is not None:
         spread = {p for m in mixtures(model).values() for p in m.parameters()}
-        inner, outer = _get_mesh_info(experts, None), _get_mesh_info(mesh, None)  # as torchtitan does
+        inner: Any = _get_mesh_info(experts, None)  # as torchtitan does
+        outer: Any = _get_mesh_info(mesh, None)
 
-        def placement(p: nn.Parameter) -> ShardPlacementResult:
+        def place(p: nn.Parameter) -> ShardPlacementResult:
             return ShardPlacementResult(placement=Shard(0), mesh_info=inner if p in spread else outer)
+
+        placement = place
 
     for group in groups(model):
         again = reshard and not any(unit is getattr(model, "lm_head", None) for unit in group)  # it is needed at once

@@ -1,5 +1,5 @@
-"""Our optimizers, groups and schedules as torchtitan takes them. Imported by `zoo.train.titan`, which binds the device
-before anything of torchtitan is loaded."""
+"""Our optimizers, groups and schedules as torchtitan takes them. Imported behind `zoo.train.titan_adapters`, which
+binds the device before anything of torchtitan is loaded."""
 
 from __future__ import annotations
 
