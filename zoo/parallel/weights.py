@@ -39,11 +39,13 @@ def put(p: DTensor, full: Tensor) -> None:
     p.to_local().copy_(share.to_local())
 
 
-def full_state(parts: list[nn.Module], prefix: str = "") -> dict[str, Tensor]:
-    """Every parameter and persistent buffer whole, on the CPU, by its name without `prefix`. All ranks take part."""
+def full_state(parts: list[nn.Module], prefix: str = "", keep: bool = True) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer whole, on the CPU, by its name without `prefix`. All ranks take part; one
+    that does not `keep` them holds one at a time and returns none."""
     found: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.state_dict().items():
             value = value.full_tensor() if isinstance(value, DTensor) else value
-            found[name.removeprefix(prefix)] = value.detach().cpu()
+            if keep:
+                found[name.removeprefix(prefix)] = value.detach().cpu()
     return found

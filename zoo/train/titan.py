@@ -246,13 +246,21 @@ class _Trainer(Guard, Trainer):
         return figures | {"loss": told[0]["loss"]}
 
     def result(self) -> Trained:
-        """The weights, whole."""
-        state, count = full_state(self.parts), sum(p.numel() for part in self.parts for p in part.parameters())
-        if self.parallel_dims.pp_enabled:
-            group = self.parallel_dims.get_mesh("pp").get_group()
-            stages: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(stages, (state, count), group)
-            state, count = {k: v for s, _ in stages for k, v in s.items()}, sum(n for _, n in stages)
+        """The weights, whole, on the first rank."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)  # room for them
+        count = sum(p.numel() for part in self.parts for p in part.parameters())
+        if not self.parallel_dims.pp_enabled:
+            return Trained(full_state(self.parts, keep=dist.get_rank() == 0), count, self.step)
+        group = self.parallel_dims.get_mesh("pp").get_group()
+        firsts = dist.get_process_group_ranks(group)[0] == 0  # this rank's stages, with those of its group, are a model
+        state = full_state(self.parts, keep=firsts)
+        stages: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(stages, count, group)
+        count = sum(stages)
+        if firsts:
+            dist.gather_object(state, stages if dist.get_rank() == 0 else None, 0, group)
+            state = {k: v for s in stages for k, v in s.items()} if dist.get_rank() == 0 else {}
         return Trained(state, count, self.step)
 
     def _apply_schedule(self) -> None:
