@@ -54,8 +54,8 @@ def memory(key: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
 
 
-def train(words: tuple[str, ...]) -> None:
-    """Train here, as one of the ranks that torchrun started."""
+def train(words: tuple[str, ...]) -> int:
+    """Train here, as one of the ranks that torchrun started; the peak of memory until the last step was done."""
     from omegaconf import OmegaConf
 
     import zoo
@@ -68,7 +68,17 @@ def train(words: tuple[str, ...]) -> None:
     section = TrainSection.from_mapping(document["train"])
     rows = prepare(DataSection.from_mapping(document["data"]), section, document, None).rows
     parallel = ParallelSection.from_mapping(document["parallel"])
-    titan.fit(Job(lambda device: zoo.build(document, device=device), section, rows, parallel))
+    peaks: list[int] = []
+    titan.fit(
+        Job(
+            lambda device: zoo.build(document, device=device),
+            section,
+            rows,
+            parallel,
+            on_step=lambda record: peaks.append(memory("VmHWM")),
+        )
+    )
+    return peaks[-1]
 
 
 def rank(out: str, words: tuple[str, ...]) -> None:
@@ -80,8 +90,8 @@ def rank(out: str, words: tuple[str, ...]) -> None:
     gc.collect()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    train((*REAL, *words))
-    Path(f"{out}.{os.environ['RANK']}").write_text(str(memory("VmHWM") - before))
+    peak = train((*REAL, *words))
+    Path(f"{out}.{os.environ['RANK']}").write_text(str(peak - before))
 
 
 # ---------------------------------------------------------------------------------------------- the table
