@@ -16,20 +16,41 @@ from zoo.kernels.grouped_mm.tokens import swiglu_tokens
 class SwiGLUExperts(nn.Module):
     """E SwiGLU networks: y_n = sum_j w_nj FFN_{i_nj}(x_n).
 
-    gate_up_proj: [E, 2 I, D], gate rows first; down_proj: [E, D, I] (the layout of Hugging Face's Mixtral).
+    gate_up_proj: [E, 2 I, D], gate rows first; down_proj: [E, D, I] (the layout of Hugging Face's Mixtral); with `bias`
+    also gate_up_proj_bias: [E, 2 I] and down_proj_bias: [E, D]. With a `limit` L, GPT-OSS's unit stands for silu(g) u:
+    (u + 1) g sigmoid(1.702 g) of g <= L and |u| <= L.
     Every assignment is computed (dropless), so a token's output does not depend on the other tokens.
     """
 
     matrices = ("gate_up_proj", "down_proj")
 
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int, kernel: str = "auto", device=None, dtype=None):
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        kernel: str = "auto",
+        *,
+        bias: bool = False,
+        limit: float | None = None,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         self.num_experts, self.dim, self.hidden_dim, self.kernel = num_experts, dim, hidden_dim, kernel
+        self.limit = limit
         factory = {"device": device, "dtype": dtype}
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim, **factory))
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, **factory))
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, **factory))
+            self.down_proj_bias = nn.Parameter(torch.empty(num_experts, dim, **factory))
 
     def reset_parameters(self) -> None:
+        for bias in (self.gate_up_proj_bias, self.down_proj_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
         for weight in (self.gate_up_proj, self.down_proj):
             std = weight.shape[-1] ** -0.5
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
@@ -37,18 +58,30 @@ class SwiGLUExperts(nn.Module):
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x: [N, D]; indices, weights: [N, k]; returns [N, D]."""
         N, k = indices.shape
-        if self.kernel == "auto":
+        if self.kernel == "auto" and self.gate_up_proj_bias is None and self.limit is None:
             few = swiglu_tokens(x, indices, weights, self.gate_up_proj, self.down_proj)
             if few is not None:
                 return few
         order = indices.flatten().argsort(stable=True)
         counts = group_counts(indices, self.num_experts)
         rows = x.index_select(0, order // k)
-        gate, up = grouped_mm(rows, self.gate_up_proj.transpose(1, 2), counts, backend=self.kernel).chunk(2, dim=-1)
-        y = grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), counts, backend=self.kernel)
+        gate_up = grouped_mm(rows, self.gate_up_proj.transpose(1, 2), counts, backend=self.kernel)
+        if self.gate_up_proj_bias is not None:
+            of = indices.flatten().index_select(0, order)
+            gate_up = gate_up + self.gate_up_proj_bias.index_select(0, of)
+        hidden = self._unit(*gate_up.chunk(2, dim=-1))
+        y = grouped_mm(hidden, self.down_proj.transpose(1, 2), counts, backend=self.kernel)
+        if self.down_proj_bias is not None:
+            y = y + self.down_proj_bias.index_select(0, of)
         # back to token order first, so that the sum over experts runs in the same order whatever the batch
         y = y.index_select(0, order.argsort()).view(N, k, self.dim)
         return (y * weights[..., None]).sum(1).to(x.dtype)
+
+    def _unit(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.limit is None:
+            return F.silu(gate) * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
     def flops(self, assignments: int) -> int:
         """Matrix FLOPs of `assignments` (tokens times experts per token)."""
@@ -69,4 +102,5 @@ class SwiGLUExperts(nn.Module):
 
     @property
     def params_per_expert(self) -> int:
-        return 3 * self.dim * self.hidden_dim
+        biases = 0 if self.gate_up_proj_bias is None else 2 * self.hidden_dim + self.dim
+        return 3 * self.dim * self.hidden_dim + biases
