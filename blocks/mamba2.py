@@ -114,7 +114,7 @@ class Mamba2(Block):
         super().__init__(dim)
         check_backend("linear_attention", kernel)
         self.inner, self.state_dim, self.num_groups = round(expand * dim), state_dim, num_groups
-        if self.inner != expand * dim:
+        if not math.isclose(self.inner, expand * dim):
             raise ValueError(f"expand={expand} times dim={dim} is no whole number of channels")
         self.num_heads, self.head_dim = _heads(self.inner, num_heads, head_dim)
         if self.num_heads % num_groups:

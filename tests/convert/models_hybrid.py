@@ -33,6 +33,13 @@ def made(name: str, **options: Any) -> Any:
 
 MAMBA = SIZES | {"num_hidden_layers": 2, "state_size": 8}
 MAMBA2 = MAMBA | {"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 16}
+HYBRID = SIZES | HEADS | {"intermediate_size": 96}
+SSD = HYBRID | {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+DELTA = {
+    "linear_key_head_dim": 16, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "moe_intermediate_size": 32,
+}  # fmt: skip
 
 # names with a dot: more option sets of the family before it
 MODELS: dict[str, Callable[[], Any]] = {
@@ -49,5 +56,81 @@ MODELS: dict[str, Callable[[], Any]] = {
     "falcon_mamba": lambda: made("FalconMamba", **MAMBA),
     "falcon_mamba.biases": lambda: made(
         "FalconMamba", **MAMBA, use_bias=True, tie_word_embeddings=False, mixer_rms_eps=1e-2,
+    ),
+    "jamba": lambda: made(
+        "Jamba", **HYBRID, num_hidden_layers=4, num_experts=4, mamba_d_state=4, attn_layer_period=4,
+        attn_layer_offset=1, rms_norm_eps=1e-3,
+    ),
+    "jamba.biases": lambda: made(
+        "Jamba", **HYBRID, num_hidden_layers=3, num_experts=4, mamba_d_state=4, mamba_dt_rank=5, attn_layer_period=3,
+        expert_layer_offset=0, attn_layer_offset=2, mamba_conv_bias=False, mamba_proj_bias=True, mamba_expand=1,
+        mamba_d_conv=3, tie_word_embeddings=True, num_experts_per_tok=1,
+    ),
+    "jamba.dense": lambda: made(
+        "Jamba", **HYBRID, num_hidden_layers=2, num_experts=1, mamba_d_state=4, attn_layer_period=2,
+        attn_layer_offset=0,
+    ),
+    "bamba": lambda: made("Bamba", **SSD, num_hidden_layers=3, attn_layer_indices=[1]),
+    "bamba.biases": lambda: made(
+        "Bamba", **SSD, num_hidden_layers=2, attn_layer_indices=[0], mamba_conv_bias=False, mamba_proj_bias=True,
+        attention_bias=True, mlp_bias=True, mamba_expand=1, mamba_d_conv=3, tie_word_embeddings=True,
+        time_step_limit=(0.3, 0.8), rope_parameters=YARN, z_loss_coefficient=0.1,
+    ),
+    "falcon_h1": lambda: made(
+        "FalconH1", **SSD, num_hidden_layers=2, mamba_d_ssm=96, lm_head_multiplier=0.04, embedding_multiplier=5.6,
+        key_multiplier=0.4, attention_in_multiplier=1.3, attention_out_multiplier=0.9, ssm_in_multiplier=1.25,
+        ssm_out_multiplier=0.24, mlp_multipliers=[0.9, 0.6], ssm_multipliers=[0.35, 0.25, 0.3, 0.5, 0.4],
+    ),
+    "falcon_h1.biases": lambda: made(
+        "FalconH1", **SSD, num_hidden_layers=2, mamba_d_ssm=None, mamba_rms_norm=True, mamba_norm_before_gate=False,
+        attention_bias=True, mlp_bias=True, mamba_proj_bias=True, projectors_bias=True, mamba_conv_bias=False,
+        key_multiplier=0.4, ssm_out_multiplier=0.5, head_dim=8, tie_word_embeddings=True,
+    ),
+    "nemotron_h": lambda: made(
+        "NemotronH", **HYBRID, head_dim=16, hybrid_override_pattern="M-M*-", ssm_state_size=8, mamba_num_heads=8,
+        mamba_head_dim=8, n_groups=2, chunk_size=16, time_step_min=1e-9,
+    ),
+    "nemotron_h.biases": lambda: made(
+        "NemotronH", **HYBRID, head_dim=8, hybrid_override_pattern="-*M", ssm_state_size=8, mamba_num_heads=8,
+        mamba_head_dim=16, n_groups=1, chunk_size=16, time_step_min=0.5, use_bias=True, use_conv_bias=False,
+        mlp_bias=True, mlp_hidden_act="gelu", tie_word_embeddings=True, layer_norm_epsilon=1e-3,
+    ),
+    "granitemoehybrid": lambda: made(
+        "GraniteMoeHybrid", **SSD, num_hidden_layers=3, num_local_experts=4, shared_intermediate_size=40,
+        layer_types=["linear_attention", "full_attention", "linear_attention"], embedding_multiplier=12,
+        logits_scaling=8, residual_multiplier=0.22, attention_multiplier=0.2,
+    ),
+    "granitemoehybrid.dense": lambda: made(
+        "GraniteMoeHybrid", **SSD, num_hidden_layers=2, num_local_experts=0, shared_intermediate_size=40,
+        layer_types=["linear_attention", "full_attention"], position_embedding_type="rope", attention_bias=True,
+        mamba_proj_bias=True, tie_word_embeddings=True,
+    ),
+    "minimax": lambda: made(
+        "MiniMax", **HYBRID, head_dim=16, num_hidden_layers=4, num_local_experts=4, block_size=16,
+        layer_types=["linear_attention"] * 3 + ["full_attention"], full_attn_alpha_factor=3.5,
+        linear_attn_alpha_factor=2.5, mlp_alpha_factor=1.5, full_attn_beta_factor=0.9, linear_attn_beta_factor=1.1,
+        mlp_beta_factor=0.8,
+    ),
+    "minimax.window": lambda: made(
+        "MiniMax", **HYBRID, head_dim=8, num_hidden_layers=2, num_local_experts=4, block_size=16, sliding_window=5,
+        rope_parameters=YARN, tie_word_embeddings=True, rms_norm_eps=1e-3,
+    ),
+    "qwen3_next": lambda: made(
+        "Qwen3Next", **HYBRID, **DELTA, head_dim=16, num_hidden_layers=4, num_experts=8, num_experts_per_tok=2,
+        shared_expert_intermediate_size=64,
+    ),
+    "qwen3_next.dense": lambda: made(
+        "Qwen3Next", **HYBRID, **DELTA, head_dim=16, num_hidden_layers=4, num_experts=4, num_experts_per_tok=2,
+        shared_expert_intermediate_size=32, layer_types=["full_attention", "linear_attention"] * 2,
+        mlp_only_layers=[0], decoder_sparse_step=2, norm_topk_prob=False, attention_bias=True,
+        tie_word_embeddings=True, rms_norm_eps=1e-3,
+    ),
+    "recurrent_gemma": lambda: made(
+        "RecurrentGemma", **HYBRID | {"hidden_size": 48}, num_hidden_layers=4, attention_window_size=5,
+    ),
+    "recurrent_gemma.biases": lambda: made(
+        "RecurrentGemma", **HYBRID, num_hidden_layers=2, attention_window_size=64, attention_bias=True, lru_width=32,
+        logits_soft_cap=2.0, conv1d_width=3, block_types=["attention", "recurrent"], tie_word_embeddings=False,
+        rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.25},
     ),
 }  # fmt: skip

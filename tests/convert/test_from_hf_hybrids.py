@@ -14,7 +14,7 @@ import zoo
 from zoo.convert import from_hf, plan, to_hf
 
 # its cached step does not clamp delta, its sequence does
-UNLIKE_ITSELF = {"mamba2.biases"}
+UNLIKE_ITSELF = {"mamba2.biases", "bamba.biases", "nemotron_h.biases"}
 
 
 class Wide(TorchFunctionMode):
@@ -66,7 +66,9 @@ def test_language_model(name):
     assert_returns(ours, theirs)
     with in_fp64():
         exact = type(theirs)(copy.deepcopy(theirs.config)).double().eval()
-        exact.load_state_dict(theirs.state_dict())
+        given = {n: t for n, t in theirs.state_dict().items() if "decay" not in n and "slope" not in n}  # rounded
+        exact.load_state_dict(given, strict=False)
+        exact.set_experts_implementation("eager")  # the other has no fp64
         want = exact(x, use_cache=False).logits
     got = ours.double()(x)
     torch.testing.assert_close(got, want, atol=1e-9 * want.std().item(), rtol=0)

@@ -20,41 +20,55 @@ def trunk(layers: Sequence[str]) -> list[Any]:
     return [name if times == 1 else {"repeat": times, "of": name} for name, times in runs]
 
 
-def body(s: Settings, eps: float, define: dict[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+def body(
+    s: Settings, eps: float, define: dict[str, Any], layers: Sequence[str], *, zero_centered: bool = False
+) -> dict[str, Any]:
     """A model of these layers with RMS norms in front of the blocks and of the head."""
-    norm = {"rms": {"eps": eps}}
+    norm = {"rms": {"eps": eps} | given(zero_centered=(zero_centered, False))}
     return {
         "dim": s.hidden_size,
         "vocab_size": s.vocab_size,
         "tie_embeddings": bool(s.get("tie_word_embeddings", False)),
         "norm": norm,
         "final_norm": norm,
-        "define": {name: parts for name, parts in define.items() if name in _used(define, layers)},
+        "define": {name: define[name] for name in define if name in _used(define, list(layers))},
         "trunk": trunk(layers),
     }
 
 
-def _used(define: dict[str, Any], names: Sequence[Any]) -> set[str]:
-    """Names of definitions that are reached from these."""
-    found: set[str] = set()
-    for name in names:
-        if isinstance(name, str) and name in define and name not in found:
-            below = define[name]
-            found |= {name} | _used(define, below if isinstance(below, list) else [])
-    return found
+def _used(define: dict[str, Any], part: Any) -> set[str]:
+    """Names of definitions that are reached from this part of a configuration."""
+    if isinstance(part, str):
+        return {part} | _used(define, define[part]) if part in define else set()
+    inside = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return {name for item in inside for name in _used(define, item)}
 
 
-def ends(s: Settings, embedding: str, norm: str, head: str = "lm_head") -> Iterator[Rule]:
+def ends(s: Settings, embedding: str, norm: str, *, tied: bool | None = None) -> Iterator[Rule]:
     """Embedding, final norm, head."""
+    tied = s.get("tie_word_embeddings", False) if tied is None else tied
     yield same("tok_embeddings.weight", f"{embedding}.weight")
     yield same("norm.weight", f"{norm}.weight")
-    if not s.get("tie_word_embeddings", False):
-        yield same("lm_head.weight", f"{head}.weight")
+    if not tied:
+        yield same("lm_head.weight", "lm_head.weight")
 
 
 def given(**options: tuple[Any, Any]) -> dict[str, Any]:
     """Options as name=(value, default), without those at their default."""
     return {name: value for name, (value, default) in options.items() if value != default}
+
+
+def mamba2(s: Settings, width: float, **more: Any) -> dict[str, Any]:
+    """Mamba-2 with `width` channels, as Bamba and those after it name its sizes; `more` options."""
+    s.expect(hidden_act=("silu", "swish"))
+    idle(s, "mamba_chunk_size", "mamba_expand")
+    options = {
+        "num_heads": s.mamba_n_heads, "head_dim": s.mamba_d_head, "state_dim": s.mamba_d_state,
+        "num_groups": s.mamba_n_groups, "conv_size": s.mamba_d_conv, "expand": width / s.hidden_size,
+        "norm_eps": s.rms_norm_eps,
+    }  # fmt: skip
+    options |= given(bias=(s.mamba_proj_bias, False), conv_bias=(s.mamba_conv_bias, True))
+    return options | step_limit(s.get("time_step_limit")) | more
 
 
 def step_limit(limit: Sequence[float] | None) -> dict[str, Any]:
@@ -65,7 +79,7 @@ def step_limit(limit: Sequence[float] | None) -> dict[str, Any]:
 # settings of the first weights, and of which code computes the same numbers
 IDLE = (
     "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_init_scheme", "time_step_max",
-    "time_step_min", "time_step_scale", "use_associative_scan", "use_mambapy", "use_mamba_kernels",
+    "num_logits_to_keep", "time_step_min", "time_step_scale", "use_associative_scan", "use_mambapy", "use_mamba_kernels",
 )  # fmt: skip
 
 
