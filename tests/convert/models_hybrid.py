@@ -20,6 +20,9 @@ def drawn(model: Any) -> Any:
                 p.copy_(torch.randn(p.shape) / p[0].numel() ** 0.5)
             else:
                 p.add_(0.2 * torch.randn(p.shape))
+        for name, b in model.named_buffers():
+            if "correction" in name:
+                b.copy_(0.2 * torch.randn(b.shape))
     return model.eval()
 
 
@@ -28,7 +31,29 @@ def made(name: str, **options: Any) -> Any:
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**options)
-    return drawn(getattr(transformers, f"{name}ForCausalLM")(config))
+    return drawn(built(getattr(transformers, f"{name}ForCausalLM"), config))
+
+
+def built(kind: Any, config: Any) -> Any:
+    """A model of this class. That of xLSTM cannot draw its own first weights where they are fused."""
+    from transformers.initialization import no_init_weights
+
+    if getattr(config, "weight_mode", "single") == "single":
+        return kind(config)
+    with no_init_weights(), torch.no_grad():
+        model = kind(config)
+        for p in model.parameters():
+            p.fill_(1)
+    return model
+
+
+def seen(family: str, head: str, **options: Any) -> Any:
+    """A vision model."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    config = getattr(transformers, f"{family}Config")(**sizes | options)
+    return drawn(getattr(transformers, f"{family}{head}")(config))
 
 
 MAMBA = SIZES | {"num_hidden_layers": 2, "state_size": 8}
@@ -40,6 +65,22 @@ DELTA = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "moe_intermediate_size": 32,
 }  # fmt: skip
+ZAMBA = SIZES | {
+    "num_attention_heads": 4, "intermediate_size": 96, "adapter_rank": 8, "n_mamba_heads": 8, "mamba_d_state": 8,
+    "chunk_size": 16,
+}  # fmt: skip
+KIMI = SIZES | {
+    "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "linear_num_heads": 4, "linear_head_dim": 16,
+}  # fmt: skip
+XLSTM = SIZES | {"hidden_size": 128, "num_heads": 2, "num_hidden_layers": 2, "chunk_size": 16}
+
+
+def blocks(count: int, *hybrid: int) -> list[str]:
+    """Kinds of the layers of Zamba2."""
+    return ["hybrid" if i in hybrid else "linear_attention" for i in range(count)]
+
 
 # names with a dot: more option sets of the family before it
 MODELS: dict[str, Callable[[], Any]] = {
@@ -113,7 +154,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "minimax.window": lambda: made(
         "MiniMax", **HYBRID, head_dim=8, num_hidden_layers=2, num_local_experts=4, block_size=16, sliding_window=5,
-        rope_parameters=YARN, tie_word_embeddings=True, rms_norm_eps=1e-3,
+        rope_parameters=YARN | {"partial_rotary_factor": 1.0}, tie_word_embeddings=True, rms_norm_eps=1e-3,
     ),
     "qwen3_next": lambda: made(
         "Qwen3Next", **HYBRID, **DELTA, head_dim=16, num_hidden_layers=4, num_experts=8, num_experts_per_tok=2,
@@ -132,5 +173,49 @@ MODELS: dict[str, Callable[[], Any]] = {
         "RecurrentGemma", **HYBRID, num_hidden_layers=2, attention_window_size=64, attention_bias=True, lru_width=32,
         logits_soft_cap=2.0, conv1d_width=3, block_types=["attention", "recurrent"], tie_word_embeddings=False,
         rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.25},
+    ),
+    "zamba2": lambda: made(
+        "Zamba2", **ZAMBA, num_hidden_layers=4, layers_block_type=blocks(4, 1, 3), mamba_ngroups=2, num_mem_blocks=2,
+        use_mem_rope=True, time_step_min=1e-9,
+    ),
+    "zamba2.adapters": lambda: made(
+        "Zamba2", **ZAMBA, num_hidden_layers=5, layers_block_type=blocks(5, 0, 2, 3), num_mem_blocks=2, mamba_d_conv=3,
+        use_shared_attention_adapter=True, time_step_min=0.5, rms_norm_eps=1e-3,
+    ),
+    "kimi_linear": lambda: made(
+        "KimiLinear", **KIMI, num_hidden_layers=4, layer_types=["linear_attention"] * 2 + ["full_attention"] * 2,
+    ),
+    "kimi_linear.ranks": lambda: made(
+        "KimiLinear", **KIMI, num_hidden_layers=2, layer_types=["full_attention", "linear_attention"],
+        mlp_layer_types=["sparse", "dense"], q_lora_rank=12, attention_bias=True, n_group=2, topk_group=1,
+        norm_topk_prob=False, n_shared_experts=2, linear_conv_kernel_dim=3, rms_norm_eps=1e-3,
+    ),
+    "xlstm": lambda: made("xLSTM", **XLSTM),
+    "xlstm.fused": lambda: made(
+        "xLSTM", **XLSTM, weight_mode="fused", gate_soft_cap=1.5, output_logit_soft_cap=2.0, qk_dim_factor=1.0,
+        v_dim_factor=2.0, norm_eps=1e-3, ffn_proj_factor=1.1, ffn_round_up_to_multiple_of=16,
+        tie_word_embeddings=True,
+    ),
+    "lfm2": lambda: made(
+        "Lfm2", **HYBRID, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], block_multiple_of=16,
+        block_ffn_dim_multiplier=1.3,
+    ),
+    "lfm2.biases": lambda: made(
+        "Lfm2", **HYBRID, num_hidden_layers=2, full_attn_idxs=[1], conv_bias=True, conv_L_cache=4,
+        block_auto_adjust_ff_dim=False, tie_word_embeddings=False, norm_eps=1e-3,
+    ),
+    "vit": lambda: seen("ViT", "ForImageClassification", num_labels=5, intermediate_size=96),
+    "vit.tanh": lambda: seen(
+        "ViT", "ForImageClassification", num_labels=3, intermediate_size=96, qkv_bias=False, num_channels=2,
+        image_size=[24, 24], patch_size=[8, 8], hidden_act="gelu_new", layer_norm_eps=1e-3,
+    ),
+    "dinov2": lambda: seen("Dinov2", "Model", layerscale_value=0.5),
+    "dinov2.head": lambda: seen(
+        "Dinov2", "ForImageClassification", num_labels=5, use_swiglu_ffn=True, use_mask_token=False, qkv_bias=False,
+        mlp_ratio=2, drop_path_rate=0.1,
+    ),
+    "dinov2_with_registers": lambda: seen("Dinov2WithRegisters", "Model", layer_norm_eps=1e-3),
+    "dinov2_with_registers.head": lambda: seen(
+        "Dinov2WithRegisters", "ForImageClassification", num_labels=5, num_register_tokens=2, hidden_act="silu",
     ),
 }  # fmt: skip

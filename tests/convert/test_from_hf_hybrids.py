@@ -7,14 +7,14 @@ import copy
 
 import pytest
 import torch
-from models_hybrid import MODELS
+from models_hybrid import MODELS, built
 from torch.overrides import TorchFunctionMode
 
 import zoo
 from zoo.convert import from_hf, plan, to_hf
 
 # its cached step does not clamp delta, its sequence does
-UNLIKE_ITSELF = {"mamba2.biases", "bamba.biases", "nemotron_h.biases"}
+UNLIKE_ITSELF = {"mamba2.biases", "bamba.biases", "nemotron_h.biases", "zamba2.adapters"}
 
 
 class Wide(TorchFunctionMode):
@@ -65,10 +65,65 @@ def test_language_model(name):
         assert torch.equal(ours.generate(x[:, :7], 8), more)
     assert_returns(ours, theirs)
     with in_fp64():
-        exact = type(theirs)(copy.deepcopy(theirs.config)).double().eval()
+        exact = built(type(theirs), copy.deepcopy(theirs.config)).double().eval()
         given = {n: t for n, t in theirs.state_dict().items() if "decay" not in n and "slope" not in n}  # rounded
         exact.load_state_dict(given, strict=False)
         exact.set_experts_implementation("eager")  # the other has no fp64
         want = exact(x, use_cache=False).logits
     got = ours.double()(x)
     torch.testing.assert_close(got, want, atol=1e-9 * want.std().item(), rtol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith(("vit", "dino"))])
+@torch.no_grad()
+def test_vision_model(name):
+    theirs = MODELS[name]()
+    ours, config = from_hf(theirs), theirs.config
+    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        x = torch.randn(2, config.num_channels, size, size, generator=torch.Generator().manual_seed(3)).to(dtype)
+        found = theirs.to(dtype)(x)
+        if hasattr(found, "logits"):
+            want, got = found.logits, ours.to(dtype)(x)
+        else:
+            want, got = found.last_hidden_state, ours.to(dtype).features(x)
+            torch.testing.assert_close(ours(x), found.pooler_output, atol=bound * want.std().item(), rtol=0)
+            hidden = torch.rand(2, want.shape[1] - 1 - getattr(config, "num_register_tokens", 0)) < 0.5
+            masked = theirs(x, bool_masked_pos=hidden).last_hidden_state
+            torch.testing.assert_close(ours.features(x, hidden), masked, atol=bound * want.std().item(), rtol=0)
+        torch.testing.assert_close(got, want, atol=bound * want.std().item(), rtol=0)
+    assert_returns(ours, theirs)
+
+
+def test_what_cannot_be_represented_is_refused():
+    from transformers import ViTConfig, ViTModel
+
+    for name, settings, message in (
+        ("mamba", {"hidden_act": "gelu"}, "mamba: hidden_act: 'gelu' cannot be represented; can be 'silu'"),
+        ("nemotron_h", {"layers_block_type": ["moe"]}, "a layer of experts cannot be represented"),
+        ("zamba2", {"tie_word_embeddings": False}, "tie_word_embeddings: False cannot be represented"),
+        ("minimax", {"num_attention_heads": 6}, "num_attention_heads: 6 cannot be represented; decays"),
+        ("falcon_h1.biases", {"projectors_bias": False}, "mamba_proj_bias without projectors_bias"),
+        ("falcon_h1.biases", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate: True cannot be represented"),
+        ("xlstm", {"use_bias": True}, "use_bias: True cannot be represented"),
+        ("qwen3_next", {"shared_expert_intermediate_size": 40}, "must be a multiple of moe_intermediate_size, 32"),
+        ("vit", {"image_size": [32, 48]}, "must be a square"),
+    ):
+        config = MODELS[name]().config.to_dict()
+        with pytest.raises(zoo.ConfigError, match=message):
+            plan(config | settings, dtype=torch.float32)
+    with pytest.raises(zoo.ConfigError, match="the model ViTModel cannot be represented"):
+        from_hf(ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)))
+
+
+@torch.no_grad()
+def test_weights_that_have_no_place_are_watched():
+    """Norms without weights and decays that the configuration says: neither is lost silently."""
+    ours = from_hf(MODELS["falcon_mamba"]())
+    ours.layers[0].block.dt_layernorm.weight.mul_(2)
+    with pytest.raises(zoo.ConfigError, match="dt_layernorm.weight was changed; the original has no such weights"):
+        to_hf(ours)
+    theirs = MODELS["minimax"]()
+    theirs.model.layers[0].self_attn.slope_rate.mul_(2)
+    with pytest.raises(zoo.ConfigError, match="slope_rate is not the one that the configuration says"):
+        from_hf(theirs)

@@ -30,7 +30,8 @@ def from_hf(hf_model: nn.Module) -> Any:
         raise ConfigError(f"{type(hf_model).__name__} is no model of transformers: it has no config")
     tensors = hf_model.state_dict()
     some = next(hf_model.parameters())
-    model, rules = plan(config.to_dict(), dtype=some.dtype)  # type: ignore[union-attr]
+    values = config.to_dict() | {"architectures": [type(hf_model).__name__]}  # type: ignore[union-attr]
+    model, rules = plan(values, dtype=some.dtype)
     fill(model, rules, tensors.__getitem__, some.device)
     return model
 
