@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 import zoo
 from zoo.convert import from_hf, plan, to_hf
 
-# its cached step does not clamp delta, its sequence does
+VISION = {n for n in MODELS if n.startswith(("vit", "dino"))}
+# their cached step does not clamp delta, their sequence does
 UNLIKE_ITSELF = {"mamba2.biases", "bamba.biases", "nemotron_h.biases", "zamba2.adapters"}
 
 
@@ -51,7 +52,7 @@ def assert_returns(ours, theirs):
     assert kept.keys() - back.keys() == tied
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith(("vit", "dino"))])
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - VISION))
 @torch.no_grad()
 def test_language_model(name):
     theirs, x = MODELS[name](), tokens()
@@ -74,7 +75,7 @@ def test_language_model(name):
     torch.testing.assert_close(got, want, atol=1e-9 * want.std().item(), rtol=0)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith(("vit", "dino"))])
+@pytest.mark.parametrize("name", sorted(VISION))
 @torch.no_grad()
 def test_vision_model(name):
     theirs = MODELS[name]()
@@ -93,6 +94,33 @@ def test_vision_model(name):
             torch.testing.assert_close(ours.features(x, hidden), masked, atol=bound * want.std().item(), rtol=0)
         torch.testing.assert_close(got, want, atol=bound * want.std().item(), rtol=0)
     assert_returns(ours, theirs)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if "." not in n])
+@torch.no_grad()
+def test_every_setting_is_mapped_refused_or_without_effect(name):
+    theirs = MODELS[name]()
+    x = torch.randn(1, 3, 32, 32) if name in VISION else tokens()[:1]
+
+    def says(model):
+        found = model(x) if name in VISION else model(x, use_cache=False)
+        return found.logits if hasattr(found, "logits") else found.pooler_output
+
+    before = says(theirs)
+    for key, value in theirs.config.to_dict().items():
+        if not isinstance(value, (bool, float)) or key.startswith(("return_", "output_")):
+            continue  # the others are sizes mostly: where one is lost, weights do not fit
+        config = copy.deepcopy(theirs.config)
+        setattr(config, key, not value if isinstance(value, bool) else 0.7 * value + 0.3)
+        try:
+            changed = built(type(theirs), config).eval()
+            changed.load_state_dict(theirs.state_dict(), strict=False)
+            want = says(changed)
+        except RuntimeError:
+            continue  # it changes shapes, or the original cannot
+        if not torch.equal(want, before):
+            with contextlib.suppress(zoo.ConfigError):
+                torch.testing.assert_close(from_hf(changed)(x), want, atol=1e-3, rtol=1e-3, msg=key)
 
 
 def test_what_cannot_be_represented_is_refused():
@@ -120,8 +148,8 @@ def test_what_cannot_be_represented_is_refused():
 def test_weights_that_have_no_place_are_watched():
     """Norms without weights and decays that the configuration says: neither is lost silently."""
     ours = from_hf(MODELS["falcon_mamba"]())
-    ours.layers[0].block.dt_layernorm.weight.mul_(2)
-    with pytest.raises(zoo.ConfigError, match="dt_layernorm.weight was changed; the original has no such weights"):
+    ours.get_parameter("layers.0.items.0.block.dt_layernorm.weight").mul_(2)
+    with pytest.raises(zoo.ConfigError, match=r"dt_layernorm\.weight was changed; the original has no such weights"):
         to_hf(ours)
     theirs = MODELS["minimax"]()
     theirs.model.layers[0].self_attn.slope_rate.mul_(2)

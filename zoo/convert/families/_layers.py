@@ -78,8 +78,8 @@ def step_limit(limit: Sequence[float] | None) -> dict[str, Any]:
 
 # settings of the first weights, and of which code computes the same numbers
 IDLE = (
-    "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_init_scheme", "time_step_max",
-    "num_logits_to_keep", "time_step_min", "time_step_scale", "use_associative_scan", "use_mambapy", "use_mamba_kernels",
+    "num_logits_to_keep", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_init_scheme",
+    "time_step_max", "time_step_min", "time_step_scale", "use_associative_scan", "use_mamba_kernels", "use_mambapy",
 )  # fmt: skip
 
 

@@ -23,11 +23,12 @@ def document(s: Settings, name: str = "Dinov2", **vision: Any) -> dict[str, Any]
         ffn = vit.mlp(s, width)
     if heads and vit.classes(s):
         vision |= {"num_classes": vit.classes(s), "pool": "class_mean"}
-    residual: dict[str, Any] = {"scale": float(s.layerscale_value), "learn": "channel"}
-    if s.drop_path_rate:
-        residual["drop_path"] = [s.drop_path_rate] * 2  # the same in all layers
     vision |= _layers.given(mask_token=(bool(s.get("use_mask_token", True)), False))
-    return vit.frame(s, ffn, **vision) | {"residual": residual}
+    residual: dict[str, Any] = {"scale": float(s.layerscale_value), "learn": "channel"}
+    residual |= {"drop_path": [s.drop_path_rate] * 2} if s.drop_path_rate else {}  # the same in all layers
+    made = vit.frame(s, ffn, **vision)
+    made["define"]["layer"] = [part | {"residual": residual} for part in made["define"]["layer"]]
+    return made
 
 
 def rules(s: Settings, model: Model, body: str = "dinov2.") -> Iterator[Rule]:

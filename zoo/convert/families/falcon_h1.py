@@ -15,10 +15,13 @@ from zoo.convert.rules import Rule, alike, residual_blocks, same
 from zoo.convert.settings import Settings
 from zoo.graph.parallel import Parallel
 
+# stand in published configurations; the original does not read them
+UNUSED = ("attn_layer_indices", "mamba_use_mlp", "mlp_expansion_factor", "rope_scaling", "rope_theta")
+
 
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
-    _layers.idle(s)
+    _layers.idle(s, *UNUSED)
     if s.mamba_proj_bias != s.projectors_bias:
         raise s.refused("mamba_proj_bias without projectors_bias", "Mamba-2 has both biases or none")
     if s.mamba_proj_bias and s.ssm_in_multiplier != 1:

@@ -10,6 +10,9 @@ from zoo.convert.families import _layers, llama
 from zoo.convert.rules import Rule, alike, residual_blocks, same
 from zoo.convert.settings import Settings
 
+# stand in published configurations; the original does not read them
+UNUSED = ("calc_logits_for_entire_prompt", "mamba_inner_layernorms", "n_ctx", "sliding_window")
+
 
 def _attends(s: Settings, i: int) -> bool:
     return i % s.attn_layer_period == s.attn_layer_offset
@@ -21,7 +24,7 @@ def _has_experts(s: Settings, i: int) -> bool:
 
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
-    _layers.idle(s, "expert_layer_offset", "expert_layer_period")
+    _layers.idle(s, "expert_layer_offset", "expert_layer_period", *UNUSED)
     mamba = {
         "state_dim": s.mamba_d_state, "expand": s.mamba_expand, "conv_size": s.mamba_d_conv,
         "dt_rank": s.mamba_dt_rank, "bcdt_norm": True, "norm_eps": s.rms_norm_eps,

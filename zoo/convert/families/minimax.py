@@ -14,11 +14,14 @@ from zoo.convert.rules import Rule, alike, residual_blocks, same
 from zoo.convert.settings import Settings
 from zoo.errors import ConfigError
 
+# stand in published configurations; the original does not read them
+UNUSED = ("attn_type_list", "postnorm", "rope_theta", "rotary_dim", "shared_intermediate_size", "shared_moe_mode")
+
 
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
     s.expect(hidden_act=("silu", "swish"))
-    _layers.idle(s, "block_size", "rotary_dim", "num_hidden_layers")
+    _layers.idle(s, "block_size", "num_hidden_layers", *UNUSED)
     heads = s.num_attention_heads
     if heads & (heads - 1) and "linear_attention" in s.layer_types:
         raise s.refused(f"num_attention_heads: {heads}", "decays of lightning attention are those of a power of two")

@@ -20,6 +20,7 @@ def _has_experts(s: Settings, i: int) -> bool:
 
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
+    s.expect(use_sliding_window=False)
     _layers.idle(s, "num_hidden_layers", "full_attention_interval", "partial_rotary_factor")
     delta = {
         "num_heads": s.linear_num_key_heads, "num_v_heads": s.linear_num_value_heads,

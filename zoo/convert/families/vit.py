@@ -86,7 +86,9 @@ def layer_rules(model: Model, mixer: str, ffn: str, layer: str, norms: tuple[str
     for name, norm in zip((mixer, ffn), norms, strict=True):
         yield from alike(model, f"{name}.norm", f"{layer}.{norm}")
     yield from alike(model, f"{mixer}.block", f"{layer}.attention")
-    renamed = {} if hasattr(model.get_submodule(f"{ffn}.block"), "gate_proj") else {"up_proj": "fc1", "down_proj": "fc2"}
+    renamed = (
+        {} if hasattr(model.get_submodule(f"{ffn}.block"), "gate_proj") else {"up_proj": "fc1", "down_proj": "fc2"}
+    )
     yield from alike(model, f"{ffn}.block", f"{layer}.mlp", **renamed)
 
 
