@@ -95,6 +95,9 @@ class GatedConv(Block):
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         return linear_flops(batch_size * seq_len, self.in_proj, self.out_proj)
 
+    def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        return batch_size * seq_len * self.dim * (2 * self.conv_size + 2)  # taps, two gates
+
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; B, C and u; B * u and what the convolution makes of it; C times that
         return batch_size * seq_len * 7 * self.dim
