@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from parity import built
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES = {"hidden_size": 64, "vocab_size": 61, "pad_token_id": 0}
@@ -32,19 +33,6 @@ def made(name: str, **options: Any) -> Any:
 
     config = getattr(transformers, f"{name}Config")(**options)
     return drawn(built(getattr(transformers, f"{name}ForCausalLM"), config))
-
-
-def built(kind: Any, config: Any) -> Any:
-    """A model of this class. That of xLSTM cannot draw its own first weights where they are fused."""
-    from transformers.initialization import no_init_weights
-
-    if getattr(config, "weight_mode", "single") == "single":
-        return kind(config)
-    with no_init_weights(), torch.no_grad():
-        model = kind(config)
-        for p in model.parameters():
-            p.fill_(1)
-    return model
 
 
 def seen(family: str, head: str, **options: Any) -> Any:

@@ -7,106 +7,43 @@ import copy
 
 import pytest
 import torch
-from models_hybrid import MODELS, built
-from torch.overrides import TorchFunctionMode
+from models_hybrid import MODELS
+from parity import built, inputs, measure, says
 
 import zoo
 from zoo.convert import from_hf, plan, to_hf
 
-VISION = {n for n in MODELS if n.startswith(("vit", "dino"))}
 # their cached step does not clamp delta, their sequence does
 UNLIKE_ITSELF = {"mamba2.biases", "bamba.biases", "nemotron_h.biases", "zamba2.adapters"}
 
 
-class Wide(TorchFunctionMode):
-    """What a model casts to fp32 becomes fp64, so that it can be compared to the last digit."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float:
-            return args[0].double()
-        args = [torch.float64 if a is torch.float32 else a for a in args]
-        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+@pytest.mark.parametrize("name", MODELS)
+def test_family(name):
+    found = measure(MODELS[name]())
+    assert found.error < 1e-4 and found.error_fp64 < 1e-9
+    assert found.generation in (True, None) or name in UNLIKE_ITSELF
+    assert found.round_trip
 
 
-@contextlib.contextmanager
-def in_fp64():
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Wide():
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def tokens():
-    return torch.randint(1, 61, (2, 33), generator=torch.Generator().manual_seed(3))
-
-
-def assert_returns(ours, theirs):
-    """The weights on the way back are those that came."""
-    back, kept = to_hf(ours), theirs.state_dict()
-    for name, tensor in back.items():
-        assert torch.equal(tensor, kept[name]), name
-    tied = {n for n in kept.keys() - back.keys() if any(kept[n].data_ptr() == kept[m].data_ptr() for m in back)}
-    assert kept.keys() - back.keys() == tied
-
-
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - VISION))
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_with_registers"])
 @torch.no_grad()
-def test_language_model(name):
-    theirs, x = MODELS[name](), tokens()
-    ours = from_hf(theirs)
-    want = theirs(x, use_cache=False).logits
-    torch.testing.assert_close(ours(x), want, atol=1e-4 * want.std().item(), rtol=0)
-    theirs.generation_config.eos_token_id = None
-    if name not in UNLIKE_ITSELF:
-        mask = torch.ones_like(x[:, :7])
-        more = theirs.generate(x[:, :7], attention_mask=mask, max_new_tokens=8, do_sample=False)
-        assert torch.equal(ours.generate(x[:, :7], 8), more)
-    assert_returns(ours, theirs)
-    with in_fp64():
-        exact = built(type(theirs), copy.deepcopy(theirs.config)).double().eval()
-        given = {n: t for n, t in theirs.state_dict().items() if "decay" not in n and "slope" not in n}  # rounded
-        exact.load_state_dict(given, strict=False)
-        exact.set_experts_implementation("eager")  # the other has no fp64
-        want = exact(x, use_cache=False).logits
-    got = ours.double()(x)
-    torch.testing.assert_close(got, want, atol=1e-9 * want.std().item(), rtol=0)
-
-
-@pytest.mark.parametrize("name", sorted(VISION))
-@torch.no_grad()
-def test_vision_model(name):
+def test_hidden_patches(name):
     theirs = MODELS[name]()
-    ours, config = from_hf(theirs), theirs.config
-    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
-        x = torch.randn(2, config.num_channels, size, size, generator=torch.Generator().manual_seed(3)).to(dtype)
-        found = theirs.to(dtype)(x)
-        if hasattr(found, "logits"):
-            want, got = found.logits, ours.to(dtype)(x)
-        else:
-            want, got = found.last_hidden_state, ours.to(dtype).features(x)
-            torch.testing.assert_close(ours(x), found.pooler_output, atol=bound * want.std().item(), rtol=0)
-            hidden = torch.rand(2, want.shape[1] - 1 - getattr(config, "num_register_tokens", 0)) < 0.5
-            masked = theirs(x, bool_masked_pos=hidden).last_hidden_state
-            torch.testing.assert_close(ours.features(x, hidden), masked, atol=bound * want.std().item(), rtol=0)
-        torch.testing.assert_close(got, want, atol=bound * want.std().item(), rtol=0)
-    assert_returns(ours, theirs)
+    ours, x = from_hf(theirs), inputs(theirs)
+    hidden = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) < 0.5
+    want = theirs(x, bool_masked_pos=hidden)
+    torch.testing.assert_close(ours.features(x, hidden), want.last_hidden_state, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours(x, hidden), want.pooler_output, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"set vision\.mask_token: true"):
+        from_hf(MODELS["dinov2.head"]()).features(x, hidden)
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if "." not in n])
 @torch.no_grad()
 def test_every_setting_is_mapped_refused_or_without_effect(name):
     theirs = MODELS[name]()
-    x = torch.randn(1, 3, 32, 32) if name in VISION else tokens()[:1]
-
-    def says(model):
-        found = model(x) if name in VISION else model(x, use_cache=False)
-        return found.logits if hasattr(found, "logits") else found.pooler_output
-
-    before = says(theirs)
+    x = inputs(theirs)[:1]
+    before = says(theirs, x)
     for key, value in theirs.config.to_dict().items():
         if not isinstance(value, (bool, float)) or key.startswith(("return_", "output_")):
             continue  # the others are sizes mostly: where one is lost, weights do not fit
@@ -115,12 +52,12 @@ def test_every_setting_is_mapped_refused_or_without_effect(name):
         try:
             changed = built(type(theirs), config).eval()
             changed.load_state_dict(theirs.state_dict(), strict=False)
-            want = says(changed)
+            want = says(changed, x)
         except RuntimeError:
             continue  # it changes shapes, or the original cannot
         if not torch.equal(want, before):
             with contextlib.suppress(zoo.ConfigError):
-                torch.testing.assert_close(from_hf(changed)(x), want, atol=1e-3, rtol=1e-3, msg=key)
+                torch.testing.assert_close(says(from_hf(changed), x), want, atol=1e-3, rtol=1e-3, msg=key)
 
 
 def test_what_cannot_be_represented_is_refused():
