@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.blocks.experts import SwiGLUExperts
+from zoo.blocks.experts import MLPExperts, SwiGLUExperts
 from zoo.blocks.measure import balance_loss, group_counts, load_metrics, recording
+from zoo.blocks.mlp import MLP
 from zoo.blocks.swiglu import SwiGLU, swiglu_width
 from zoo.contract import (
     Block,
@@ -141,6 +142,9 @@ class HypersphereRouter(TopKRouter):
     relations=(
         "moe(num_groups=4, top_groups=4) == moe()",
         "moe(balance='bias') == moe(balance='none')",
+        "moe(num_shared_experts=2, hidden_dim=16) == moe(shared_dim=32, hidden_dim=16)",
+        "moe(num_experts=1, top_k=1, hidden_dim=32, activation='relu2') == mlp(hidden_dim=32, activation='relu2') at "
+        "experts.up_proj[0]=up_proj.weight, experts.down_proj[0]=down_proj.weight",
         "moe(bias=True) == moe() at gate.bias=0, gate_up_proj_bias=0, down_proj_bias=0",
         "moe(top_k=8, renormalize=True) == moe(top_k=8, renormalize=False)",
         "moe(num_experts=1, top_k=1, hidden_dim=32) == swiglu(hidden_dim=32) at "
@@ -155,6 +159,7 @@ class HypersphereRouter(TopKRouter):
         {"hidden_dim": 24, "num_experts": 4, "top_k": 1, "renormalize": False, "balance": "none"},
         {"hidden_dim": 32, "router": "hypersphere", "sequence_aux_coef": 0.01},
         {"hidden_dim": 24, "num_experts": 4, "bias": True, "swiglu_limit": 1.0},
+        {"hidden_dim": 24, "num_experts": 4, "activation": "relu2", "shared_dim": 40},
     ),
 )
 class MixtureOfExperts(Block):
@@ -169,10 +174,11 @@ class MixtureOfExperts(Block):
     on top. DeepSeek-V3: score sigmoid, balance bias, sequence_aux_coef 1e-4, bias_update_rate 1e-3 (0 at the end).
 
     x: [B, T, D] -> y: [B, T, D]; no state. hidden_dim is the width of one expert (default: top_k experts are as
-    wide as one SwiGLU), shared experts are one SwiGLU of num_shared_experts * hidden_dim, with `shared_gate` times
-    sigmoid(w x) (Qwen2-MoE, Qwen3-Next). GPT-OSS: `bias` gives biases to the router and the routed experts, and
-    `swiglu_limit` L makes these (u + 1) g sigmoid(1.702 g) with g <= L and |u| <= L in place of silu(g) u. Active
-    parameters and FLOPs a token: (top_k + num_shared_experts) 3 D hidden_dim + D E, twice that (hypersphere:
+    wide as one SwiGLU), shared experts are one SwiGLU of num_shared_experts * hidden_dim or of `shared_dim`, with
+    `shared_gate` times sigmoid(w x) (Qwen2-MoE, Qwen3-Next). GPT-OSS: `bias` gives biases to the router and the routed
+    experts, and `swiglu_limit` L makes these (u + 1) g sigmoid(1.702 g) with g <= L and |u| <= L in place of silu(g) u.
+    An `activation` f other than swiglu makes every expert an MLP W_down f(W_up x) (Nemotron 3). Active parameters and
+    FLOPs a token: (top_k + num_shared_experts) 3 D hidden_dim + D E, twice that; 2 for 3 without a gate (hypersphere:
     (D + E) router_dim for D E, router_dim E / 2 by default). With one expert: SwiGLU.
     """
 
@@ -201,6 +207,8 @@ class MixtureOfExperts(Block):
         bias_update_rate: NonNegativeFloat = 1e-3,
         bias: bool = False,
         swiglu_limit: PositiveFloat | None = None,
+        activation: Literal["swiglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = "swiglu",
+        shared_dim: PositiveInt | None = None,
         kernel: str = "auto",
         device=None,
         dtype=None,
@@ -224,8 +232,15 @@ class MixtureOfExperts(Block):
             raise ValueError(f"router_dim={router_dim} is the width of the hypersphere; set router: hypersphere")
         if bias and router == "hypersphere":
             raise ValueError("bias=true shifts the logits of a linear router; set router: linear, or bias: false")
-        if shared_gate and not num_shared_experts:
+        if num_shared_experts and shared_dim:
+            raise ValueError(
+                f"num_shared_experts={num_shared_experts} and shared_dim={shared_dim} are both the width of the shared "
+                "network: give one"
+            )
+        if shared_gate and not num_shared_experts and not shared_dim:
             raise ValueError("shared_gate=true gates the shared experts: give num_shared_experts, or shared_gate=false")
+        if activation != "swiglu" and (bias or swiglu_limit):
+            raise ValueError(f"bias and swiglu_limit are options of swiglu experts, not of activation={activation!r}")
         check_backend("grouped_mm", kernel)
         factory = {"device": device, "dtype": dtype}
         self.num_experts, self.top_k, self.num_shared_experts = num_experts, top_k, num_shared_experts
@@ -241,11 +256,16 @@ class MixtureOfExperts(Block):
             self.gate = HypersphereRouter(dim, num_experts, router_dim=width, **choice, **factory)
         else:
             self.gate = TopKRouter(dim, num_experts, bias=bias, **choice, **factory)
-        self.experts = SwiGLUExperts(
-            num_experts, dim, self.hidden_dim, kernel, bias=bias, limit=swiglu_limit, **factory
-        )
-        shared = num_shared_experts * self.hidden_dim
-        self.shared_experts = SwiGLU(dim, hidden_dim=shared, **factory) if shared else None
+        shared, sizes = shared_dim or num_shared_experts * self.hidden_dim, (num_experts, dim, self.hidden_dim, kernel)
+        self.shared_experts: SwiGLU | MLP | None = None
+        if activation == "swiglu":
+            self.experts = SwiGLUExperts(*sizes, bias=bias, limit=swiglu_limit, **factory)
+            if shared:
+                self.shared_experts = SwiGLU(dim, hidden_dim=shared, **factory)
+        else:
+            self.experts = MLPExperts(*sizes, activation=activation, **factory)
+            if shared:
+                self.shared_experts = MLP(dim, hidden_dim=shared, activation=activation, **factory)
         self.shared_expert_gate = Linear(dim, 1, bias=False, **factory) if shared_gate else None
         if balance == "bias":
             counts = torch.empty(num_experts, dtype=torch.int64, device=device)

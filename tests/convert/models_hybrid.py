@@ -124,6 +124,12 @@ MODELS: dict[str, Callable[[], Any]] = {
         mamba_head_dim=16, n_groups=1, chunk_size=16, time_step_min=0.5, use_bias=True, use_conv_bias=False,
         mlp_bias=True, mlp_hidden_act="gelu", tie_word_embeddings=True, layer_norm_epsilon=1e-3,
     ),
+    "nemotron_h.experts": lambda: made(
+        "NemotronH", **HYBRID, head_dim=16, hybrid_override_pattern="ME*E", ssm_state_size=8, mamba_num_heads=8,
+        mamba_head_dim=8, n_groups=2, chunk_size=16, time_step_min=1e-9, n_routed_experts=8, num_experts_per_tok=3,
+        moe_intermediate_size=24, moe_shared_expert_intermediate_size=40, n_group=2, topk_group=1,
+        routed_scaling_factor=2.5,
+    ),
     "granitemoehybrid": lambda: made(
         "GraniteMoeHybrid", **SSD, num_hidden_layers=3, num_local_experts=4, shared_intermediate_size=40,
         layer_types=["linear_attention", "full_attention", "linear_attention"], embedding_multiplier=12,
@@ -146,7 +152,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "qwen3_next": lambda: made(
         "Qwen3Next", **HYBRID, **DELTA, head_dim=16, num_hidden_layers=4, num_experts=8, num_experts_per_tok=2,
-        shared_expert_intermediate_size=64,
+        shared_expert_intermediate_size=40,
     ),
     "qwen3_next.dense": lambda: made(
         "Qwen3Next", **HYBRID, **DELTA, head_dim=16, num_hidden_layers=4, num_experts=4, num_experts_per_tok=2,

@@ -76,6 +76,12 @@ def step_limit(limit: Sequence[float] | None) -> dict[str, Any]:
     return given(time_step_limit=(list(limit or (0.0, float("inf"))), [0.0, float("inf")]))
 
 
+# activations of a feed-forward layer, by their names there
+ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2",
+    "silu": "silu", "swish": "silu",
+}  # fmt: skip
+
 # settings of the first weights, and of which code computes the same numbers
 IDLE = (
     "num_logits_to_keep", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_init_scheme",

@@ -30,15 +30,9 @@ def document(s: Settings) -> dict[str, Any]:
     attention = llama.attention(s) | {
         "qk_norm": "head", "norm_eps": s.rms_norm_eps, "norm_zero_centered": True, "output_gate": True,
     }  # fmt: skip
-    shared, rest = divmod(s.shared_expert_intermediate_size, s.moe_intermediate_size)
-    if rest or not shared:
-        raise s.refused(
-            f"shared_expert_intermediate_size: {s.shared_expert_intermediate_size}",
-            f"must be a multiple of moe_intermediate_size, {s.moe_intermediate_size}",
-        )
     moe = {
         "num_experts": s.num_experts, "top_k": s.num_experts_per_tok, "hidden_dim": s.moe_intermediate_size,
-        "num_shared_experts": shared, "shared_gate": True, "renormalize": s.norm_topk_prob,
+        "shared_dim": s.shared_expert_intermediate_size, "shared_gate": True, "renormalize": s.norm_topk_prob,
         "aux_coef": s.router_aux_loss_coef,
     }  # fmt: skip
     define = {

@@ -10,11 +10,6 @@ from zoo.convert.families import _layers
 from zoo.convert.rules import Rule, alike, residual_blocks, same
 from zoo.convert.settings import Settings
 
-ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2",
-    "silu": "silu", "swish": "silu",
-}  # fmt: skip
-
 
 def kind(s: Settings, *known: str) -> str:
     """The class of the original, one of these."""
@@ -35,8 +30,8 @@ def square(s: Settings, name: str) -> int:
 
 def mlp(s: Settings, width: int) -> dict[str, Any]:
     """Feed-forward layer with biases."""
-    s.expect(hidden_act=tuple(ACTIVATIONS))
-    return {"mlp": {"hidden_dim": width, "activation": ACTIVATIONS[s.hidden_act], "bias": True}}
+    s.expect(hidden_act=tuple(_layers.ACTIVATIONS))
+    return {"mlp": {"hidden_dim": width, "activation": _layers.ACTIVATIONS[s.hidden_act], "bias": True}}
 
 
 def frame(s: Settings, ffn: dict[str, Any], **vision: Any) -> dict[str, Any]:
