@@ -10,8 +10,7 @@ import torch
 from models_hybrid import MODELS
 from parity import built, inputs, measure, says
 
-import zoo
-from zoo.convert import from_hf, plan, to_hf
+from zoo.convert import from_hf, to_hf
 
 # their cached step does not clamp delta, their sequence does
 UNLIKE_ITSELF = {"mamba2.biases", "bamba.biases", "nemotron_h.biases", "zamba2.adapters"}
