@@ -10,7 +10,8 @@ import torch
 from models_hybrid import MODELS
 from parity import built, inputs, measure, says
 
-from zoo.convert import from_hf, to_hf
+import zoo
+from zoo.convert import from_hf, plan, to_hf
 
 # their cached step does not clamp delta, their sequence does
 UNLIKE_ITSELF = {"mamba2.biases", "bamba.biases", "nemotron_h.biases", "zamba2.adapters"}

@@ -31,7 +31,8 @@ def configuration(values: Mapping[str, Any]) -> Any:
     except ImportError:
         raise ConfigError("models of transformers are read by its help: pip install 'block-zoo[hf]'") from None
     try:
-        return CONFIG_MAPPING[kind].from_dict(dict(values))
+        kind_of = CONFIG_MAPPING[kind]
+        return kind_of.from_dict(kind_of._decode_special_floats(dict(values)))  # infinity is no JSON
     except Exception as error:  # whatever the checks of the library raise, the file is at fault
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"the configuration is not one of {kind}: {first}") from None
