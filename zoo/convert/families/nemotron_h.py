@@ -43,8 +43,8 @@ def _moe(s: Settings) -> dict[str, Any]:
     return {
         "num_experts": s.n_routed_experts, "top_k": s.num_experts_per_tok, "hidden_dim": s.moe_intermediate_size,
         "shared_dim": s.moe_shared_expert_intermediate_size, "activation": _layers.ACTIVATIONS[s.mlp_hidden_act],
-        "score": "sigmoid", "renormalize": s.norm_topk_prob, "route_scale": s.routed_scaling_factor, "num_groups": s.n_group,
-        "top_groups": s.topk_group, "balance": "bias",
+        "score": "sigmoid", "renormalize": s.norm_topk_prob, "route_scale": s.routed_scaling_factor,
+        "num_groups": s.n_group, "top_groups": s.topk_group, "balance": "bias",
     }  # fmt: skip
 
 
