@@ -18,11 +18,13 @@ from zoo.convert import from_hf, to_hf
 @dataclass(frozen=True)
 class Parity:
     """Largest errors of logits as shares of their standard deviation, in fp32 and in fp64; whether the cached greedy
-    continuation is the same, and the weights on the way back, bit for bit; lines of YAML; seconds of from_hf."""
+    continuation is the same, and whether the original's is another without its cache; whether the weights on the way
+    back are the same, bit for bit; lines of YAML; seconds of from_hf."""
 
     error: float
     error_fp64: float
     generation: bool | None
+    unlike_itself: bool
     round_trip: bool
     yaml_lines: int
     seconds: float
@@ -38,7 +40,7 @@ def measure(theirs: Any) -> Parity:
     seconds = time.perf_counter() - start
     lines = OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in ours.config.items() if k != "origin"})).splitlines()
     error = _error(says(ours, x), says(theirs, x))
-    same = continues(ours, theirs, x[:, :7]) if theirs.can_generate() else None
+    same, unlike = continues(ours, theirs, x[:, :7]) if theirs.can_generate() else (None, False)
     returned = returns(ours, theirs)
     with in_fp64():
         exact = built(type(theirs), copy.deepcopy(theirs.config)).double().eval()
@@ -46,7 +48,7 @@ def measure(theirs: Any) -> Parity:
         weights = {n: t for n, t in theirs.state_dict().items() if not n.endswith(("_decay", "slope_rate"))}
         exact.load_state_dict(weights, strict=False)  # without MiniMax's decays, which it holds rounded
         want = says(exact, x)
-    return Parity(error, _error(says(ours.double(), x), want), same, returned, len(lines), seconds)
+    return Parity(error, _error(says(ours.double(), x), want), same, unlike, returned, len(lines), seconds)
 
 
 def inputs(theirs: Any) -> torch.Tensor:
@@ -84,11 +86,16 @@ def built(kind: Any, config: Any) -> Any:
     return model
 
 
-def continues(ours: Any, theirs: Any, x: torch.Tensor) -> bool:
-    """Whether both continue x by the same tokens with their caches."""
+def continues(ours: Any, theirs: Any, x: torch.Tensor) -> tuple[bool, bool]:
+    """Whether both continue x by the same tokens with their caches; and whether the original says something else with
+    its cache than without, in which case what it says without counts."""
     theirs.generation_config.eos_token_id = None
-    more = theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=8, do_sample=False)
-    return torch.equal(ours.generate(x, 8), more)
+    options = {"attention_mask": torch.ones_like(x), "max_new_tokens": 8, "do_sample": False}
+    cached, made = theirs.generate(x, **options), ours.generate(x, 8)
+    if torch.equal(made, cached):
+        return True, False
+    whole = theirs.generate(x, **options, use_cache=False)
+    return torch.equal(made, whole), not torch.equal(cached, whole)
 
 
 def returns(ours: Any, theirs: Any) -> bool:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
+from zoo.convert import families
 from zoo.convert import folder as folders
 from zoo.convert import from_folder, from_hf, save_hf
 
@@ -33,6 +34,10 @@ def test_in_from_shards_and_out_again(name, tmp_path):
     x = inputs(theirs)
     with torch.no_grad():
         torch.testing.assert_close(says(again.eval(), x), says(theirs, x))
+
+
+def test_every_family_has_models():
+    assert set(families.names()) == {name.partition(".")[0] for name in MODELS | HYBRIDS}
 
 
 def test_experts_are_one_by_one_on_disk(tmp_path):
