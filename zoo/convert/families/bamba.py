@@ -17,7 +17,8 @@ def _attends(s: Settings, i: int) -> bool:
 
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
-    _layers.idle(s, "z_loss_coefficient", "partial_rotary_factor")  # the latter also stands in rope_parameters
+    # which channels are rotated also stands in rope_parameters
+    _layers.idle(s, "z_loss_coefficient", "partial_rotary_factor", "attn_rotary_emb")
     define = {
         "ssm": {"mamba2": _layers.mamba2(s, s.mamba_expand * s.hidden_size)},
         "full": {"attention": llama.attention(s)},

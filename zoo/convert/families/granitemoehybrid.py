@@ -15,7 +15,8 @@ from zoo.graph.parallel import Parallel
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
     s.expect(hidden_act=("silu", "swish"), position_embedding_type=("rope", "nope", None))
-    _layers.idle(s, "num_hidden_layers")
+    # of published configurations; the original does not read these two
+    _layers.idle(s, "num_hidden_layers", "init_method", "normalization_function")
     attention = llama.attention(s) | {"scale": s.attention_multiplier}
     if s.get("position_embedding_type") != "rope":
         attention = {k: v for k, v in attention.items() if "rope" not in k and "rotary" not in k} | {"rope": False}

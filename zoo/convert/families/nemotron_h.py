@@ -10,6 +10,10 @@ from zoo.convert.families import _layers
 from zoo.convert.rules import Rule, alike, residual_blocks, same
 from zoo.convert.settings import Settings
 
+# stand in published configurations; the original does not read them
+UNUSED = (
+    "attention_head_dim", "norm_eps", "partial_rotary_factor", "rms_norm_eps", "rope_parameters", "rope_theta",
+)  # fmt: skip
 KINDS = {"linear_attention": "ssm", "full_attention": "full", "mlp": "dense", "moe": "experts"}
 
 
@@ -18,7 +22,7 @@ def document(s: Settings) -> dict[str, Any]:
     s.expect(mamba_hidden_act=("silu", "swish"), mlp_hidden_act=tuple(_layers.ACTIVATIONS), num_nextn_predict_layers=0)
     # not read by the original: delta is bounded by time_step_min instead, and these biases are not built
     _layers.idle(s, "attention_bias", "chunk_size", "mamba_proj_bias", "mamba_ssm_cache_dtype", "time_step_limit")
-    _layers.idle(s, "expand", "moe_shared_expert_overlap", "mtp_layers_block_type", "sliding_window", "rope_theta")
+    _layers.idle(s, "expand", "moe_shared_expert_overlap", "mtp_layers_block_type", "sliding_window", *UNUSED)
     mamba2 = {
         "num_heads": s.mamba_num_heads, "head_dim": s.mamba_head_dim, "state_dim": s.ssm_state_size,
         "num_groups": s.n_groups, "expand": s.mamba_num_heads * s.mamba_head_dim / s.hidden_size,

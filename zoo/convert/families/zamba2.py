@@ -10,6 +10,12 @@ from zoo.convert.families import _layers, llama
 from zoo.convert.rules import Rule, alike, residual_blocks, same
 from zoo.convert.settings import Settings
 
+# stand in published configurations; the original does not read them
+UNUSED = (
+    "ffn_hidden_size", "ft_lora", "gated_linear_unit", "lora_rank", "rope_theta", "sliding_window", "state_size",
+    "use_shared_attention_lora", "use_shared_block_lora", "use_shared_mlp_adapter",
+)  # fmt: skip
+
 
 def _copies(s: Settings) -> int:
     return min(s.num_mem_blocks, len(s.hybrid_layer_ids))
@@ -20,7 +26,7 @@ def document(s: Settings) -> dict[str, Any]:
     # the original shares its transformers only where it also ties the embeddings
     s.expect(hidden_act="gelu", add_bias_linear=False, tie_word_embeddings=True)
     _layers.idle(s, "attention_hidden_size", "chunk_size", "kv_channels", "layers_block_type", "mamba_headdim")
-    _layers.idle(s, "num_query_groups", "use_conv_bias", "use_long_context", "use_mem_eff_path")
+    _layers.idle(s, "num_query_groups", "use_conv_bias", "use_long_context", "use_mem_eff_path", *UNUSED)
     if not s.hybrid_layer_ids:
         raise s.refused("a model without hybrid layers", "it has no place for its shared transformers")
     mamba2 = {
