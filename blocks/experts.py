@@ -168,8 +168,10 @@ class SwiGLUExperts(Experts):
         return up + grouped_mm_flops(assignments, self.hidden_dim, self.dim)
 
     def vector_flops(self, assignments: int) -> int:
-        """Work outside matrix products: silu, the product, outputs weighted and summed."""
-        return assignments * ((work.SILU + 1) * self.hidden_dim + 2 * self.dim)
+        """Work outside matrix products: silu, the product, clamps, biases, outputs weighted and summed."""
+        unit = work.SILU + 1 + 5 * (self.limit is not None)  # min of the gate, min and max of up, + 1, * 1.702
+        biases = (2 * self.hidden_dim + self.dim) * self.biased
+        return assignments * (unit * self.hidden_dim + biases + 2 * self.dim)
 
     def activation_elements(self, assignments: int) -> int:
         """Kept for backward: rows, gate and up, silu(gate), their product, outputs in two orders."""

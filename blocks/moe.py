@@ -93,7 +93,7 @@ class TopKRouter(nn.Module):
         """Scores of experts, and weights of the chosen ones."""
         score = work.SOFTMAX if self.score == "softmax" else work.SIGMOID
         chosen = self.top_k * (2 * self.renormalize + (self.route_scale != 1))
-        biased = self.e_score_correction_bias is not None
+        biased = (self.e_score_correction_bias is not None) + (self.bias is not None)
         return tokens * ((score + biased) * self.weight.shape[0] + chosen)
 
     def _within_best_groups(self, wanted: Tensor) -> Tensor:
