@@ -54,6 +54,20 @@ def build(
     return model.eval()
 
 
+@torch.no_grad()
+def allocate(model: Model, device: Any = "cpu") -> None:
+    """Give a model on the meta device memory. Constants are computed; parameters hold anything, for the caller to
+    write over: to draw what is thrown away takes longer than to read a checkpoint."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    model.init_weights()  # which does nothing to parameters on meta
+    constants = dict(model.named_buffers())
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(constants[name])
+
+
 def unique_tensors(model: Model) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers, each shared one once, under its first name."""
     persistent = model.state_dict(keep_vars=True)
@@ -121,7 +135,9 @@ def from_pretrained(directory: str | Path, *, device: str | torch.device = "cpu"
         ) from None
     embedding = tensors.get(f"{ARCHITECTURES[graph.architecture].embedding}.weight")
     stored = torch.float32 if embedding is None else embedding.dtype
-    model = build(dict(graph.document), device=device, dtype=dtype or stored)
+    model = assemble(graph, dtype=dtype or stored)
+    if str(device) != "meta":
+        allocate(model, device)
     own = unique_tensors(model)
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
@@ -135,4 +151,4 @@ def from_pretrained(directory: str | Path, *, device: str | torch.device = "cpu"
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-    return model
+    return model.eval()

@@ -27,7 +27,8 @@ class PatchEmbedding(nn.Module):
 
     x_n = W patch_n + b + position_n; in front of them the class token c + position_0, with `distill_token` that one
     with a position of its own too, and R registers, which have none. Positions are learnt on the grid of the
-    configuration and interpolated (bicubic) for images of another size.
+    configuration and interpolated (bicubic) for images of another size. With `mask_token` a learnt vector stands for
+    W patch_n at the patches that are `masked` [B, N].
     """
 
     def __init__(self, dim: int, options: VisionSection, *, device: Any = None, dtype: torch.dtype | None = None):
@@ -41,6 +42,7 @@ class PatchEmbedding(nn.Module):
         self.weight, self.bias = parameter(dim, options.channels, size, size), parameter(dim)  # of a convolution
         self.cls_token = parameter(1, 1, dim)
         self.distill_token = parameter(1, 1, dim) if options.distill_token else None
+        self.mask_token = parameter(1, dim) if options.mask_token else None
         self.register_tokens = parameter(1, options.num_registers, dim) if options.num_registers else None
         self.placed = 1 + options.distill_token  # tokens before the patches that have a position
         self.pos_embed = parameter(1, self.placed + grid * grid, dim)
@@ -55,7 +57,7 @@ class PatchEmbedding(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
         nn.init.zeros_(self.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02, a=-0.06, b=0.06)
-        for tokens in (self.cls_token, self.distill_token, self.register_tokens):
+        for tokens in (self.cls_token, self.distill_token, self.mask_token, self.register_tokens):
             if tokens is not None:
                 nn.init.normal_(tokens, std=1e-6)
 
@@ -69,7 +71,7 @@ class PatchEmbedding(nn.Module):
         wide = F.interpolate(wide, size=(rows, columns), mode="bicubic", antialias=self.options.antialias)
         return torch.cat([self.pos_embed[:, : self.placed], wide.to(table.dtype).flatten(2).mT], 1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         size, channels = self.options.patch_size, self.options.channels
         if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % size or images.shape[3] % size:
             raise ValueError(
@@ -82,7 +84,12 @@ class PatchEmbedding(nn.Module):
         first = torch.cat(tokens, 1) + positions[:, : self.placed]
         if self.register_tokens is not None:
             first = torch.cat([first, self.register_tokens], 1)
-        x = patches.flatten(2).mT + positions[:, self.placed :]
+        x = patches.flatten(2).mT
+        if masked is not None:
+            if self.mask_token is None:
+                raise ValueError("masked patches need a vector that stands for them: set vision.mask_token: true")
+            x = torch.where(masked[..., None], self.mask_token, x)
+        x = x + positions[:, self.placed :]
         return torch.cat([first.expand(x.shape[0], -1, -1), x], 1)
 
 
@@ -92,7 +99,7 @@ class VisionModel(Model):
     The trunk is that of any model here; it sees a whole image at once, so `attention` wants `causal: false`, and
     there is no state. `features` gives all tokens. What is pooled: the class token, the mean over the patches, or
     both side by side (`class_mean`, DINOv2's linear probe). With `distill_token` a second head reads that token, and
-    the logits are the mean of both.
+    the logits are the mean of both. `masked` [B, N] says which patches are hidden (`mask_token`).
     """
 
     modes: ClassVar[tuple[Mode, ...]] = ("train", "prefill")
@@ -121,9 +128,9 @@ class VisionModel(Model):
             if head is not None:
                 yield name, head
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """Logits [B, K]; H and W are multiples of the patch size."""
-        return self._mean(*self.answers(images))
+        return self._mean(*self._read(self.features(images, masked)))
 
     def begin(self, images: Tensor) -> Tensor:
         """The stream in front of the first layer."""
@@ -153,9 +160,9 @@ class VisionModel(Model):
             None if self.distill_head is None else self.distill_head(x[:, 1]),
         )
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """The normed stream [B, P + N, D]: the tokens of the embedding in their order."""
-        x = self.embed(images)
+        x = self.embed(images, masked)
         for layer in self.layers:
             x = layer(x)
         return x if self.norm is None else self.norm(x)

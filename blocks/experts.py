@@ -1,4 +1,4 @@
-"""Expert SwiGLU networks of mixtures: tokens sorted by expert, two grouped matrix products, no capacity."""
+"""Expert networks of mixtures: tokens sorted by expert, two grouped matrix products, no capacity."""
 
 from __future__ import annotations
 
@@ -7,61 +7,46 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.blocks.measure import group_counts
+from zoo.blocks.mlp import ACTIVATIONS
 from zoo.kernels import work
 from zoo.kernels.grouped_mm import grouped_mm
 from zoo.kernels.grouped_mm.cost import flops as grouped_mm_flops
 from zoo.kernels.grouped_mm.tokens import swiglu_tokens
 
 
-class SwiGLUExperts(nn.Module):
-    """E SwiGLU networks: y_n = sum_j w_nj FFN_{i_nj}(x_n).
+class Experts(nn.Module):
+    """E networks of one kind: y_n = sum_j w_nj FFN_{i_nj}(x_n), every assignment computed (dropless), so that a token's
+    output does not depend on the other tokens."""
 
-    gate_up_proj: [E, 2 I, D], gate rows first; down_proj: [E, D, I] (the layout of Hugging Face's Mixtral).
-    Every assignment is computed (dropless), so a token's output does not depend on the other tokens.
-    """
+    matrices: tuple[str, ...]
+    biased = False
 
-    matrices = ("gate_up_proj", "down_proj")
-
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int, kernel: str = "auto", device=None, dtype=None):
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, kernel: str):
         super().__init__()
         self.num_experts, self.dim, self.hidden_dim, self.kernel = num_experts, dim, hidden_dim, kernel
-        factory = {"device": device, "dtype": dtype}
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim, **factory))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, **factory))
 
     def reset_parameters(self) -> None:
-        for weight in (self.gate_up_proj, self.down_proj):
+        for name in self.matrices:
+            weight = self.get_parameter(name)
             std = weight.shape[-1] ** -0.5
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x: [N, D]; indices, weights: [N, k]; returns [N, D]."""
         N, k = indices.shape
-        if self.kernel == "auto":
-            few = swiglu_tokens(x, indices, weights, self.gate_up_proj, self.down_proj)
-            if few is not None:
-                return few
         order = indices.flatten().argsort(stable=True)
-        counts = group_counts(indices, self.num_experts)
-        rows = x.index_select(0, order // k)
-        gate, up = grouped_mm(rows, self.gate_up_proj.transpose(1, 2), counts, backend=self.kernel).chunk(2, dim=-1)
-        y = grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), counts, backend=self.kernel)
+        of = indices.flatten().index_select(0, order) if self.biased else None
+        y = self._networks(x.index_select(0, order // k), group_counts(indices, self.num_experts), of)
         # back to token order first, so that the sum over experts runs in the same order whatever the batch
         y = y.index_select(0, order.argsort()).view(N, k, self.dim)
         return (y * weights[..., None]).sum(1).to(x.dtype)
 
-    def flops(self, assignments: int) -> int:
-        """Matrix FLOPs of `assignments` (tokens times experts per token)."""
-        up = grouped_mm_flops(assignments, self.dim, 2 * self.hidden_dim)
-        return up + grouped_mm_flops(assignments, self.hidden_dim, self.dim)
+    def _networks(self, rows: Tensor, counts: Tensor, of: Tensor | None) -> Tensor:
+        """FFN of rows [N k, D] that lie by expert, `counts` for each; with biases `of` says whose each row is."""
+        raise NotImplementedError
 
-    def vector_flops(self, assignments: int) -> int:
-        """Work outside matrix products: silu, the product, outputs weighted and summed."""
-        return assignments * ((work.SILU + 1) * self.hidden_dim + 2 * self.dim)
-
-    def activation_elements(self, assignments: int) -> int:
-        """Kept for backward: rows, gate and up, silu(gate), their product, outputs in two orders."""
-        return assignments * (3 * self.dim + 4 * self.hidden_dim)
+    def _product(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        return grouped_mm(rows, weight.transpose(1, 2), counts, backend=self.kernel)
 
     def unread(self, choices: int, top_k: int) -> int:
         """Parameters that nobody reads where so many choices of `top_k` experts fall evenly, as is expected."""
@@ -69,4 +54,130 @@ class SwiGLUExperts(nn.Module):
 
     @property
     def params_per_expert(self) -> int:
-        return 3 * self.dim * self.hidden_dim
+        """Parameters of one network."""
+        raise NotImplementedError
+
+
+class MLPExperts(Experts):
+    """E networks W_down f(W_up x) without a gate (Nemotron 3). up_proj: [E, I, D]; down_proj: [E, D, I]."""
+
+    matrices = ("up_proj", "down_proj")
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        kernel: str = "auto",
+        *,
+        activation: str,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(num_experts, dim, hidden_dim, kernel)
+        self.activation = activation
+        factory = {"device": device, "dtype": dtype}
+        self.up_proj = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, **factory))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, **factory))
+
+    def _networks(self, rows: Tensor, counts: Tensor, of: Tensor | None) -> Tensor:
+        hidden = ACTIVATIONS[self.activation](self._product(rows, self.up_proj, counts))
+        return self._product(hidden, self.down_proj, counts)
+
+    def flops(self, assignments: int) -> int:
+        """Matrix FLOPs of `assignments` (tokens times experts per token)."""
+        up = grouped_mm_flops(assignments, self.dim, self.hidden_dim)
+        return up + grouped_mm_flops(assignments, self.hidden_dim, self.dim)
+
+    def vector_flops(self, assignments: int) -> int:
+        """Work outside matrix products: the activation, outputs weighted and summed."""
+        return assignments * (work.SILU * self.hidden_dim + 2 * self.dim)
+
+    def activation_elements(self, assignments: int) -> int:
+        """Kept for backward: rows, before and after the activation, outputs in two orders."""
+        return assignments * (3 * self.dim + 2 * self.hidden_dim)
+
+    @property
+    def params_per_expert(self) -> int:
+        return 2 * self.dim * self.hidden_dim
+
+
+class SwiGLUExperts(Experts):
+    """E SwiGLU networks: y_n = sum_j w_nj FFN_{i_nj}(x_n).
+
+    gate_up_proj: [E, 2 I, D], gate rows first; down_proj: [E, D, I] (the layout of Hugging Face's Mixtral); with `bias`
+    also gate_up_proj_bias: [E, 2 I] and down_proj_bias: [E, D]. With a `limit` L, GPT-OSS's unit stands for silu(g) u:
+    (u + 1) g sigmoid(1.702 g) of g <= L and |u| <= L.
+    """
+
+    matrices = ("gate_up_proj", "down_proj")
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        kernel: str = "auto",
+        *,
+        bias: bool = False,
+        limit: float | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(num_experts, dim, hidden_dim, kernel)
+        self.limit, self.biased = limit, bias
+        factory = {"device": device, "dtype": dtype}
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim, **factory))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, **factory))
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, **factory))
+            self.down_proj_bias = nn.Parameter(torch.empty(num_experts, dim, **factory))
+
+    def reset_parameters(self) -> None:
+        for bias in (self.gate_up_proj_bias, self.down_proj_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        super().reset_parameters()
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        if self.kernel == "auto" and not self.biased and self.limit is None:
+            few = swiglu_tokens(x, indices, weights, self.gate_up_proj, self.down_proj)
+            if few is not None:
+                return few
+        return super().forward(x, indices, weights)
+
+    def _networks(self, rows: Tensor, counts: Tensor, of: Tensor | None) -> Tensor:
+        gate_up = self._product(rows, self.gate_up_proj, counts)
+        if self.gate_up_proj_bias is not None and of is not None:
+            gate_up = gate_up + self.gate_up_proj_bias.index_select(0, of)
+        y = self._product(self._unit(*gate_up.chunk(2, dim=-1)), self.down_proj, counts)
+        if self.down_proj_bias is not None and of is not None:
+            y = y + self.down_proj_bias.index_select(0, of)
+        return y
+
+    def _unit(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.limit is None:
+            return F.silu(gate) * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+    def flops(self, assignments: int) -> int:
+        """Matrix FLOPs of `assignments` (tokens times experts per token)."""
+        up = grouped_mm_flops(assignments, self.dim, 2 * self.hidden_dim)
+        return up + grouped_mm_flops(assignments, self.hidden_dim, self.dim)
+
+    def vector_flops(self, assignments: int) -> int:
+        """Work outside matrix products: silu, the product, clamps, biases, outputs weighted and summed."""
+        unit = work.SILU + 1 + 5 * (self.limit is not None)  # min of the gate, min and max of up, + 1, * 1.702
+        biases = (2 * self.hidden_dim + self.dim) * self.biased
+        return assignments * (unit * self.hidden_dim + biases + 2 * self.dim)
+
+    def activation_elements(self, assignments: int) -> int:
+        """Kept for backward: rows, gate and up, silu(gate), their product, outputs in two orders."""
+        return assignments * (3 * self.dim + 4 * self.hidden_dim)
+
+    @property
+    def params_per_expert(self) -> int:
+        biases = 0 if self.gate_up_proj_bias is None else 2 * self.hidden_dim + self.dim
+        return 3 * self.dim * self.hidden_dim + biases

@@ -26,7 +26,7 @@ from zoo.kernels.linear import Linear, linear
 from zoo.kernels.selective_scan import INTERVAL, selective_scan
 from zoo.kernels.selective_scan import flops as selective_scan_flops
 from zoo.registry import register
-from zoo.schema import PositiveInt
+from zoo.schema import PositiveFloat, PositiveInt
 
 
 @dataclass
@@ -43,14 +43,19 @@ class MambaState(State):
     paper="arXiv:2312.00752",
     ops=("selective_scan", "short_conv"),
     state_growth="constant",
-    examples=({}, {"state_dim": 4, "expand": 1, "conv_size": 2, "dt_rank": 8, "bcdt_norm": True}),
+    examples=(
+        {},
+        {"state_dim": 4, "expand": 1, "conv_size": 2, "dt_rank": 8, "bcdt_norm": True},
+        {"state_dim": 4, "expand": 1, "bias": True, "conv_bias": False},
+    ),
 )
 class Mamba(Block):
     """Mamba: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t, with delta, B, C read from u.
 
     x: [B, T, D] -> y: [B, T, D]; rows of in_proj are [x; z], of x_proj [dt; B; C]. The recurrence is elementwise
     on E N numbers a token; its backward keeps a state every 64 tokens and is O(T). State: E (N + W - 1) numbers.
-    bcdt_norm: RMS norms of dt, B and C (Jamba; with weights of one, Falcon-Mamba).
+    bcdt_norm: RMS norms of dt, B and C (Jamba; with weights of one, Falcon-Mamba), with norm_eps. bias: of in_proj and
+    out_proj; conv_bias: of the convolution.
     As delta -> 0 it is the gated convolution D * u; with A shared over N and delta over a head it is Mamba-2;
     with constant delta, B, C a fixed convolution.
     """
@@ -66,6 +71,9 @@ class Mamba(Block):
         conv_size: PositiveInt = 4,
         dt_rank: PositiveInt | None = None,
         bcdt_norm: bool = False,
+        norm_eps: PositiveFloat = 1e-6,
+        bias: bool = False,
+        conv_bias: bool = True,
         kernel: str = "auto",
         device=None,
         dtype=None,
@@ -75,16 +83,16 @@ class Mamba(Block):
         self.inner, self.state_dim, self.conv_size, self.kernel = expand * dim, state_dim, conv_size, kernel
         self.dt_rank = dt_rank or -(-dim // 16)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_proj = Linear(dim, 2 * self.inner, bias=False, **factory)
-        self.conv1d = ShortConv(self.inner, conv_size, bias=True, **factory)
+        self.in_proj = Linear(dim, 2 * self.inner, bias=bias, **factory)
+        self.conv1d = ShortConv(self.inner, conv_size, bias=conv_bias, **factory)
         self.x_proj = Linear(self.inner, self.dt_rank + 2 * state_dim, bias=False, **factory)
         self.dt_proj = Linear(self.dt_rank, self.inner, **factory)
         self.A_log = nn.Parameter(torch.empty(self.inner, state_dim, **factory))
         self.D = nn.Parameter(torch.empty(self.inner, **factory))
-        self.out_proj = Linear(self.inner, dim, bias=False, **factory)
-        self.dt_layernorm = RMSNorm(self.dt_rank, **factory) if bcdt_norm else None
-        self.b_layernorm = RMSNorm(state_dim, **factory) if bcdt_norm else None
-        self.c_layernorm = RMSNorm(state_dim, **factory) if bcdt_norm else None
+        self.out_proj = Linear(self.inner, dim, bias=bias, **factory)
+        self.dt_layernorm = RMSNorm(self.dt_rank, eps=norm_eps, **factory) if bcdt_norm else None
+        self.b_layernorm = RMSNorm(state_dim, eps=norm_eps, **factory) if bcdt_norm else None
+        self.c_layernorm = RMSNorm(state_dim, eps=norm_eps, **factory) if bcdt_norm else None
 
     def reset_parameters(self) -> None:
         for layer in (self.in_proj, self.x_proj, self.out_proj):

@@ -66,6 +66,7 @@ class GatedGroupNorm(nn.Module):
         {"state_dim": 16, "chunk_size": 16},
         {"num_heads": 4, "num_groups": 2, "state_dim": 8, "chunk_size": 16, "time_step_limit": [0.01, 0.5]},
         {"head_dim": 8, "expand": 1, "conv_size": 2, "state_dim": 16, "chunk_size": 16},
+        {"expand": 1, "state_dim": 8, "chunk_size": 16, "bias": True, "conv_bias": False},
         {
             "expand": 1.5,
             "num_heads": 4,
@@ -83,7 +84,8 @@ class Mamba2(Block):
     delta is clamped to time_step_limit where given, in every mode. Time O(T), as matrix products in chunks; state
     E N + (E + 2 G N)(W - 1) numbers, the recurrent part as [B, H, N, P] (transposed against other codes).
     expand * D = num_heads * head_dim; of the two, one follows from the other, and head_dim is 64 where both are
-    left out (less where 64 does not divide expand * D). chunk_size changes speed only. As in Falcon-H1,
+    left out (less where 64 does not divide expand * D). chunk_size changes speed only. bias: of in_proj and out_proj;
+    conv_bias: of the convolution. As in Falcon-H1,
     `multipliers` scale z, x, B, C and dt as in_proj gives them, and gated_norm=False leaves y * silu(z) without a norm.
     As delta -> 0 it is the skip D x; it is Mamba with A shared over the states and delta over a head.
     """
@@ -102,6 +104,8 @@ class Mamba2(Block):
         multipliers: tuple[float, float, float, float, float] | None = None,
         gated_norm: bool = True,
         norm_eps: PositiveFloat = 1e-5,
+        bias: bool = False,
+        conv_bias: bool = True,
         chunk_size: PositiveInt = 64,
         kernel: str = "auto",
         device=None,
@@ -110,7 +114,7 @@ class Mamba2(Block):
         super().__init__(dim)
         check_backend("linear_attention", kernel)
         self.inner, self.state_dim, self.num_groups = round(expand * dim), state_dim, num_groups
-        if self.inner != expand * dim:
+        if not math.isclose(self.inner, expand * dim):
             raise ValueError(f"expand={expand} times dim={dim} is no whole number of channels")
         self.num_heads, self.head_dim = _heads(self.inner, num_heads, head_dim)
         if self.num_heads % num_groups:
@@ -126,13 +130,13 @@ class Mamba2(Block):
         self.conv_size, self.chunk_size, self.kernel = conv_size, chunk_size, kernel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv_channels = self.inner + 2 * num_groups * state_dim
-        self.in_proj = Linear(dim, self.inner + self.conv_channels + self.num_heads, bias=False, **factory)
-        self.conv1d = ShortConv(self.conv_channels, conv_size, bias=True, **factory)
+        self.in_proj = Linear(dim, self.inner + self.conv_channels + self.num_heads, bias=bias, **factory)
+        self.conv1d = ShortConv(self.conv_channels, conv_size, bias=conv_bias, **factory)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, **factory))
         self.A_log = nn.Parameter(torch.empty(self.num_heads, **factory))
         self.D = nn.Parameter(torch.empty(self.num_heads, **factory))
         self.norm = GatedGroupNorm(self.inner, num_groups, eps=norm_eps, **factory) if gated_norm else None
-        self.out_proj = Linear(self.inner, dim, bias=False, **factory)
+        self.out_proj = Linear(self.inner, dim, bias=bias, **factory)
 
     @staticmethod
     def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:

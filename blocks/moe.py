@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.blocks.experts import SwiGLUExperts
+from zoo.blocks.experts import MLPExperts, SwiGLUExperts
 from zoo.blocks.measure import balance_loss, group_counts, load_metrics, recording
+from zoo.blocks.mlp import MLP
 from zoo.blocks.swiglu import SwiGLU, swiglu_width
 from zoo.contract import (
     Block,
@@ -43,13 +44,15 @@ class TopKRouter(nn.Module):
     e_score_correction_bias: Tensor | None
 
     def __init__(
-        self, dim, num_experts, *, top_k, score, renormalize, route_scale, num_groups, top_groups, bias, device, dtype
-    ):
+        self, dim, num_experts, *, top_k, score, renormalize, route_scale, num_groups, top_groups, selection_bias,
+        device, dtype, bias=False,
+    ):  # fmt: skip
         super().__init__()
         self.top_k, self.score, self.renormalize, self.route_scale = top_k, score, renormalize, route_scale
         self.num_groups, self.top_groups = num_groups, top_groups
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
-        if bias:
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        if selection_bias:
             # never below fp32: its steps are about 1e-3
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             self.register_buffer("e_score_correction_bias", torch.empty(num_experts, device=device, dtype=wide))
@@ -59,6 +62,8 @@ class TopKRouter(nn.Module):
     def reset_parameters(self) -> None:
         std = self.weight.shape[1] ** -0.5
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         if self.e_score_correction_bias is not None:
             nn.init.zeros_(self.e_score_correction_bias)
 
@@ -79,7 +84,7 @@ class TopKRouter(nn.Module):
         return logits, scores, indices, weights if self.route_scale == 1 else weights * self.route_scale
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.weight.numel()
@@ -88,7 +93,7 @@ class TopKRouter(nn.Module):
         """Scores of experts, and weights of the chosen ones."""
         score = work.SOFTMAX if self.score == "softmax" else work.SIGMOID
         chosen = self.top_k * (2 * self.renormalize + (self.route_scale != 1))
-        biased = self.e_score_correction_bias is not None
+        biased = (self.e_score_correction_bias is not None) + (self.bias is not None)
         return tokens * ((score + biased) * self.weight.shape[0] + chosen)
 
     def _within_best_groups(self, wanted: Tensor) -> Tensor:
@@ -137,6 +142,10 @@ class HypersphereRouter(TopKRouter):
     relations=(
         "moe(num_groups=4, top_groups=4) == moe()",
         "moe(balance='bias') == moe(balance='none')",
+        "moe(num_shared_experts=2, hidden_dim=16) == moe(shared_dim=32, hidden_dim=16)",
+        "moe(num_experts=1, top_k=1, hidden_dim=32, activation='relu2') == mlp(hidden_dim=32, activation='relu2') at "
+        "experts.up_proj[0]=up_proj.weight, experts.down_proj[0]=down_proj.weight",
+        "moe(bias=True) == moe() at gate.bias=0, gate_up_proj_bias=0, down_proj_bias=0",
         "moe(top_k=8, renormalize=True) == moe(top_k=8, renormalize=False)",
         "moe(num_experts=1, top_k=1, hidden_dim=32) == swiglu(hidden_dim=32) at "
         "experts.gate_up_proj[0, :32]=gate_proj.weight, experts.gate_up_proj[0, 32:]=up_proj.weight, "
@@ -149,6 +158,8 @@ class HypersphereRouter(TopKRouter):
         {"hidden_dim": 16, "num_shared_experts": 1, "shared_gate": True},
         {"hidden_dim": 24, "num_experts": 4, "top_k": 1, "renormalize": False, "balance": "none"},
         {"hidden_dim": 32, "router": "hypersphere", "sequence_aux_coef": 0.01},
+        {"hidden_dim": 24, "num_experts": 4, "bias": True, "swiglu_limit": 1.0},
+        {"hidden_dim": 24, "num_experts": 4, "activation": "relu2", "shared_dim": 40},
     ),
 )
 class MixtureOfExperts(Block):
@@ -163,10 +174,12 @@ class MixtureOfExperts(Block):
     on top. DeepSeek-V3: score sigmoid, balance bias, sequence_aux_coef 1e-4, bias_update_rate 1e-3 (0 at the end).
 
     x: [B, T, D] -> y: [B, T, D]; no state. hidden_dim is the width of one expert (default: top_k experts are as
-    wide as one SwiGLU), shared experts are one SwiGLU of num_shared_experts * hidden_dim, with `shared_gate` times
-    sigmoid(w x) (Qwen2-MoE, Qwen3-Next). Active parameters and FLOPs a token: (top_k + num_shared_experts)
-    3 D hidden_dim + D E, twice that (hypersphere: (D + E) router_dim for D E, router_dim E / 2 by default). With
-    one expert: SwiGLU.
+    wide as one SwiGLU), shared experts are one SwiGLU of num_shared_experts * hidden_dim or of `shared_dim`, with
+    `shared_gate` times sigmoid(w x) (Qwen2-MoE, Qwen3-Next). GPT-OSS: `bias` gives biases to the router and the routed
+    experts, and `swiglu_limit` L makes these (u + 1) g sigmoid(1.702 g) with g <= L and |u| <= L in place of silu(g) u.
+    An `activation` f other than swiglu makes every expert an MLP W_down f(W_up x) (Nemotron 3). Active parameters and
+    FLOPs a token: (top_k + num_shared_experts) 3 D hidden_dim + D E, twice that; 2 for 3 without a gate (hypersphere:
+    (D + E) router_dim for D E, router_dim E / 2 by default). With one expert: SwiGLU.
     """
 
     expert_counts: Tensor
@@ -192,6 +205,10 @@ class MixtureOfExperts(Block):
         sequence_aux_coef: NonNegativeFloat = 0.0,
         z_loss_coef: NonNegativeFloat = 0.0,
         bias_update_rate: NonNegativeFloat = 1e-3,
+        bias: bool = False,
+        swiglu_limit: PositiveFloat | None = None,
+        activation: Literal["swiglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = "swiglu",
+        shared_dim: PositiveInt | None = None,
         kernel: str = "auto",
         device=None,
         dtype=None,
@@ -213,8 +230,17 @@ class MixtureOfExperts(Block):
             )
         if router_dim is not None and router == "linear":
             raise ValueError(f"router_dim={router_dim} is the width of the hypersphere; set router: hypersphere")
-        if shared_gate and not num_shared_experts:
+        if bias and router == "hypersphere":
+            raise ValueError("bias=true shifts the logits of a linear router; set router: linear, or bias: false")
+        if num_shared_experts and shared_dim:
+            raise ValueError(
+                f"num_shared_experts={num_shared_experts} and shared_dim={shared_dim} are both the width of the shared "
+                "network: give one"
+            )
+        if shared_gate and not num_shared_experts and not shared_dim:
             raise ValueError("shared_gate=true gates the shared experts: give num_shared_experts, or shared_gate=false")
+        if activation != "swiglu" and (bias or swiglu_limit):
+            raise ValueError(f"bias and swiglu_limit are options of swiglu experts, not of activation={activation!r}")
         check_backend("grouped_mm", kernel)
         factory = {"device": device, "dtype": dtype}
         self.num_experts, self.top_k, self.num_shared_experts = num_experts, top_k, num_shared_experts
@@ -223,16 +249,23 @@ class MixtureOfExperts(Block):
         self.sequence_aux_coef, self.bias_update_rate = sequence_aux_coef, bias_update_rate
         choice = {
             "top_k": top_k, "score": score, "renormalize": renormalize, "route_scale": route_scale,
-            "num_groups": num_groups, "top_groups": top_groups, "bias": balance == "bias",
+            "num_groups": num_groups, "top_groups": top_groups, "selection_bias": balance == "bias",
         }  # fmt: skip
         if router == "hypersphere":
             width = router_dim or max(num_experts // 2, 2)
             self.gate = HypersphereRouter(dim, num_experts, router_dim=width, **choice, **factory)
         else:
-            self.gate = TopKRouter(dim, num_experts, **choice, **factory)
-        self.experts = SwiGLUExperts(num_experts, dim, self.hidden_dim, kernel, **factory)
-        shared = num_shared_experts * self.hidden_dim
-        self.shared_experts = SwiGLU(dim, hidden_dim=shared, **factory) if shared else None
+            self.gate = TopKRouter(dim, num_experts, bias=bias, **choice, **factory)
+        shared, sizes = shared_dim or num_shared_experts * self.hidden_dim, (num_experts, dim, self.hidden_dim, kernel)
+        self.shared_experts: SwiGLU | MLP | None = None
+        if activation == "swiglu":
+            self.experts = SwiGLUExperts(*sizes, bias=bias, limit=swiglu_limit, **factory)
+            if shared:
+                self.shared_experts = SwiGLU(dim, hidden_dim=shared, **factory)
+        else:
+            self.experts = MLPExperts(*sizes, activation=activation, **factory)
+            if shared:
+                self.shared_experts = MLP(dim, hidden_dim=shared, activation=activation, **factory)
         self.shared_expert_gate = Linear(dim, 1, bias=False, **factory) if shared_gate else None
         if balance == "bias":
             counts = torch.empty(num_experts, dtype=torch.int64, device=device)

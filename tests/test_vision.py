@@ -174,6 +174,20 @@ def test_registers_stand_behind_the_class_token_and_change_no_patch():
     assert torch.equal(made[:, 1:4], with_them.register_tokens.expand(2, -1, -1))
 
 
+def test_a_hidden_patch_is_not_seen_and_its_token_learns():
+    model = redrawn(zoo.build(config(vision={"image_size": 32, "patch_size": 8, "mask_token": True})))
+    x, hidden = images(2, 3, 32, 32), torch.zeros(2, 16, dtype=torch.bool)
+    hidden[0, 5] = True  # row 1, column 1
+    changed = x.clone()
+    changed[:, :, 8:16, 8:16] += 1
+    plain, other = model.features(x, hidden), model.features(changed, hidden)
+    assert torch.equal(plain[0], other[0]) and not torch.equal(plain[1], other[1])
+    plain.square().sum().backward()
+    assert model.embed.mask_token.grad.any()
+    with pytest.raises(ValueError, match="masked patches need a vector"):
+        embedding()(x, hidden)
+
+
 def test_patches_run_row_by_row():
     embed, x = embedding(), images(1, 3, 32, 32)
     patch = x[0, :, 8:16, 16:24]  # row 1, column 2

@@ -57,3 +57,9 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 def one_of(candidates: Iterable[object]) -> str:
     """Return `one of a, b, c` for a message that lists the allowed values."""
     return "one of " + ", ".join(str(c) for c in candidates)
+
+
+def few(names: Sequence[object], most: int = 3) -> str:
+    """Return `a, b, c and 9 more` for a message that cannot list them all."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more

@@ -69,6 +69,7 @@ class VisionSection(_Section):
     num_classes: NonNegativeInt = 0  # 0: no head, the model gives features
     pool: Literal["class", "mean", "class_mean"] = "class"  # class token, mean over patches, or both
     antialias: bool = False  # of the positions, where they are interpolated to a smaller grid
+    mask_token: bool = False  # that stands for patches which are hidden (masked image modelling)
     distill_token: bool = False  # with a head of its own, for the answers of a teacher (DeiT, arXiv:2012.12877)
 
     @property

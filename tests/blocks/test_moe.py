@@ -81,6 +81,23 @@ def test_is_hugging_faces(family):
     torch.testing.assert_close(ours(X), want, rtol=1e-5, atol=1e-5)
 
 
+def test_clamped_experts_with_biases_are_those_of_gpt_oss():
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+    sizes = {"intermediate_size": HIDDEN, "num_local_experts": 8, "num_experts_per_tok": 3}
+    theirs = redraw(GptOssMLP(GptOssConfig(hidden_size=DIM, swiglu_limit=0.4, **sizes)))
+    ours = moe(top_k=3, bias=True, swiglu_limit=0.4).eval()
+    ours.gate.load_state_dict(theirs.router.state_dict())
+    weights = dict(theirs.experts.state_dict())
+    for name in ("gate_up_proj", "down_proj"):
+        weights[name] = weights[name].mT
+    for name in ("gate_up_proj", "gate_up_proj_bias"):  # theirs alternate gate and up
+        weights[name] = torch.cat([weights[name][:, ::2], weights[name][:, 1::2]], 1)
+    ours.experts.load_state_dict(weights)
+    torch.testing.assert_close(ours(X), theirs(X)[0], rtol=1e-9, atol=1e-9)
+
+
 def test_balance_loss_is_hugging_faces():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

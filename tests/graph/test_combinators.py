@@ -228,16 +228,18 @@ def test_parallel_norm_is_shared_and_blocks_get_none_of_their_own():
 
 def test_residual_styles():
     x = stream()
-    for style in ("pre", "post", "normed", "sandwich", "pre_post", "none"):
+    for style in ("pre", "post", "normed", "sandwich", "reordered", "pre_post", "none"):
         skip = 3.0 if style in ("post", "normed", "pre_post") else 1.0
         node = build({"swiglu": {}, "residual": {"style": style, "scale": 0.5, "skip": skip}}).layers[0]
-        inner = node.block(x if style == "post" else node.norm(x))
+        inner = node.block(x if style in ("post", "reordered") else node.norm(x))
         if style == "post":
             expected = node.norm(3 * x + 0.5 * inner)
         elif style == "normed":
             expected = 3 * node.norm(x) + 0.5 * inner
         elif style == "sandwich":
             expected = x + 0.5 * node.out_norm(inner)
+        elif style == "reordered":
+            expected = x + 0.5 * node.norm(inner)
         elif style == "pre_post":
             expected = node.out_norm(3 * x + 0.5 * inner)
         else:

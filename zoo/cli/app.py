@@ -17,6 +17,7 @@ from zoo.cli import (
     doctor,
     eval,
     generate,
+    import_hf,
     launch,
     listing,
     phases,
@@ -128,6 +129,7 @@ app.command("train")(train.command)
 app.command("launch")(launch.command)
 app.add_typer(data.app, name="data")
 app.command("watch")(watch.command)
+app.command("import")(import_hf.command)
 app.command("generate")(generate.command)
 app.command("eval")(eval.command)
 app.command("phases")(phases.command)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError
 from zoo.graph.nodes import ResidualBlock
 
 Change = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -57,3 +58,21 @@ def linear(ours: str, theirs: str, bias: bool = False) -> Iterator[Rule]:
 def residual_blocks(model: nn.Module) -> list[str]:
     """Names of the residual blocks of a model in the order in which they run, each shared one once."""
     return [name for name, module in model.named_modules() if isinstance(module, ResidualBlock)]
+
+
+def alike(model: nn.Module, ours: str, theirs: str, **renamed: str) -> Iterator[Rule]:
+    """The same tensors below a module of each; `renamed` maps the first part of our names to that of theirs."""
+    for name in model.get_submodule(ours).state_dict():
+        first, dot, rest = name.partition(".")
+        yield same(f"{ours}.{name}", f"{theirs}.{renamed.get(first, first)}{dot}{rest}")
+
+
+def constant(ours: str, value: Tensor) -> Rule:
+    """One of ours that has no counterpart because it is always this. ConfigError where training has changed it."""
+
+    def back(tensors: list[Tensor]) -> list[Tensor]:
+        if not torch.equal(tensors[0].to(value), value):
+            raise ConfigError(f"{ours} was changed; the original has no such weights")
+        return []
+
+    return Rule((ours,), (), lambda _: [value], back)

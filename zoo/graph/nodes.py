@@ -101,7 +101,8 @@ class Builder:
 
 class ResidualBlock(Node):
     """A block in its residual branch: x + scale * block(norm(x)) and its variants. `post` norms the sum instead,
-    norm(skip * x + scale * block(x)); `normed` adds to what the block reads, skip * n + scale * block(n), n = norm(x).
+    norm(skip * x + scale * block(x)), and `reordered` the block's output, x + scale * norm(block(x)); `normed` adds to
+    what the block reads, skip * n + scale * block(n), n = norm(x).
     """
 
     def __init__(
@@ -164,13 +165,14 @@ class ResidualBlock(Node):
 
     def _normed(self, x):
         """What the block reads."""
-        return x if self.norm is None or self.style == "post" else self.norm(x)
+        return x if self.norm is None or self.style in ("post", "reordered") else self.norm(x)
 
     def _branch(self, h, state, positions, doc_ids, v_first: Tensor | None = None):
         given = {} if v_first is None else {"v_first": v_first}
         y = self.block(h, state=state, positions=positions, doc_ids=doc_ids, **given)
-        if self.style == "sandwich" and self.out_norm is not None:
-            y = self.out_norm(y)
+        norm = {"sandwich": self.out_norm, "reordered": self.norm}.get(self.style)
+        if norm is not None:
+            y = norm(y)
         if self.scale is not None:
             y = y * self.scale
         elif self.fixed_scale is not None:

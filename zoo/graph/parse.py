@@ -220,8 +220,8 @@ class Parser:
         return Spec(name, path, kind, self.options(name, options or {}, (*path, name)))
 
     def residual(self, value: Any, path: Path_) -> Residual:
-        """A style (`pre`, `post`, `normed`, `sandwich`, `pre_post`, `none`) or a mapping of `Residual`'s fields;
-        numbers given as a list follow the depth where the attribute stands inside a repeat."""
+        """A style (`pre`, `post`, `normed`, `sandwich`, `reordered`, `pre_post`, `none`) or a mapping of `Residual`'s
+        fields; numbers given as a list follow the depth where the attribute stands inside a repeat."""
         given = {"style": value} if isinstance(value, str) else value
         if not isinstance(given, Mapping):
             self.complain(path, f"must be a style or a mapping, got {value!r}")

@@ -13,12 +13,13 @@ from zoo.sections import VisionSection
 @dataclass(frozen=True)
 class Residual:
     """How a block's output joins the stream: pre x + f(n x), post n(x + f(x)), normed n x + f(n x), sandwich
-    x + n'(f(n x)), pre_post n'(x + f(n x)), none f(n x). `scale` multiplies the output of f, fixed or learned from
-    that start (per channel: layer scale, arXiv:2103.17239); `skip` multiplies the stream beside it, in the styles that
-    norm it: post (DeepNorm), normed (MiniMax-01), pre_post. `drop_path` is the share of rows that go without f in
-    training (stochastic depth, arXiv:1603.09382); in the other rows it is 1 / (1 - drop_path) as large."""
+    x + n'(f(n x)), reordered x + n(f x) (OLMo 2), pre_post n'(x + f(n x)), none f(n x). `scale` multiplies the output
+    of f, fixed or learned from that start (per channel: layer scale, arXiv:2103.17239); `skip` multiplies the stream
+    beside it, in the styles that norm it: post (DeepNorm), normed (MiniMax-01), pre_post. `drop_path` is the share of
+    rows that go without f in training (stochastic depth, arXiv:1603.09382); in the other rows it is 1 / (1 - drop_path)
+    as large."""
 
-    style: Literal["pre", "post", "normed", "sandwich", "pre_post", "none"] = "pre"
+    style: Literal["pre", "post", "normed", "sandwich", "reordered", "pre_post", "none"] = "pre"
     scale: float | None = None
     learn: Literal["none", "scalar", "channel"] = "none"
     skip: float = 1.0

@@ -2,84 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.architectures.model import Model
-from zoo.convert.rules import Rule, linear, residual_blocks, same
+from zoo.convert.families import _layers
+from zoo.convert.rules import Rule, alike, residual_blocks, same
 from zoo.convert.settings import Settings
 
 
-def rope(s: Settings) -> dict[str, Any]:
-    """Rotary options of attention."""
-    parameters = dict(s.rope_parameters)
+def rope(s: Settings, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Rotary options of attention; `given` where layers differ in them."""
+    _layers.idle(s, "original_max_position_embeddings", "partial_rotary_factor", "rope_theta")  # they are in these:
+    parameters = {k: v for k, v in (given or s.rope_parameters).items() if v is not None and k != "type"}
     options: dict[str, Any] = {"rope_base": float(parameters.pop("rope_theta"))}
     if (share := parameters.pop("partial_rotary_factor", 1.0)) != 1.0:
-        options["rotary_dim"] = int(share * s.head_dim)
-    if parameters["rope_type"] not in ("default", "linear", "llama3", "yarn"):
-        raise s.refused(f"rope_type: {parameters['rope_type']!r}", "can be default, linear, llama3 or yarn")
-    if parameters["rope_type"] != "default":
+        options["rotary_dim"] = int(share * head_dim(s))
+    kind = parameters["rope_type"]
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        why = "its angles depend on the length of the text" if kind in ("dynamic", "longrope") else ""
+        raise s.refused(f"rope_type: {kind!r}", (why and f"{why}; ") + "can be default, linear, llama3 or yarn")
+    if kind != "default":
         options["rope_scaling"] = parameters
     return options
 
 
-def attention(s: Settings) -> dict[str, Any]:
-    """Grouped attention as Llama has it."""
+def head_dim(s: Settings) -> int:
+    """Channels of a head."""
+    return s.get("head_dim") or s.hidden_size // s.num_attention_heads
+
+
+def attention(
+    s: Settings, window: int | None = None, given_rope: Mapping[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """Grouped attention as Llama has it, with a window, and `more` options."""
     heads = s.num_attention_heads
-    options = {"num_heads": heads, "num_kv_heads": s.get("num_key_value_heads", heads)}
-    options["head_dim"] = s.get("head_dim") or s.hidden_size // heads
-    if s.get("attention_bias", False):
-        options["bias"] = True
-    return options | rope(s)
+    options = {"num_heads": heads, "num_kv_heads": s.get("num_key_value_heads", heads), "head_dim": head_dim(s)}
+    options |= _layers.given(bias=(bool(s.get("attention_bias", False)), False), window=(window, None))
+    return options | rope(s, given_rope) | more
 
 
 def swiglu(s: Settings) -> dict[str, Any]:
     """Gated feed-forward layer."""
     s.expect(hidden_act=("silu", "swish"))
-    return {"hidden_dim": s.intermediate_size} | ({"bias": True} if s.get("mlp_bias", False) else {})
+    return {"hidden_dim": s.intermediate_size} | _layers.given(bias=(bool(s.get("mlp_bias", False)), False))
 
 
-def frame(s: Settings, layer: list[Any]) -> dict[str, Any]:
-    """A model of equal layers with RMS norms in front of the blocks."""
-    norm = {"rms": {"eps": s.rms_norm_eps}}
-    return {
-        "dim": s.hidden_size,
-        "vocab_size": s.vocab_size,
-        "tie_embeddings": bool(s.get("tie_word_embeddings", False)),
-        "norm": norm,
-        "final_norm": norm,
-        "define": {"layer": layer},
-        "trunk": [{"repeat": s.num_hidden_layers, "of": "layer"}],
-    }
+def one_window(s: Settings) -> list[int | None]:
+    """The window of each layer where all have the same."""
+    return [s.get("sliding_window")] * s.num_hidden_layers
+
+
+def windows(s: Settings) -> list[int | None]:
+    """The window of each layer where `layer_types` tells which ones have it."""
+    _layers.idle(s, "use_sliding_window")
+    kinds = s.get("layer_types") or ["full_attention"] * s.num_hidden_layers
+    if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise s.refused(f"layer_types: {odd[0]!r}", "can be full_attention or sliding_attention")
+    window = s.get("sliding_window")
+    return [window if kind == "sliding_attention" else None for kind in kinds[: s.num_hidden_layers]]
+
+
+def stack(s: Settings, layers: list[tuple[str, list[Any]]]) -> dict[str, Any]:
+    """A model of these layers, each with its name; those of one name are equal."""
+    if len({name for name, _ in layers}) == 1:
+        layers = [("layer", parts) for _, parts in layers]
+    return _layers.body(s, s.rms_norm_eps, dict(layers), [name for name, _ in layers])
+
+
+def by_window(s: Settings, windows: list[int | None], ffn: Any, **more: Any) -> dict[str, Any]:
+    """A model of layers of attention with `more` options and `ffn`, which differ in the window alone."""
+    named = [("full" if w is None else "sliding", [{"attention": attention(s, w, **more)}, ffn]) for w in windows]
+    return stack(s, named)
 
 
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
-    return frame(s, [{"attention": attention(s)}, {"swiglu": swiglu(s)}])
-
-
-def ends(s: Settings, head: str = "lm_head") -> Iterator[Rule]:
-    """Embedding, final norm, head."""
-    yield same("tok_embeddings.weight", "model.embed_tokens.weight")
-    yield same("norm.weight", "model.norm.weight")
-    if not s.get("tie_word_embeddings", False):
-        yield same("lm_head.weight", f"{head}.weight")
-
-
-def layer_rules(s: Settings, mixer: str, ffn: str, i: int) -> Iterator[Rule]:
-    """Norms, attention and feed-forward of layer i, at the residual blocks `mixer` and `ffn`."""
-    theirs = f"model.layers.{i}"
-    yield same(f"{mixer}.norm.weight", f"{theirs}.input_layernorm.weight")
-    yield same(f"{ffn}.norm.weight", f"{theirs}.post_attention_layernorm.weight")
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        yield from linear(f"{mixer}.block.{name}", f"{theirs}.self_attn.{name}", bool(s.get("attention_bias")))
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        yield from linear(f"{ffn}.block.{name}", f"{theirs}.mlp.{name}", bool(s.get("mlp_bias")))
+    return by_window(s, [None] * s.num_hidden_layers, {"swiglu": swiglu(s)})
 
 
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
-    yield from ends(s)
+    yield from _layers.ends(s, "model.embed_tokens", "model.norm")
+    for mixer, ffn, theirs in pairs(s, model):
+        yield from norms(theirs, **{f"{mixer}.norm": "input_layernorm", f"{ffn}.norm": "post_attention_layernorm"})
+        yield from alike(model, f"{mixer}.block", f"{theirs}.self_attn")
+        yield from alike(model, f"{ffn}.block", f"{theirs}.mlp")
+
+
+def pairs(s: Settings, model: Model) -> Iterator[tuple[str, str, str]]:
+    """The residual blocks of attention and of the feed-forward layer, and the name of their layer in theirs."""
     blocks = residual_blocks(model)
     for i in range(s.num_hidden_layers):
-        yield from layer_rules(s, blocks[2 * i], blocks[2 * i + 1], i)
+        yield blocks[2 * i], blocks[2 * i + 1], f"model.layers.{i}"
+
+
+def norms(theirs: str, **names: str) -> Iterator[Rule]:
+    """Norms of a layer, ours by name of theirs."""
+    for ours, name in names.items():
+        yield same(f"{ours}.weight", f"{theirs}.{name}.weight")

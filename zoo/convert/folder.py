@@ -1,0 +1,144 @@
+"""A folder of the Hugging Face Hub: config.json, weights in safetensors files, read without running anything in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from zoo.errors import ConfigError, Problem
+
+CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# what stands beside the weights and stays true of the converted model
+BESIDE = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    "generation_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+
+
+def refused(path: Path, message: str) -> ConfigError:
+    """The error of a file or folder."""
+    return ConfigError([Problem(message, file=str(path))])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ConfigError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise refused(path, "does not exist; is it the folder of a model?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise refused(path, f"is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise refused(path, "holds no JSON object")
+    return value
+
+
+def license_of(folder: Path) -> str:
+    """The licence that the front matter of README.md names, or nothing."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        if not text.startswith("---"):
+            return ""
+        found = yaml.safe_load(text.split("---", 2)[1])
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return ""
+    if not isinstance(found, dict):
+        return ""
+    name = found.get("license_name") if found.get("license") == "other" else None
+    return str(name or found.get("license") or "")
+
+
+def copy_beside(folder: Path, out: Path) -> list[str]:
+    """Copy tokenizer, generation settings and licence texts; their names."""
+    found = sorted({p for pattern in BESIDE for p in folder.glob(pattern) if p.is_file()})
+    for path in found:
+        shutil.copyfile(path, out / path.name)
+    return [path.name for path in found]
+
+
+class Weights:
+    """The tensors of a folder by name; each is read when it is asked for. A context: the files are open inside.
+
+    All files and headers are checked at the start. ConfigError names what is missing, damaged, pickled or quantised.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open = ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> Weights:
+        try:
+            for name in self._listed():
+                for tensor in (file := self._opened(self.folder / name)).keys():  # noqa: SIM118 (it is no mapping)
+                    self._files[tensor] = file
+        except BaseException:
+            self._open.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def _listed(self) -> list[str]:
+        if (self.folder / INDEX).is_file():
+            index = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise refused(self.folder / INDEX, "has no weight_map")
+            files = sorted(set(map(str, index.values())))
+            for name in files:
+                if Path(name).name != name or not name.endswith(".safetensors"):
+                    raise refused(self.folder / INDEX, f"names {name!r}, which is no safetensors file of its folder")
+            return files
+        if (self.folder / ONE_FILE).is_file():
+            return [ONE_FILE]
+        if pickled := sorted(p.name for pattern in PICKLED for p in self.folder.glob(pattern)):
+            raise refused(
+                self.folder, f"has pickled weights ({pickled[0]}), which can run code when read; only safetensors are"
+            )
+        raise refused(self.folder, f"has no weights: neither {ONE_FILE} nor {INDEX}")
+
+    def _opened(self, path: Path) -> Any:
+        try:
+            return self._open.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise refused(path, f"is missing, though {INDEX} names it") from None
+        except (SafetensorError, OSError) as error:
+            raise refused(path, f"is damaged or no safetensors file: {error}") from None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that is not read."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self) -> torch.dtype:
+        """The type of most numbers. ConfigError where they are none that a model computes with."""
+        counted: Counter[str] = Counter()
+        for name in self._files:
+            counted[self._files[name].get_slice(name).get_dtype()] += torch.Size(self.shape(name)).numel()
+        if odd := sorted(counted.keys() - DTYPES.keys()):
+            raise refused(self.folder, f"has quantised weights ({', '.join(odd)}); only float16 to float64 are read")
+        return DTYPES[counted.most_common(1)[0][0]]
+
+    def __call__(self, name: str) -> Tensor:
+        """A tensor, read now."""
+        try:
+            return self._files[name].get_tensor(name)
+        except SafetensorError as error:
+            raise refused(self.folder, f"{name} cannot be read: {error}") from None
