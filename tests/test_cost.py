@@ -9,8 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-import zoo.kernels.flops  # noqa: F401  formulas that torch lacks
-from zoo.errors import ConfigError
+import zoo.kernels.flops  # formulas that torch lacks
 
 V, D, L, T = 1024, 256, 2, 256  # vocabulary, width, layers, tokens
 H, KV, HEAD, F = 4, 2, 64, 704  # heads, key heads, their width, hidden width of the FFN
