@@ -358,6 +358,14 @@ class Attention(Block):
         token += 0 if self.sinks is None else score * self.num_heads  # one more score
         return batch_size * (seq_len * token + score * self.scores(seq_len, context_len))
 
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        if self.select is None:
+            return 0
+        slots, size, heads = self.select.listed(context_len + seq_len)
+        chosen = slots * size * (self.num_heads // self.num_kv_heads if heads > self.num_kv_heads else 1)
+        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, chosen) * token
+
     @property
     def _fused(self) -> bool:
         return self.softcap is None and self.sinks is None and self.kernel in ("auto", "sdpa")

@@ -177,6 +177,9 @@ class ChunkMixtureOfExperts(Block):
         tokens = batch_size * seq_len
         return tokens * (self.dim + work.SOFTMAX * self.top_k) + self.experts.vector_flops(tokens * self.top_k)
 
+    def product_elements(self, batch_size: int, seq_len: int) -> int:
+        return batch_size * seq_len * self.top_k * (2 * self.hidden_dim + self.dim)
+
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return batch_size * (2 * self.dim * state_dtype(self.gate.weight.dtype).itemsize + 8)
 

@@ -303,6 +303,10 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             total += self.indexer.vector_flops(batch_size * seq_len, batch_size * pairs)
         return total
 
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        token = (self.kv_lora_rank + self.rope_dim) * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, self.top_k) * token
+
     def _seen(self, seq_len: int, context_len: int) -> int:
         return work.pairs(seq_len, context_len, self.top_k)
 

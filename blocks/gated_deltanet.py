@@ -61,6 +61,8 @@ class GatedDeltaNet(Block):
     Without decay it is DeltaNet; on orthonormal keys, decayed linear attention of beta v.
     """
 
+    interval = 32
+
     def __init__(
         self,
         dim: int,

@@ -250,6 +250,12 @@ class InfLLMV2(Block):
         token += Hkv * D * self.rule.kernel_size // self.rule.kernel_stride  # sums of the means
         return batch_size * (seq_len * token + work.SOFTMAX * H * sum(self._pairs(seq_len, context_len)))
 
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        if context_len < self.dense_len:
+            return 0
+        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, self.rule.top_k * self.block_size) * token
+
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize = self.num_kv_heads * self.head_dim, self.itemsize
         cache = kv_cache_bytes(batch_size, max_len, self.num_kv_heads, self.head_dim, self.head_dim, itemsize)

@@ -210,6 +210,14 @@ class LandmarkAttention(Block):
         scores = H * (work.block_pairs(seq_len, context_len, size, 1) + size * chosen)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        if self.top_k is None:
+            return 0
+        chosen = self.num_heads // self.num_kv_heads * self.top_k * self.block_size  # heads of a group differ
+        chosen += self.block_size + context_len // self.block_size  # the own section, landmarks
+        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, chosen) * token
+
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return kv_cache_bytes(batch_size, max_len, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)
 

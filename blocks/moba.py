@@ -264,6 +264,11 @@ class MoBA(Block):
         scores = H * work.block_pairs(seq_len, context_len, self.block_size, self.top_k)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        chosen = self.num_heads // self.num_kv_heads * self.top_k * self.block_size  # heads of a group differ
+        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, chosen) * token
+
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize = self.num_kv_heads * self.head_dim, self.itemsize
         sums = -(-max_len // self.block_size) * width * max(itemsize, 4)

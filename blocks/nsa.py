@@ -310,6 +310,10 @@ class NativeSparseAttention(Block):
         scores = H * self._pairs(seq_len, context_len)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        token = self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, self.rule.top_k * self.block_size) * token
+
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         dims, itemsize = (self.num_kv_heads, self.head_dim, self.v_head_dim), self.itemsize
         slots = self.rule.num_slots(max_len) + self.rule.kernel_size - 1

@@ -187,6 +187,9 @@ class RecurrentBlock(Block):
         channel = 2 * self.conv_size + 2 * work.SIGMOID + 1 + 1 + 3 + 2 + 2 + work.GELU + 1
         return batch_size * seq_len * self.width * channel
 
+    def product_elements(self, batch_size: int, seq_len: int) -> int:
+        return super().product_elements(batch_size, seq_len) + 2 * batch_size * seq_len * self.width  # the gates
+
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         # x; W_y x and its gelu; u before and after the convolution; gates; log a, 1 - a^2, its root, root * i;
         # a, h; h * gelu

@@ -297,6 +297,10 @@ class SeerAttention(Block):
         scores = H * work.block_pairs(seq_len, context_len, self.block_size, self.top_k)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, self.top_k * self.block_size) * token
+
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         heads, width = self.num_kv_heads, self.head_dim
         gate = -(-max_len // self.block_size) * heads * self.gate_dim + self.block_size * heads * width

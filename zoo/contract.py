@@ -19,6 +19,7 @@ from zoo import row
 from zoo.state import EmptyState, SharedKeys, State, StateList, counter, state_dtype  # noqa: F401  for blocks
 
 Mode = Literal["train", "prefill", "decode"]
+OUTPUTS = ("o_proj", "out_proj", "linear_out", "out_projection")  # names of the last linear layer of a mixer
 
 
 # ---------------------------------------------------------------------------------------------- cost
@@ -38,7 +39,9 @@ class Cost:
     2 a multiply-add, the decay of a matrix state = 1 a number. Tables (angles), indices, sorting and copies count 0.
 
     `active_params` are the parameters one token touches; bytes are those of an ideal kernel that reads its
-    weights, inputs and state once; `activation_bytes` are kept for backward (0 outside train)."""
+    weights, inputs and state once and writes what it adds to the state. Kept for backward (0 outside train) are
+    `activation_bytes`, of which `product_bytes` are results of matrix products, attention and scans: what selective
+    checkpointing keeps, where full checkpointing keeps a layer's input alone."""
 
     params: int = 0
     active_params: int = 0
@@ -49,6 +52,7 @@ class Cost:
     state_bytes: int = 0
     useful_flops: int = 0
     vector_flops: int = 0
+    product_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -223,6 +227,7 @@ class Block(nn.Module, metaclass=DrawsItself):
     """
 
     causal: bool = True
+    interval: ClassVar[int] = 64  # tokens between the states that a scan on a CPU keeps
     shares_keys: bool = False  # takes a SharedKeys in the place of its state; then it has `write_keys`
     # names of own parameters, for trainers; modules inside a block declare theirs by the same attributes
     not_decayed: ClassVar[tuple[str, ...]] = ()  # spared by weight decay, as every vector is
@@ -282,6 +287,24 @@ class Block(nn.Module, metaclass=DrawsItself):
         """Elements kept for backward by one training forward."""
         raise NotImplementedError(f"{type(self).__name__}.activation_elements")
 
+    def product_elements(self, batch_size: int, seq_len: int) -> int:
+        """Elements of the results of matrix products, attention and scans in one training forward: by default those of
+        linear layers, what the output projection reads and, of a state that does not grow, one every `interval` tokens
+        and the last."""
+        linears = {name: m for name, m in self.named_modules() if isinstance(m, nn.Linear)}
+        token = sum(m.out_features for m in linears.values())
+        size = self.state_bytes(1, 1)
+        if size:
+            output = next((linears[name] for name in OUTPUTS if name in linears), None)
+            token += (output.in_features if output else self.dim) + getattr(self, "num_heads", 0)
+        grows = not size or self.state_bytes(1, 4096) > size
+        states = 0 if grows else size // state_dtype(self.reference_parameter.dtype).itemsize
+        return batch_size * (seq_len * token + states * (-(-seq_len // self.interval) + 1))
+
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        """Of the state after `context_len` tokens, what `seq_len` more leave unread because they choose their keys."""
+        return 0
+
     def active_params(self) -> int:
         """Parameters one token touches."""
         return sum(p.numel() for p in self.parameters())
@@ -294,24 +317,24 @@ class Block(nn.Module, metaclass=DrawsItself):
         itemsize = self.itemsize
         stream = batch_size * seq_len * self.dim * itemsize
         state = self.state_bytes(batch_size, context_len + seq_len) if mode != "train" else 0
+        before = self.state_bytes(batch_size, context_len) if state and context_len else 0
+        unread = self.unread_bytes(batch_size, seq_len, context_len) if before else 0
+        # what is appended; of a full ring as many slots; a state that does not grow changes as a whole
+        added = state - before or min(state, self.state_bytes(batch_size, seq_len))
         kept = self.activation_elements(batch_size, seq_len) * itemsize if mode == "train" else 0
         passes = 3 if mode == "train" else 1
         return Cost(
             params=params,
             active_params=self.active_params(),
             flops=passes * forward,
-            bytes_read=passes * (params * itemsize + stream) + state + kept,
-            bytes_written=passes * stream + self._state_written(batch_size, context_len, state) + kept,
+            bytes_read=passes * (params * itemsize + stream) + before - unread + kept,
+            bytes_written=passes * stream + added + kept,
             activation_bytes=kept,
             state_bytes=state,
             useful_flops=passes * self.useful_flops(batch_size, seq_len, context_len),
             vector_flops=passes * self.vector_flops(batch_size, seq_len, context_len),
+            product_bytes=self.product_elements(batch_size, seq_len) * itemsize if mode == "train" else 0,
         )
-
-    def _state_written(self, batch_size: int, context_len: int, state: int) -> int:
-        """Bytes of `state` that new tokens change: what they append, or all of one that does not grow."""
-        before = self.state_bytes(batch_size, context_len) if state and context_len else 0
-        return state if state == before else state - before
 
     def parallel_plan(self) -> ParallelPlan:
         """How this block is split over ranks."""
