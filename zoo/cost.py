@@ -128,7 +128,8 @@ def estimate(
     state = totals["state_bytes"] + (8 * batch_size if streams and mode != "train" else 0)
     name = str(model.config.get("name", "model"))  # type: ignore[union-attr]
     totals["state_bytes"] = state
-    memory = _memory(model, nodes, batch_size * seq_len) if mode == "train" else None
+    tokens = model.trained_tokens(batch_size, seq_len)  # type: ignore[union-attr]
+    memory = _memory(model, nodes, tokens) if mode == "train" else None
     return CostReport(
         name, mode, batch_size, seq_len, context_len, params, params - inactive,
         nodes=tuple(nodes), assumptions=tuple(assumptions), memory=memory, **totals,
