@@ -102,6 +102,7 @@ class Attention(Block):
     of it useful), 4 H d T window with a window. A window of at least T is plain attention.
     Parameters and their layouts are those of Llama, Qwen3, OLMo 2, Gemma 2, GPT-OSS and Qwen3-Next in Hugging
     Face.
+    Useful: 4 H d FLOPs for each pair of a query and a key that it sees, and five operations a score.
     """
 
     shares_keys = True

@@ -135,6 +135,8 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
     x: [B, T, D] -> y: [B, T, D]. T^2 work for the indexer, T top_k for attention. State: that of MLA and one indexer
     key a token. A sequence of at most top_k tokens is MLA, in either of its forms.
     Parameters and layouts are those of DeepSeek-V3.2 in Hugging Face.
+    Useful: a score of the indexer for each causal pair, and MLA's work for the chosen min(t, top_k) keys of token
+    t.
     """
 
     def __init__(

@@ -80,6 +80,7 @@ class HierarchicalSparseAttention(Block):
     T^2 / chunk_size work for retrieval, T top_k chunk_size for attention. State: KV cache, a landmark a chunk.
     Never dense. RAMba encodes chunks once, at mid depth, for all layers above; here each block reads its own input,
     and the optional bidirectional encoder of the chunks is left out.
+    Useful: (4 chunk_size + 2) H d FLOPs for each chosen chunk, 2 dr a retrieval head for each past one.
     """
 
     def __init__(

@@ -85,6 +85,7 @@ class InfLLMV2(Block):
     KV cache and one key a stride; a decoded token reads the listed blocks and the compressed keys.
     T <= dense_len, or top_k >= all blocks, is attention. The released code compares dense_len with the whole
     sequence; here each token compares its own place in its document, so that prefill and decoding agree.
+    Useful: 4 H d FLOPs for each key that is read, 2 H d for each window that is scored.
     """
 
     def __init__(

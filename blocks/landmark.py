@@ -67,6 +67,7 @@ class LandmarkAttention(Block):
     x: [B, T, D] -> y: [B, T, D]. T^2 work, or T^2 / block_size for landmarks and T top_k block_size for sections.
     State: KV cache; decoding reads the landmarks, the chosen sections and the own one. Keys keep their true positions,
     where the paper moves the chosen sections next to the query. One section is attention.
+    Useful: 4 H d FLOPs for each key of the own and the chosen sections, 2 H d for each landmark.
     """
 
     def __init__(

@@ -85,6 +85,7 @@ class MoBA(Block):
     x: [B, T, D] -> y: [B, T, D]. T^2 / block_size work for scores, T * top_k * block_size for attention.
     State: KV cache and one summed key per block; decoding reads top_k blocks. top_k >= all blocks is dense
     attention; top_k = 1 is attention inside each block alone.
+    Useful: 2 H d FLOPs for each past block and 4 H d for each key of the chosen ones up to the token.
     """
 
     def __init__(

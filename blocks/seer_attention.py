@@ -84,6 +84,7 @@ class SeerAttention(Block):
     This is the gate of SeerAttention-R; the first paper's also pools queries over blocks, which is not causal.
     x: [B, T, D] -> y: [B, T, D]. T^2 / block_size work for the gate, T top_k block_size for attention. State: KV cache,
     one gate key a block, a block of keys. A sequence of at most top_k blocks is attention.
+    Useful: 4 H d FLOPs for each key that is read, 2 gate_dim a group for each past block.
     """
 
     def __init__(
