@@ -253,3 +253,54 @@ def test_large_models_are_estimated_in_a_second(name):
     zoo.estimate(name, batch_size=1, seq_len=8192)
     zoo.estimate(name, batch_size=8, seq_len=1, context_len=8191, mode="decode")
     assert time.process_time() - began < 5
+
+
+def test_bytes_of_a_layer_are_those_of_its_parts():
+    """x is read by the norm, the branch and the sum, which reads the branch too; each writes once."""
+    report = zoo.estimate({"dim": D, "vocab_size": V, "trunk": ["swiglu"]}, batch_size=1, seq_len=T, mode="prefill")
+    layer = next(n for n in report.nodes if n.block == "swiglu")
+    stream = 4 * T * D
+    assert (layer.bytes_read, layer.bytes_written) == (4 * layer.params + 4 * stream, 3 * stream)
+    embedding, head = report.nodes[0], report.nodes[-1]
+    assert embedding.bytes_read == embedding.bytes_written == stream  # rows, not the table
+    assert head.bytes_read == 4 * V * D + stream and head.bytes_written == 4 * T * V
+
+
+GRAPHS = {
+    "loop": {"loop": {"steps": 3}, "of": [["attention", "swiglu"]]},
+    "parallel": {"parallel": ["attention", "swiglu"]},
+    "stage": {"stage": {"steps": 3}, "of": [["attention", "swiglu"]]},
+}
+
+
+@pytest.mark.parametrize("name", ["loop", "parallel", "stage"])
+def test_combinators_add_up(name):
+    def of(trunk, mode="prefill"):
+        return zoo.estimate({"dim": 64, "vocab_size": 50, "trunk": trunk}, batch_size=1, seq_len=128, mode=mode)
+
+    layer, graph = of([["attention", "swiglu"]]), of([GRAPHS[name]])
+    times = 1 if name == "parallel" else 3
+    outside = 2 * 128 * 64 * 50  # the head
+    own = 2 * 3 * (16 + 16 * 3 * 64) if name == "stage" else 0  # the small network of the depths
+    assert graph.useful_flops == times * (layer.useful_flops - outside) + outside + own
+    assert graph.flops == times * (layer.flops - outside) + outside + own
+    assert graph.vector_flops > layer.vector_flops
+    train = of([GRAPHS[name]], "train")
+    assert train.useful_flops == pytest.approx(3 * graph.useful_flops, rel=1e-3)
+    assert train.vector_flops == 3 * graph.vector_flops
+
+
+def test_routers_say_what_is_assumed():
+    def said(router, nested=True):
+        node = {"loop": {"steps": 2, "router": router}, "of": [["swiglu"]]}
+        if not nested:
+            node = {"route": {"router": router}, "of": [["attention", "swiglu"]]}
+        return zoo.estimate({"dim": 64, "vocab_size": 50, "trunk": [node]}, batch_size=1, seq_len=64).assumptions
+
+    assert said("fixed") == said("act") == ()  # act computes every step for every token
+    assert said({"expert_choice": {"capacity": [1.0, 0.25]}}) == (
+        "expert_choice: steps are taken by 1, 0.25 of the tokens",
+    )
+    assert said("token_choice") == ("token_choice: steps are taken by 1, 0.5 of the tokens",)
+    assert said("exit") == ("exit: no token leaves before the last step",)
+    assert said({"mod": {"capacity": 0.125}}, nested=False) == ("mod: bodies are taken by 0.125 of the tokens",)
