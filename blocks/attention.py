@@ -335,11 +335,9 @@ class Attention(Block):
 
     def useful_query_flops(self, batch_size: int, queries: int, seq_len: int, context_len: int = 0) -> int:
         """What the mathematics needs of `query_flops`."""
-        scores = self.scores(seq_len, context_len) * queries // seq_len
-        choosing = 0 if self.select is None else self.select.choosing_flops(seq_len, context_len)
-        return linear_flops(batch_size * queries, self.q_proj, self.o_proj) + batch_size * (
-            4 * scores * self.head_dim + choosing
-        )
+        attend = 4 * self.head_dim * (self.scores(seq_len, context_len) * queries // seq_len)
+        attend += 0 if self.select is None else self.select.choosing_flops(seq_len, context_len)
+        return linear_flops(batch_size * queries, self.q_proj, self.o_proj) + batch_size * attend
 
     def scores(self, seq_len: int, context_len: int = 0) -> int:
         """Scores that the softmax of a row runs over, of all heads."""
@@ -360,12 +358,8 @@ class Attention(Block):
         return batch_size * (seq_len * token + score * self.scores(seq_len, context_len))
 
     def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
-        if self.select is None:
-            return 0
-        slots, size, heads = self.select.listed(context_len + seq_len)
-        chosen = slots * size * (self.num_heads // self.num_kv_heads if heads > self.num_kv_heads else 1)
-        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
-        return batch_size * work.unread_keys(seq_len, context_len, chosen) * token
+        unread = 0 if self.select is None else self.select.unread_keys(seq_len, context_len)
+        return batch_size * unread * 2 * self.num_kv_heads * self.head_dim * self.itemsize
 
     @property
     def _fused(self) -> bool:
