@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from zoo.architectures.causal_lm import CausalLM, ModelState, check_request, draw
 from zoo.architectures.model import evaluating
 from zoo.blocks.kv_cache import KVCache
-from zoo.contract import positions_from
+from zoo.contract import Cost, Mode, positions_from
 from zoo.errors import ConfigError
+from zoo.graph.nodes import Leaf
 from zoo.graph.spec import Graph
 from zoo.kernels.attention import TwoCopies
 from zoo.sections import DiffusionSection
@@ -119,6 +120,46 @@ class BlockDiffusionLM(CausalLM):
         """Logits [B, T, V] of the token in each place; meaningless in the first where logits are shifted."""
         logits = self.head(hidden)
         return torch.cat([logits[:, :1], logits[:, :-1]], 1) if self.recipe.shift else _without_mask(logits)
+
+    # ----------------------------------------------------------------------------------------- cost
+    def trained_tokens(self, batch_size: int, seq_len: int) -> int:
+        return 2 * self._rows(batch_size) * seq_len
+
+    def _rows(self, batch_size: int) -> int:
+        return batch_size * (2 if self.recipe.complementary else 1)
+
+    def leaves(self, batch_size: int, seq_len: int, context_len: int, mode: Mode) -> Iterator[Leaf]:
+        """In training those of a pass over both copies; else of the causal model, which a step of sampling is."""
+        if mode != "train":
+            yield from super().leaves(batch_size, seq_len, context_len, mode)
+            return
+        where = self._rows(batch_size)
+        once, both = (super(BlockDiffusionLM, self).leaves(where, n, 0, mode) for n in (seq_len, 2 * seq_len))
+        for one, two in zip(once, both, strict=True):
+            yield replace(two, cost=self._of_copies(one.cost, two.cost, seq_len))
+
+    def _of_copies(self, one: Cost, two: Cost, n: int) -> Cost:
+        """From what a causal row of n tokens takes, and one of 2 n. What grows with the square are pairs: executed are
+        all n^2 for either copy against the clean one, and n L inside the noisy blocks."""
+        L, before = self.block_size, n * (n - self.block_size) / 2  # pairs with clean blocks before the own one
+        clean = n * (n + 1) / 2 if self.recipe.causal_context else before + n * L
+        share = (clean + before + n * L - n * (n + 1)) / n**2
+        return two.replace(
+            flops=2 * one.flops + round((two.flops - 2 * one.flops) * L / (2 * n)),
+            useful_flops=2 * one.useful_flops + round((two.useful_flops - 2 * one.useful_flops) * share),
+            vector_flops=2 * one.vector_flops + round((two.vector_flops - 2 * one.vector_flops) * share),
+        )
+
+    def ends(self, batch_size: int, seq_len: int, mode: Mode) -> Iterator[Leaf]:
+        if mode != "train":
+            yield from super().ends(batch_size, seq_len, mode)
+            return
+        rows = self._rows(batch_size)
+        *around, _ = super().ends(rows, 2 * seq_len, mode)
+        yield from around
+        # the clean copy is read out where it learns to predict the next token
+        *_, head = super().ends(rows, seq_len * (2 if self.recipe.causal_context else 1), mode)
+        yield head
 
     # ------------------------------------------------------------------------------------- sampling
     def stream(

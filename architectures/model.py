@@ -87,6 +87,10 @@ class Model(nn.Module):
                     leaf = replace(leaf, cost=cost)
                 yield leaf
 
+    def trained_tokens(self, batch_size: int, seq_len: int) -> int:
+        """Tokens that go through the trunk in a training step."""
+        return batch_size * seq_len
+
     def ends(self, batch_size: int, seq_len: int, mode: Mode) -> Iterator[Leaf]:
         """Costs around the trunk: the embedding first, then final norm and head."""
         raise NotImplementedError

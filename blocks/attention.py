@@ -102,6 +102,7 @@ class Attention(Block):
     of it useful), 4 H d T window with a window. A window of at least T is plain attention.
     Parameters and their layouts are those of Llama, Qwen3, OLMo 2, Gemma 2, GPT-OSS and Qwen3-Next in Hugging
     Face.
+    Useful: 4 H d FLOPs for each pair of a query and a key that it sees, and five operations a score.
     """
 
     shares_keys = True
@@ -334,11 +335,9 @@ class Attention(Block):
 
     def useful_query_flops(self, batch_size: int, queries: int, seq_len: int, context_len: int = 0) -> int:
         """What the mathematics needs of `query_flops`."""
-        scores = self.scores(seq_len, context_len) * queries // seq_len
-        choosing = 0 if self.select is None else self.select.choosing_flops(seq_len, context_len)
-        return linear_flops(batch_size * queries, self.q_proj, self.o_proj) + batch_size * (
-            4 * scores * self.head_dim + choosing
-        )
+        attend = 4 * self.head_dim * (self.scores(seq_len, context_len) * queries // seq_len)
+        attend += 0 if self.select is None else self.select.choosing_flops(seq_len, context_len)
+        return linear_flops(batch_size * queries, self.q_proj, self.o_proj) + batch_size * attend
 
     def scores(self, seq_len: int, context_len: int = 0) -> int:
         """Scores that the softmax of a row runs over, of all heads."""
@@ -357,6 +356,10 @@ class Attention(Block):
         token += (work.SIGMOID + 1) * q_width if self.output_gate else 0
         token += 0 if self.sinks is None else score * self.num_heads  # one more score
         return batch_size * (seq_len * token + score * self.scores(seq_len, context_len))
+
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        unread = 0 if self.select is None else self.select.unread_keys(seq_len, context_len)
+        return batch_size * unread * 2 * self.num_kv_heads * self.head_dim * self.itemsize
 
     @property
     def _fused(self) -> bool:

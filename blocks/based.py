@@ -47,6 +47,7 @@ class Based(LinearMixer):
     code keeps all 1 + F + F^2, with the same scores.
     The paper's models hold such layers beside short convolutions and `attention` with a small window, which looks
     closely where this one looks far (configs/based_small.yaml). `jrt` without a prefix is this block.
+    Useful: 4 (1 + F + F(F+1)/2) (d + 1) FLOPs a head and token.
     """
 
     value_extra = 1

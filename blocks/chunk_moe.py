@@ -73,6 +73,7 @@ class ChunkMixtureOfExperts(Block):
 
     x: [B, T, D] -> y: [B, T, D]; state: sum of the open chunk, mean of the last full one, position. Parameters
     E 3 D hidden_dim + D E + D; FLOPs a token 6 top_k D hidden_dim. With one expert: SwiGLU for any chunk_size.
+    Useful: one routing for each chunk that begins.
     """
 
     def __init__(
@@ -176,6 +177,9 @@ class ChunkMixtureOfExperts(Block):
     def vector_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
         tokens = batch_size * seq_len
         return tokens * (self.dim + work.SOFTMAX * self.top_k) + self.experts.vector_flops(tokens * self.top_k)
+
+    def product_elements(self, batch_size: int, seq_len: int) -> int:
+        return batch_size * seq_len * self.top_k * (2 * self.hidden_dim + self.dim)
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return batch_size * (2 * self.dim * state_dtype(self.gate.weight.dtype).itemsize + 8)

@@ -49,6 +49,7 @@ class ContextualPositionAttention(Block):
     x: [B, T, D] -> y: [B, T, D]. The T^2 gates and places are written out, for a tile of queries at a time, which
     backward computes again. The table starts at zero. State: KV cache; a decoded token counts anew over all of it.
     num_positions = 1, or a table of equal embeddings, is attention without position; gates of 1 give p = i - j + 1.
+    Useful: 4 H d FLOPs a causal pair and 2 H d num_positions a token.
     """
 
     def __init__(

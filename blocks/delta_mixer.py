@@ -35,6 +35,8 @@ class DeltaMixer(Block):
     and, with decay 'channel', what the decay is.
     """
 
+    interval = 32
+
     def __init__(
         self,
         dim: int,

@@ -44,6 +44,7 @@ class DeltaNet(DeltaMixer):
     y = W_o RMSNorm_head(o), times silu(W_g x) with `output_gate`. A value head is expand_v head_dim wide.
     x: [B, T, D] -> y: [B, T, D]; time O(n T), state H Dk Dv numbers and the last W-1 inputs of the convolutions.
     On orthonormal keys linear attention of beta v; with n = 1 and decay Gated DeltaNet.
+    Useful: (4 n + 2) Dk Dv FLOPs a head and token: each update reads and writes, the query reads.
     """
 
     def __init__(

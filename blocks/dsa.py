@@ -135,6 +135,8 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
     x: [B, T, D] -> y: [B, T, D]. T^2 work for the indexer, T top_k for attention. State: that of MLA and one indexer
     key a token. A sequence of at most top_k tokens is MLA, in either of its forms.
     Parameters and layouts are those of DeepSeek-V3.2 in Hugging Face.
+    Useful: a score of the indexer for each causal pair, and MLA's work for the chosen min(t, top_k) keys of token
+    t.
     """
 
     def __init__(
@@ -302,6 +304,10 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             pairs = work.pairs(seq_len, context_len)
             total += self.indexer.vector_flops(batch_size * seq_len, batch_size * pairs)
         return total
+
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        token = (self.kv_lora_rank + self.rope_dim) * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, self.top_k) * token
 
     def _seen(self, seq_len: int, context_len: int) -> int:
         return work.pairs(seq_len, context_len, self.top_k)

@@ -41,6 +41,7 @@ class GatedLinearAttention(LinearMixer):
     y = W_o (RMSNorm_head(o) * silu(W_g x)). Key width is expand_k D, value width expand_v D over all heads.
     x: [B, T, D] -> y: [B, T, D]; time O(T), state H Dk Dv numbers (D^2 / 2H by default).
     Without the gate it is linear attention; with equal gates in a head it is a scalar-decay mixer.
+    Useful: 4 Dk Dv FLOPs a head and token, and Dk Dv products with the decay.
     """
 
     def __init__(

@@ -37,6 +37,7 @@ class HGRN2(Block):
     starts, which then learns one cumulative softmax over all its layers.
     x: [B, T, D] -> y: [B, T, D]; 4 D^2 + D parameters, time O(T), state D^2 / H numbers, each a convex combination
     of values: |S| <= max |v|. As f -> 1 the state stays what it was.
+    Useful: 4 D Dh FLOPs a token for the state, and D Dh products with the gate.
     """
 
     def __init__(

@@ -80,6 +80,7 @@ class HierarchicalSparseAttention(Block):
     T^2 / chunk_size work for retrieval, T top_k chunk_size for attention. State: KV cache, a landmark a chunk.
     Never dense. RAMba encodes chunks once, at mid depth, for all layers above; here each block reads its own input,
     and the optional bidirectional encoder of the chunks is left out.
+    Useful: (4 chunk_size + 2) H d FLOPs for each chosen chunk, 2 dr a retrieval head for each past one.
     """
 
     def __init__(
@@ -251,6 +252,10 @@ class HierarchicalSparseAttention(Block):
         chosen = work.earlier_blocks(seq_len, context_len, self.chunk_size, self.top_k)
         weights = 3 * self.num_retrieval_heads * chosen  # softplus, sum of the newer, exponential
         return batch_size * (seq_len * token + work.SOFTMAX * H * self.chunk_size * chosen + weights)
+
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, self.top_k * self.chunk_size) * token
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize = self.head_dim, self.itemsize

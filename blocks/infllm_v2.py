@@ -85,6 +85,7 @@ class InfLLMV2(Block):
     KV cache and one key a stride; a decoded token reads the listed blocks and the compressed keys.
     T <= dense_len, or top_k >= all blocks, is attention. The released code compares dense_len with the whole
     sequence; here each token compares its own place in its document, so that prefill and decoding agree.
+    Useful: 4 H d FLOPs for each key that is read, 2 H d for each window that is scored.
     """
 
     def __init__(
@@ -249,6 +250,12 @@ class InfLLMV2(Block):
         token = 0 if self.rope_base is None else work.ROPE * (H + Hkv) * D
         token += Hkv * D * self.rule.kernel_size // self.rule.kernel_stride  # sums of the means
         return batch_size * (seq_len * token + work.SOFTMAX * H * sum(self._pairs(seq_len, context_len)))
+
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        if context_len < self.dense_len:
+            return 0
+        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, self.rule.top_k * self.block_size) * token
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize = self.num_kv_heads * self.head_dim, self.itemsize

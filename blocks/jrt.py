@@ -49,6 +49,7 @@ class JRT(Based):
     document has its own. x: [B, T, D] -> y: [B, T, D]; from token M on y is causal.
     State: that of `based`, E folded in. Streaming: the prefix is what the first segment of a row holds of its
     first M tokens; segments after it may be cut anywhere. prefix_len = 0 is `based`.
+    Useful: the work of `based`, and one more update of the state for each token of the prefix.
     """
 
     def __init__(

@@ -78,6 +78,7 @@ class KimiDeltaAttention(DeltaMixer):
     x: [B, T, D] -> y: [B, T, D]; time O(T), state H Dk^2 numbers and the last W-1 inputs of the convolution.
     decay='head' is Gated DeltaNet, decay='none' DeltaNet; beta = 0 writes nothing and y = 0.
     Parameters and layouts are those of Kimi Linear in Hugging Face: the rows of conv1d are those of q, k and v.
+    Useful: 6 Dk^2 FLOPs a head and token (S k, the update, S q), and Dk^2 products with the decay.
     """
 
     def __init__(

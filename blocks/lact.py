@@ -122,6 +122,7 @@ class LaCT(Block):
     No token reads its own chunk, so the window (default C) must reach over one. Chunks are counted from each
     document's start. State: the weights (and the last step), the open chunk, the window; a chunk is learnt when
     it is full, so decoding equals the full pass. With C >= T it is a fixed network beside window attention.
+    Useful: 4 D FLOPs for each pair in the window, and the network's for reading and learning.
     """
 
     not_decayed = ("qk_scale", "qk_offset")

@@ -67,6 +67,7 @@ class LandmarkAttention(Block):
     x: [B, T, D] -> y: [B, T, D]. T^2 work, or T^2 / block_size for landmarks and T top_k block_size for sections.
     State: KV cache; decoding reads the landmarks, the chosen sections and the own one. Keys keep their true positions,
     where the paper moves the chosen sections next to the query. One section is attention.
+    Useful: 4 H d FLOPs for each key of the own and the chosen sections, 2 H d for each landmark.
     """
 
     def __init__(
@@ -209,6 +210,14 @@ class LandmarkAttention(Block):
         chosen = work.earlier_blocks(seq_len, context_len, size, self.top_k)
         scores = H * (work.block_pairs(seq_len, context_len, size, 1) + size * chosen)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
+
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        if self.top_k is None:
+            return 0
+        chosen = self.num_heads // self.num_kv_heads * self.top_k * self.block_size  # heads of a group differ
+        chosen += self.block_size + context_len // self.block_size  # the own section, landmarks
+        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, chosen) * token
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         return kv_cache_bytes(batch_size, max_len, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)

@@ -41,6 +41,7 @@ class LightningAttention(Block):
     `paper` has log lambda_h = -(8h/H) (1 - l/L), whose head 0 never forgets. Rows of qkv_proj: per head q, k, v.
     x: [B, T, D] -> y: [B, T, D]; time O(T), state H Dh^2 numbers.
     As lambda -> 1 it is un-normalised linear attention on silu features.
+    Useful: 4 H Dh^2 FLOPs a token for the state, and H Dh^2 products with the decay.
     """
 
     def __init__(

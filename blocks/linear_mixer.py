@@ -20,6 +20,7 @@ class LinearMixer(Block):
     """y = W_o (norm(o) * silu(W_g x)), o = linear_attention(W_q x, W_k x, W_v x, decay), norm and gate optional.
 
     A subclass says what happens to q and k, and what the decay is.
+    Useful: 4 Dk Dv FLOPs a head and token, one update and one reading of the state.
     """
 
     decay_kind: Literal["none", "head", "channel"] = "none"

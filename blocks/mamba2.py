@@ -88,6 +88,7 @@ class Mamba2(Block):
     conv_bias: of the convolution. As in Falcon-H1,
     `multipliers` scale z, x, B, C and dt as in_proj gives them, and gated_norm=False leaves y * silu(z) without a norm.
     As delta -> 0 it is the skip D x; it is Mamba with A shared over the states and delta over a head.
+    Useful: 4 E N FLOPs a token for the state, and E N products with the decay.
     """
 
     def __init__(

@@ -93,6 +93,7 @@ class Mamba3(Block):
     Time O(T), as matrix products in chunks of chunk_size, which changes speed only; state E N + E + H (R N + S)
     numbers, S = rope_fraction N / 2 angles.
     By Euler's rule and without rotation, norm and bias of B and C it is Mamba-2 without its convolution.
+    Useful: 4 R E N FLOPs a token for the state, at R > 1 and pairs within it, and E N products with the decay.
     """
 
     not_decayed = ("B_bias", "C_bias")

@@ -61,6 +61,8 @@ class MultiHeadLatentAttention(Block):
     runs in the absorbed form (latents as one key head) or expands the cache, whichever costs less; both are
     the same function. With kv_lora_rank >= heads * (nope + v) and no norm it can be any multi-head attention.
     Parameters and layouts are those of DeepSeek-V3 in Hugging Face, rotary pairs (2i, 2i+1).
+    Useful: 2 H (nope + rope + v) FLOPs a causal pair and one expansion a token, or the absorbed form, if that is
+    less.
     """
 
     def __init__(

@@ -122,6 +122,7 @@ class MatrixLSTM(Block):
     xLSTM layer (weight_mode `single`); its initialisation, which also zeroes the output gate, is not repeated.
     x: [B, T, D] -> y: [B, T, D]; time O(T), state H (Dk Dv + Dk + 1) numbers.
     With i = f = 1 it is linear attention with the denominator max(|n . q|, 1).
+    Useful: 4 H Dk (Dv + 1) FLOPs a token for memory and normaliser.
     """
 
     eps = 1e-6

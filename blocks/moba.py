@@ -85,6 +85,7 @@ class MoBA(Block):
     x: [B, T, D] -> y: [B, T, D]. T^2 / block_size work for scores, T * top_k * block_size for attention.
     State: KV cache and one summed key per block; decoding reads top_k blocks. top_k >= all blocks is dense
     attention; top_k = 1 is attention inside each block alone.
+    Useful: 2 H d FLOPs for each past block and 4 H d for each key of the chosen ones up to the token.
     """
 
     def __init__(
@@ -263,6 +264,11 @@ class MoBA(Block):
             token += (2 * self.k_conv1d.kernel_size[0] + work.SILU + 1) * Hkv * D
         scores = H * work.block_pairs(seq_len, context_len, self.block_size, self.top_k)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
+
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        chosen = self.num_heads // self.num_kv_heads * self.top_k * self.block_size  # heads of a group differ
+        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, chosen) * token
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize = self.num_kv_heads * self.head_dim, self.itemsize

@@ -353,6 +353,11 @@ class MixtureOfExperts(Block):
         routing = tokens * (self.dim + 3 * self.num_experts + 4 * self.top_k)
         return routing + self.experts.activation_elements(tokens * self.top_k) + shared
 
+    def product_elements(self, batch_size: int, seq_len: int) -> int:
+        tokens = batch_size * seq_len
+        routed = tokens * (self.num_experts + self.top_k * (2 * self.hidden_dim + self.dim))
+        return super().product_elements(batch_size, seq_len) + routed
+
     def active_params(self) -> int:
         idle = self.num_experts - self.top_k
         return super().active_params() - idle * self.experts.params_per_expert

@@ -114,6 +114,7 @@ class NativeSparseAttention(Block):
     The authors released no code: the form of the MLP (one hidden layer of the head's width, shared by the heads)
     and where its keys are rotated are ours. The layer of flash-linear-attention is compression="mean",
     shared_kv=True and kernel_size = kernel_stride = block_size.
+    Useful: 4 H d FLOPs for each complete window, chosen key and near key; the choice reads the compressed weights.
     """
 
     def __init__(
@@ -309,6 +310,10 @@ class NativeSparseAttention(Block):
         token += Hkv * (D + Dv) * self.rule.kernel_size // self.rule.kernel_stride  # places, or sums of the means
         scores = H * self._pairs(seq_len, context_len)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
+
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        token = self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, self.rule.top_k * self.block_size) * token
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         dims, itemsize = (self.num_kv_heads, self.head_dim, self.v_head_dim), self.itemsize

@@ -154,6 +154,9 @@ class PermutedBlockSparse(Policy):
     def scores(self, num_queries: int, context_len: int) -> int:
         return self.num_heads * work.pairs(num_queries, context_len)
 
+    def listed(self, num_keys: int) -> tuple[int, int, int]:
+        return num_keys, 1, self.num_heads
+
     def kept(self, seq_len: int) -> int:
         # the lists, the copies of keys and values, two outputs and their denominators
         return self.num_heads * (self._blocks(seq_len) + 4 * self.head_dim + 2)

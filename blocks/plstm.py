@@ -67,6 +67,7 @@ class ParallelLSTM(Block):
     not a series of 16 terms; and gate weights start small, not at zero, where all slots have the same gradient.
     x: [B, T, D] -> y: [B, T, D]; time O(T), state D^2 / H numbers for any J, and W - 1 inputs.
     With all gates 1 and J = 1 the core is causal linear attention.
+    Useful: (4 J + 2 J^2) Dk Dv FLOPs a head and token, or those of merged chunks, if they are less.
     """
 
     def __init__(

@@ -43,6 +43,7 @@ class PrefixAttention(Attention):
     x: [B, T, D] -> y: [B, T, D]; 4 H d T^2 FLOPs. State: the key-value cache of `attention`. Streaming: the prefix is
     what the first segment of a row holds of its first prefix_len tokens; segments after it may be cut anywhere.
     prefix_len = 0 is attention, a prefix of T attention without a causal mask. Parameters are those of `attention`.
+    Useful: 4 H d FLOPs a causal pair, and for the pairs that look ahead in the prefix.
     """
 
     shares_keys = False

@@ -99,6 +99,7 @@ class RAT(Block):
     Chunks are counted from each document's start; the released code needs T to be a multiple of L, this does not.
     2 D T^2 / L FLOPs of attention (half of it useful); state: 2 D numbers a chunk, and 2 D that run.
     L = 1 with g = 0 is softmax attention under an output gate, L >= T a gated linear RNN.
+    Useful: 4 D FLOPs for each earlier chunk of a token; the rest is elementwise.
     """
 
     def __init__(

@@ -48,6 +48,7 @@ class Retention(LinearMixer):
     neighbouring pairs; y = W_o (RMSNorm_head(o) * silu(W_g x)). Value width is expand_v D.
     x: [B, T, D] -> y: [B, T, D]; time O(T), state H Dk Dv = expand_v D^2 / H numbers and a position.
     With decay 1 and no rotation it is linear attention.
+    Useful: 4 Dk Dv FLOPs a head and token, and Dk Dv products with the decay.
     """
 
     decay_kind = "head"

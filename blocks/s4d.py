@@ -63,6 +63,7 @@ class S4D(Block):
     documents a scan, which keeps N numbers of every channel and token.
     Doubled delta is the same system sampled half as often; with C = 0 the layer acts on each token alone.
     Parameters cast to bf16 are another system: phases grow with time.
+    Useful: 2 D N FLOPs a token to read the states, and 4 D N operations to make them.
     """
 
     not_decayed = ("log_A_real", "A_imag")

@@ -84,6 +84,7 @@ class SeerAttention(Block):
     This is the gate of SeerAttention-R; the first paper's also pools queries over blocks, which is not causal.
     x: [B, T, D] -> y: [B, T, D]. T^2 / block_size work for the gate, T top_k block_size for attention. State: KV cache,
     one gate key a block, a block of keys. A sequence of at most top_k blocks is attention.
+    Useful: 4 H d FLOPs for each key that is read, 2 gate_dim a group for each past block.
     """
 
     def __init__(
@@ -296,6 +297,10 @@ class SeerAttention(Block):
             token += 0 if self.rope_base is None else work.ROPE * Hkv * self.gate_dim
         scores = H * work.block_pairs(seq_len, context_len, self.block_size, self.top_k)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
+
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return batch_size * work.unread_keys(seq_len, context_len, self.top_k * self.block_size) * token
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         heads, width = self.num_kv_heads, self.head_dim

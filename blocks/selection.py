@@ -302,3 +302,9 @@ class Policy:
         keys = context_len + num_queries
         said = self.prepare_flops(1, num_queries, keys) + self.scoring_flops(1, num_queries, num_queries, keys)
         return said * work.pairs(num_queries, context_len) // (num_queries * keys)
+
+    def unread_keys(self, num_queries: int, context_len: int) -> int:
+        """Keys of the context that no query reads; heads of a group differ where each has a list."""
+        slots, size, heads = self.listed(context_len + num_queries)
+        lists = self.num_heads // self.num_kv_heads if heads > self.num_kv_heads else 1
+        return work.unread_keys(num_queries, context_len, slots * size * lists)

@@ -91,6 +91,7 @@ class WindowGlobal(Block):
     State: the last max(window, chunk_size) tokens and the globals, whatever T is. Exact, because the best of a
     growing prefix are found among the best so far and the new chunk. num_globals = 0 is windowed attention
     (no score head); a window of at least T is plain attention.
+    Useful: 4 H d FLOPs for each key of the window and each global that has left it.
     """
 
     def __init__(

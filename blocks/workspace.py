@@ -73,6 +73,7 @@ class WorkspaceMemory(Block):
     Parameters slots D + 4 D rank + 3 D + 3. T / chunk_size sequential steps over [B, slots, D]; 4 slots D rank
     FLOPs a chunk and 2 slots (D + rank) a token; streaming does a step's arithmetic in every call, so that shapes
     stay fixed. Before the first chunk ends it is attention over `slots` learned vectors.
+    Useful: 2 slots (D + rank) FLOPs a token, and a write for each chunk that ends.
     """
 
     def __init__(

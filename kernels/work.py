@@ -89,3 +89,8 @@ def attention_work(heads: int, pairs: int, key_dim: int, value_dim: int) -> int:
 def recurrence(products: int, tokens: int, heads: int, key_dim: int, value_dim: int) -> int:
     """Matrix FLOPs of matrix states [heads, key_dim, value_dim] that take so many `products` a token."""
     return 2 * products * tokens * heads * key_dim * value_dim
+
+
+def unread_keys(queries: int, context: int, chosen: int) -> int:
+    """Keys of the context that nobody reads where every query chooses so many, all of them different."""
+    return max(0, context - queries * chosen)

@@ -95,6 +95,25 @@ class WrongTrainFlops(Toy):
         return cost.replace(flops=cost.flops // 3 * 2) if mode == "train" else cost
 
 
+@breaks("useful_work")
+class MoreUsefulThanDone(Toy):
+    def useful_flops(self, batch_size, seq_len, context_len=0):
+        return super().useful_flops(batch_size, seq_len, context_len) + 1
+
+
+@breaks("useful_work")
+class NoVectorWork(Toy):
+    def vector_flops(self, batch_size, seq_len, context_len=0):
+        return 0
+
+
+@breaks("useful_work")
+class WrongVectorTraining(Toy):
+    def cost(self, batch_size, seq_len, context_len=0, mode="train"):
+        cost = super().cost(batch_size, seq_len, context_len, mode)
+        return cost.replace(vector_flops=1000)
+
+
 @breaks("parameters")
 class WrongParams(Toy):
     def cost(self, batch_size, seq_len, context_len=0, mode="train"):

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+import zoo.kernels.flops  # formulas that torch lacks
 from zoo.architectures.block_diffusion import RECIPES
 from zoo.architectures.causal_lm import CausalLM
 from zoo.kernels.attention import TwoCopies, attention
@@ -431,3 +433,22 @@ def test_configurations_that_cannot_work(change, words):
     with pytest.raises(zoo.ConfigError) as caught:
         zoo.load_config(config | change)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bd3_small", "nbdiff_small", "fast_dllm_small"])
+def test_a_training_step_costs_what_is_counted(name):
+    """A pass over the noisy and the clean copy; useful are the pairs of its mask, one by one."""
+    n, block, rows = 64, 16, 2
+    model = zoo.build(name, ["dim=64", "vocab_size=61", "trunk[0].repeat=2", f"diffusion.block_size={block}"])
+    report = zoo.estimate(model, batch_size=rows, seq_len=n)
+    noise = torch.full((rows, n), 0.5)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.losses(torch.zeros(rows, n, dtype=torch.int64), noise)
+    assert report.flops == 3 * counter.get_total_flops()
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    clean = j <= i if model.recipe.causal_context else j // block <= i // block
+    noisy = (j // block < i // block).sum() + (j // block == i // block).sum()
+    attention = model.layers[0].items[0].block
+    passes = rows * (2 if model.recipe.complementary else 1)
+    unused = 2 * n * n + n * block - int(clean.sum() + noisy)
+    assert report.flops - report.useful_flops == 3 * passes * 2 * unused * 4 * attention.num_heads * attention.head_dim

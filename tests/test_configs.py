@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+import zoo.kernels.flops  # formulas that torch lacks
 from zoo.architectures.causal_lm import CausalLM
+from zoo.graph.hierarchy import Hierarchy
 from zoo.graph.loader import config_names, find_config, load_graph
 from zoo.registry import block_card, list_blocks
 
@@ -227,6 +230,40 @@ def test_trains(model):
     torch.nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert sum(p.grad is not None for p in model.parameters()) >= 0.9 * len(list(model.parameters()))
+
+
+# what is assumed of bytes and useful work alone
+ELSEWHERE = ("choose experts evenly", "fires at every token", "reads all keys that it may")
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_predicted_costs_are_the_counted_ones(name):
+    """Parameters, state bytes and matrix FLOPs of a whole pass and, where there is a state, of a token after it."""
+    language = not re.search("^vision:", find_config(name).read_text(), re.M)
+    model = zoo.build(name, SMALL + SHRINK.get(name, []) if language else []).eval()
+    length = 37 if language else model.options.num_tokens
+    inputs = tokens(length) if language else torch.zeros(2, 3, model.options.image_size, model.options.image_size)
+
+    def counted(*args, **given):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*args, **given)
+        return counter.get_total_flops()
+
+    report = zoo.estimate(model, batch_size=2, seq_len=length, mode="prefill")
+    assert report.params == sum(p.numel() for p in model.parameters())
+    assert min(report.useful_flops, report.vector_flops) > 0
+    exact = all(line.endswith(ELSEWHERE) for line in report.assumptions)
+    if exact:
+        assert report.flops == counted(inputs)
+    # a step of a hierarchy is the mean over a chunk, and tests/graph/test_hierarchy.py counts it
+    if "decode" in model.modes and not any(isinstance(m, Hierarchy) for m in model.modules()):
+        state = model.init_state(2, length + 1)
+        step = zoo.estimate(model, batch_size=2, seq_len=1, context_len=length, mode="decode")
+        assert step.state_bytes == state.max_nbytes
+        with torch.no_grad():
+            model(inputs, state=state)
+        if exact:
+            assert step.flops == counted(inputs[:, :1], state=state)
 
 
 def test_saves_and_loads(model, tmp_path):

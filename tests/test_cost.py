@@ -4,13 +4,18 @@ Nothing here is taken from the package but the report. Useful work follows the m
 runs on a CPU (also counted by torch); both must be within 1 % and are, but where noted, equal.
 """
 
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-import zoo.kernels.flops  # noqa: F401  formulas that torch lacks
-from zoo.errors import ConfigError
+import zoo.kernels.flops  # formulas that torch lacks
+from zoo.sections import TrainSection
+from zoo.train.parallelize import parallelize
 
 V, D, L, T = 1024, 256, 2, 256  # vocabulary, width, layers, tokens
 H, KV, HEAD, F = 4, 2, 64, 704  # heads, key heads, their width, hidden width of the FFN
@@ -164,3 +169,138 @@ def test_executed_work_is_counted_and_by_hand(name):
         model(torch.zeros(1, T, dtype=torch.int64))
     assert report.flops == counter.get_total_flops()
     assert report.flops == pytest.approx(L * (useful + EXECUTED[name]) + HEAD_FLOPS, rel=1e-2)
+
+
+def test_bytes_of_a_decoded_token():
+    """Weights once, of the state what is read, the token that is added; by hand, in four bytes."""
+
+    def moved(name, context, **options):
+        block = zoo.create_block(name, D, device="meta", **options)
+        step, first = (block.cost(1, 1, n, "decode") for n in (context, 0))
+        assert first.bytes_read == 4 * (first.params + D)
+        return step.bytes_read - first.bytes_read, step.bytes_written - 4 * D
+
+    token, context = 4 * 2 * KV * HEAD, 10_000  # a key and a value of each head
+    plain = moved("attention", context, **ATTENTION["attention"])
+    assert plain[0] == pytest.approx(context * token, rel=1e-4) and plain[1] == token
+    ring = moved("attention", context, **ATTENTION["attention"], window=32)
+    assert ring[0] == pytest.approx(32 * token, rel=0.1) and ring[1] == pytest.approx(token, rel=0.1)
+    # two query heads a group choose three blocks each; a sum of keys in each of 625 blocks is read too
+    blocks = moved("moba", context, **ATTENTION["attention"], block_size=16, top_k=3)
+    assert blocks[0] == pytest.approx(2 * 3 * 16 * token + 625 * token / 2, rel=1e-2)
+    state = moved("gated_deltanet", context, num_heads=H, head_dim=HEAD, expand_v=1.0)
+    assert state == (4 * (H * HEAD * HEAD + 3 * 3 * H * HEAD),) * 2  # read and written, with three inputs of the taps
+
+
+def test_a_mixture_reads_the_experts_that_are_chosen():
+    block = zoo.create_block("moe", D, num_experts=8, top_k=2, hidden_dim=512, device="meta")
+    expert = 4 * 3 * D * 512
+    rest = 4 * 8 * D
+    for tokens in (1, 3, 100):
+        read = block.cost(1, tokens, 0, "prefill").bytes_read - 4 * tokens * D
+        assert read == pytest.approx(rest + 8 * (1 - (6 / 8) ** tokens) * expert, rel=1e-6)
+    assert "moe: tokens choose experts evenly" in zoo.estimate(
+        document(MODELS["mixtral"][0]), batch_size=1, seq_len=1
+    ).assumptions  # fmt: skip
+
+
+def test_training_memory():
+    """AdamW in float32 has two moments; activations under each kind of checkpointing against what is allocated."""
+    layer = [{"attention": {"num_heads": 2, "num_kv_heads": 1}}, {"moe": {}}]
+    trunk = {"trunk": [{"repeat": 3, "of": [layer]}, {"repeat": 2, "of": ["gated_deltanet"]}]}
+    given = {"name": "memory", "dim": 128, "vocab_size": 50, **trunk}
+    report = zoo.estimate(given, batch_size=2, seq_len=128)
+    memory = report.memory
+    assert memory.parameters == memory.gradients == memory.optimizer // 2 == 4 * report.params
+    assert memory.activations["none"] == report.activation_bytes
+    assert memory.total("full") < memory.total("selective") < memory.total()
+    for how in ("selective", "full"):
+        model = zoo.build(given)
+        parallelize(model, TrainSection(activation_checkpoint=how))
+        tokens = torch.zeros(2, 128, dtype=torch.int64)
+        with torch.profiler.profile(profile_memory=True) as seen:
+            logits = model(tokens)  # holds the graph
+        kept = sum(e.self_cpu_memory_usage for e in seen.events())
+        del logits
+        # beside the layers, logits and the inputs of norm and head
+        assert memory.activations[how] == pytest.approx(kept, rel=0.05, abs=160_000)
+    assert zoo.estimate(given, batch_size=2, seq_len=128, mode="prefill").memory is None
+
+
+LARGE = ["trunk[1].repeat=88"]  # of deepseek_v3: a trillion parameters
+MEASURE = """
+import resource, time
+began = time.process_time()
+import zoo
+report = zoo.estimate("deepseek_v3", {overrides}, batch_size=1, seq_len=4096)
+assert report.params > 1e12, report.params
+print(time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def test_a_trillion_parameters_take_seconds_and_no_memory():
+    """Imports included; a third of both limits is usual."""
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE.format(overrides=LARGE)], capture_output=True, text=True, check=True
+    )
+    seconds, gigabytes = map(float, found.stdout.split())
+    assert seconds < 10 and gigabytes < 1
+
+
+@pytest.mark.parametrize("name", ["hydra_hybrid", "hnet_xl", "deepseek_v3"])
+def test_large_models_are_estimated_in_a_second(name):
+    began = time.process_time()
+    zoo.estimate(name, batch_size=1, seq_len=8192)
+    zoo.estimate(name, batch_size=8, seq_len=1, context_len=8191, mode="decode")
+    assert time.process_time() - began < 5
+
+
+def test_bytes_of_a_layer_are_those_of_its_parts():
+    """x is read by the norm, the branch and the sum, which reads the branch too; each writes once."""
+    report = zoo.estimate({"dim": D, "vocab_size": V, "trunk": ["swiglu"]}, batch_size=1, seq_len=T, mode="prefill")
+    layer = next(n for n in report.nodes if n.block == "swiglu")
+    stream = 4 * T * D
+    assert (layer.bytes_read, layer.bytes_written) == (4 * layer.params + 4 * stream, 3 * stream)
+    embedding, head = report.nodes[0], report.nodes[-1]
+    assert embedding.bytes_read == embedding.bytes_written == stream  # rows, not the table
+    assert head.bytes_read == 4 * V * D + stream and head.bytes_written == 4 * T * V
+
+
+GRAPHS = {
+    "loop": {"loop": {"steps": 3}, "of": [["attention", "swiglu"]]},
+    "parallel": {"parallel": ["attention", "swiglu"]},
+    "stage": {"stage": {"steps": 3}, "of": [["attention", "swiglu"]]},
+}
+
+
+@pytest.mark.parametrize("name", ["loop", "parallel", "stage"])
+def test_combinators_add_up(name):
+    def of(trunk, mode="prefill"):
+        return zoo.estimate({"dim": 64, "vocab_size": 50, "trunk": trunk}, batch_size=1, seq_len=128, mode=mode)
+
+    layer, graph = of([["attention", "swiglu"]]), of([GRAPHS[name]])
+    times = 1 if name == "parallel" else 3
+    outside = 2 * 128 * 64 * 50  # the head
+    own = 2 * 3 * (16 + 16 * 3 * 64) if name == "stage" else 0  # the small network of the depths
+    assert graph.useful_flops == times * (layer.useful_flops - outside) + outside + own
+    assert graph.flops == times * (layer.flops - outside) + outside + own
+    assert graph.vector_flops > layer.vector_flops
+    train = of([GRAPHS[name]], "train")
+    assert train.useful_flops == pytest.approx(3 * graph.useful_flops, rel=1e-3)
+    assert train.vector_flops == 3 * graph.vector_flops
+
+
+def test_routers_say_what_is_assumed():
+    def said(router, nested=True):
+        node = {"loop": {"steps": 2, "router": router}, "of": [["swiglu"]]}
+        if not nested:
+            node = {"route": {"router": router}, "of": [["attention", "swiglu"]]}
+        return zoo.estimate({"dim": 64, "vocab_size": 50, "trunk": [node]}, batch_size=1, seq_len=64).assumptions
+
+    assert said("fixed") == said("act") == ()  # act computes every step for every token
+    assert said({"expert_choice": {"capacity": [1.0, 0.25]}}) == (
+        "expert_choice: steps are taken by 1, 0.25 of the tokens",
+    )
+    assert said("token_choice") == ("token_choice: steps are taken by 1, 0.5 of the tokens",)
+    assert said("exit") == ("exit: no token leaves before the last step",)
+    assert said({"mod": {"capacity": 0.125}}, nested=False) == ("mod: bodies are taken by 0.125 of the tokens",)

@@ -7,7 +7,6 @@ only torch, so that kernels, blocks, graph and foreign code can all speak the sa
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -16,86 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from zoo import row
+from zoo.counts import Cost, Mode, linear_flops, part_cost  # noqa: F401  for blocks
 from zoo.state import EmptyState, SharedKeys, State, StateList, counter, state_dtype  # noqa: F401  for blocks
 
-Mode = Literal["train", "prefill", "decode"]
-
-
-# ---------------------------------------------------------------------------------------------- cost
-@dataclass(frozen=True)
-class Cost:
-    """What one call costs: forward for prefill and decode, forward and backward for train, which is taken as three
-    forwards in all work (for every product of the forward, backward has two; elementwise work is like it).
-
-    `flops`: executed matrix work, one multiply-add = 2: what torch's counter sees of a run on a CPU, masked scores and
-    padding included. `useful_flops`: the same of what the mathematics needs, however it is run: causal pairs (a query
-    at place i sees i + 1 keys), pairs inside a window, the keys that a selection chooses and the scores that it chooses
-    by, experts as chosen. A recurrence with a matrix state counts token by token, as the papers write it: each
-    product of the state with a vector and each rank-one update is 2 Dk Dv, whatever the chunked form executes.
-    `vector_flops`: useful work that is no matrix product: every elementwise result = 1, a transcendental function
-    and a division too; a reduction of n numbers = n; so softmax = 5 a score, RMSNorm = 4 and LayerNorm = 7 a number,
-    sigmoid = 1, SiLU and GELU = 2, a rotated number = 3, depthwise taps and the updates of a diagonal recurrence =
-    2 a multiply-add, the decay of a matrix state = 1 a number. Tables (angles), indices, sorting and copies count 0.
-
-    `active_params` are the parameters one token touches; bytes are those of an ideal kernel that reads its
-    weights, inputs and state once; `activation_bytes` are kept for backward (0 outside train)."""
-
-    params: int = 0
-    active_params: int = 0
-    flops: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    activation_bytes: int = 0
-    state_bytes: int = 0
-    useful_flops: int = 0
-    vector_flops: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
-    def of_share(self, share: float) -> Cost:
-        """The work of a share of the calls; what is held stays."""
-        names = ("flops", "useful_flops", "vector_flops", "bytes_read", "bytes_written")
-        return self.replace(**{name: round(share * getattr(self, name)) for name in names})
-
-    def replace(self, **changes: int) -> Cost:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
-
-
-def part_cost(
-    mode: Mode,
-    itemsize: int,
-    *,
-    params: int = 0,
-    flops: int = 0,
-    vector: int = 0,
-    read: int = 0,
-    written: int = 0,
-    kept: int = 0,
-    state_bytes: int = 0,
-    passes: int = 3,
-) -> Cost:
-    """Cost of what is no block: a norm, a merge, a router, a head. All is of one forward; read, written and kept are
-    numbers beside the parameters; `passes`: forwards that a training step is worth."""
-    train = mode == "train"
-    passes, kept = passes if train else 1, kept * itemsize * train
-    return Cost(
-        params=params,
-        active_params=params,
-        flops=passes * flops,
-        bytes_read=passes * (params + read) * itemsize + kept,
-        bytes_written=passes * written * itemsize + kept,
-        activation_bytes=kept,
-        state_bytes=0 if train else state_bytes,
-        useful_flops=passes * flops,
-        vector_flops=passes * vector,
-    )
-
-
-def linear_flops(tokens: int, *layers: nn.Linear | None) -> int:
-    """Matrix FLOPs of applying each linear layer to `tokens` rows."""
-    return sum(2 * tokens * m.in_features * m.out_features for m in layers if m is not None)
+OUTPUTS = ("o_proj", "out_proj", "linear_out", "out_projection")  # names of the last linear layer of a mixer
 
 
 # ------------------------------------------------------------------------------------- parallel plan
@@ -223,6 +146,7 @@ class Block(nn.Module, metaclass=DrawsItself):
     """
 
     causal: bool = True
+    interval: ClassVar[int] = 64  # tokens between the states that a scan on a CPU keeps
     shares_keys: bool = False  # takes a SharedKeys in the place of its state; then it has `write_keys`
     # names of own parameters, for trainers; modules inside a block declare theirs by the same attributes
     not_decayed: ClassVar[tuple[str, ...]] = ()  # spared by weight decay, as every vector is
@@ -282,6 +206,24 @@ class Block(nn.Module, metaclass=DrawsItself):
         """Elements kept for backward by one training forward."""
         raise NotImplementedError(f"{type(self).__name__}.activation_elements")
 
+    def product_elements(self, batch_size: int, seq_len: int) -> int:
+        """Elements of the results of matrix products, attention and scans in one training forward: by default those of
+        linear layers, what the output projection reads and, of a state that does not grow, one every `interval` tokens
+        and the last."""
+        linears = {name: m for name, m in self.named_modules() if isinstance(m, nn.Linear)}
+        token = sum(m.out_features for m in linears.values())
+        size = self.state_bytes(1, 1)
+        if size:
+            output = next((linears[name] for name in OUTPUTS if name in linears), None)
+            token += (output.in_features if output else self.dim) + getattr(self, "num_heads", 0)
+        grows = not size or self.state_bytes(1, 4096) > size
+        states = 0 if grows else size // state_dtype(self.reference_parameter.dtype).itemsize
+        return batch_size * (seq_len * token + states * (-(-seq_len // self.interval) + 1))
+
+    def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
+        """Of the state after `context_len` tokens, what `seq_len` more leave unread because they choose their keys."""
+        return 0
+
     def active_params(self) -> int:
         """Parameters one token touches."""
         return sum(p.numel() for p in self.parameters())
@@ -294,24 +236,24 @@ class Block(nn.Module, metaclass=DrawsItself):
         itemsize = self.itemsize
         stream = batch_size * seq_len * self.dim * itemsize
         state = self.state_bytes(batch_size, context_len + seq_len) if mode != "train" else 0
+        before = self.state_bytes(batch_size, context_len) if state and context_len else 0
+        unread = self.unread_bytes(batch_size, seq_len, context_len) if before else 0
+        # what is appended; of a full ring as many slots; a state that does not grow changes as a whole
+        added = state - before or min(state, self.state_bytes(batch_size, seq_len))
         kept = self.activation_elements(batch_size, seq_len) * itemsize if mode == "train" else 0
         passes = 3 if mode == "train" else 1
         return Cost(
             params=params,
             active_params=self.active_params(),
             flops=passes * forward,
-            bytes_read=passes * (params * itemsize + stream) + state + kept,
-            bytes_written=passes * stream + self._state_written(batch_size, context_len, state) + kept,
+            bytes_read=passes * (params * itemsize + stream) + before - unread + kept,
+            bytes_written=passes * stream + added + kept,
             activation_bytes=kept,
             state_bytes=state,
             useful_flops=passes * self.useful_flops(batch_size, seq_len, context_len),
             vector_flops=passes * self.vector_flops(batch_size, seq_len, context_len),
+            product_bytes=self.product_elements(batch_size, seq_len) * itemsize if mode == "train" else 0,
         )
-
-    def _state_written(self, batch_size: int, context_len: int, state: int) -> int:
-        """Bytes of `state` that new tokens change: what they append, or all of one that does not grow."""
-        before = self.state_bytes(batch_size, context_len) if state and context_len else 0
-        return state if state == before else state - before
 
     def parallel_plan(self) -> ParallelPlan:
         """How this block is split over ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,33 @@ class NodeCost:
     state_bytes: int
     useful_flops: int
     vector_flops: int
+    product_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training holds: `gradients` in the dtype of the parameters, and for each `optimizer` bytes AdamW's two
+    moments in it, as `zoo train` has them (float32 parameters where `train.dtype` is left out). `activations` is what
+    is kept when backward begins, with no checkpointing, selective or full, and the most that one layer computes again
+    on top (`again`; backward then frees it)."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: dict[str, int]
+    again: dict[str, int]
+
+    def total(self, checkpoint: str = "none") -> int:
+        """All of it, under `none`, `selective` or `full` checkpointing."""
+        held = self.parameters + self.gradients + self.optimizer
+        return held + self.activations[checkpoint] + self.again[checkpoint]
 
 
 @dataclass(frozen=True)
 class CostReport:
     """Totals and nodes. `flops`, bytes and state are for the whole batch; parameters count each tensor once.
-    `active_params` are those one token touches, the embedding table included."""
+    `active_params` are those one token touches, the embedding table included. `memory` is that of training, None of
+    other modes."""
 
     name: str
     mode: Mode
@@ -55,6 +77,7 @@ class CostReport:
     vector_flops: int
     nodes: tuple[NodeCost, ...]
     assumptions: tuple[str, ...] = ()
+    memory: Memory | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -105,7 +128,30 @@ def estimate(
     state = totals["state_bytes"] + (8 * batch_size if streams and mode != "train" else 0)
     name = str(model.config.get("name", "model"))  # type: ignore[union-attr]
     totals["state_bytes"] = state
+    tokens = model.trained_tokens(batch_size, seq_len)  # type: ignore[union-attr]
+    memory = _memory(model, nodes, tokens) if mode == "train" else None
     return CostReport(
         name, mode, batch_size, seq_len, context_len, params, params - inactive,
-        nodes=tuple(nodes), assumptions=tuple(assumptions), **totals,
+        nodes=tuple(nodes), assumptions=tuple(assumptions), memory=memory, **totals,
     )  # fmt: skip
+
+
+def _memory(model: Any, nodes: list[NodeCost], tokens: int) -> Memory:
+    """Checkpointing is by layer: the input of each one is kept."""
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    stream = tokens * model.dim * next(model.parameters()).element_size()
+    layers, outside = defaultdict(lambda: [0, 0]), 0
+    for node in nodes:
+        if node.path.startswith("layers."):
+            layer = layers[node.path.split(".")[1]]
+            layer[0] += node.activation_bytes
+            layer[1] += node.product_bytes
+        else:
+            outside += node.activation_bytes
+    kept = {"none": outside + sum(every for every, _ in layers.values())}
+    kept["selective"] = outside + sum(stream + products for _, products in layers.values())
+    kept["full"] = outside + stream * len(layers)
+    again = {"none": 0, "selective": max((max(0, every - products) for every, products in layers.values()), default=0)}
+    again["full"] = max((every for every, _ in layers.values()), default=0)
+    return Memory(held, trained, 2 * trained, kept, again)

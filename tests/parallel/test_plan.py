@@ -181,7 +181,9 @@ def test_less_is_held_where_more_is_cut_or_recomputed():
     assert split.weights < whole.weights
     assert sliced.activations < peak(dp_replicate=16, tp=2, dp_shard=2).activations * 1.6
     full, some = peak({"activation_checkpoint": "full"}), peak({"activation_checkpoint": "budget"})
+    products = peak({"activation_checkpoint": "selective"})
     assert full.activations < some.activations < peak().activations
+    assert full.activations < products.activations < peak().activations and products.peak < peak().peak
     assert 1.2 * peak().flops < full.flops <= 4 / 3 * peak().flops
 
 

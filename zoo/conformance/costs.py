@@ -75,6 +75,22 @@ def flops_decode(subject: Subject) -> None:
         _equal(said, seen, f"decode FLOPs of {batch} x {length} tokens after {context}")
 
 
+@check()
+def useful_work(subject: Subject) -> None:
+    """Of 64 tokens and more no more matrix work is useful than is executed; there is work beside it; training is three
+    times both."""
+    block = subject.create(device="meta")
+    for batch, length in ((1, 64), (2, 100), (1, 777)):
+        cost, train = (block.cost(batch, length, 0, mode) for mode in ("prefill", "train"))
+        what = f"{batch} x {length} tokens"
+        if not bool(cost.flops) <= cost.useful_flops <= cost.flops:
+            raise Failure(f"useful_flops of {what}: {cost.useful_flops:,} of {cost.flops:,} executed ones")
+        if cost.vector_flops <= 0:
+            raise Failure(f"vector_flops of {what}: {cost.vector_flops:,}")
+        _equal(train.useful_flops, 3 * cost.useful_flops, f"useful train FLOPs of {what}")
+        _equal(train.vector_flops, 3 * cost.vector_flops, f"vector train FLOPs of {what}")
+
+
 @check(needs=streams)
 @torch.no_grad()
 def state_size(subject: Subject) -> None:

@@ -153,6 +153,13 @@ class Loop(Composite):
         return cls(builder.node(spec.children[0]), router, builder.dim, norm, **spec.options, **builder.factory)
 
     @property
+    def expectation(self) -> str:
+        """What predicted costs take for granted."""
+        if self.sample_sigma is None:
+            return ""
+        return f"loop: {self.steps} steps, as in eval(); training draws {self.steps + 1} on average"
+
+    @property
     def sliceable(self) -> bool:
         return self.router.takes_all and (self.ring is None or self.training)
 
@@ -276,10 +283,20 @@ class Loop(Composite):
 
     def _ring_leaves(self, share, batch_size, seq_len, context_len, path) -> list[Leaf]:
         run: list[Leaf] = []
-        for t in range(seq_len):
+        for t, tokens in _sampled(seq_len):
             token = picked_leaves(self.body, share, batch_size, 1, context_len + t, "decode", path)
-            run = sum_leaves([stateless(leaf) for leaf in run], token)
+            often = [Leaf(leaf.path, leaf.block, leaf.cost.of_share(tokens), leaf.module) for leaf in token]
+            run = sum_leaves([stateless(leaf) for leaf in run], often)
         return run
+
+
+def _sampled(tokens: int) -> Iterator[tuple[int, float]]:
+    """Places among so many tokens, and for how many each one stands: of long rows 65, with straight lines between."""
+    step = max(1, -(-(tokens - 1) // 64))
+    places = [*range(0, tokens - 1, step), tokens - 1]
+    for before, t, after in zip([0, *places], places, [*places[1:], tokens - 1], strict=False):
+        # half the way to either neighbour; the first and the last for themselves
+        yield t, (1 if before == t else (t - before + 1) / 2) + (1 if after == t else (after - t + 1) / 2) - 1
 
 
 def _parts(body: Any, steps: int) -> tuple[Sequence, ...]:

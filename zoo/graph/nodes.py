@@ -192,7 +192,7 @@ class ResidualBlock(Node):
         # norms keep their input for backward, a learned scale what it multiplies; the block counts what it reads
         keeping = sum(part is not None for part in (self.norm, self.out_norm, self.scale))
         kept = keeping * stream if mode == "train" else 0
-        norms = [norm for norm in (self.norm, self.out_norm) if norm is not None]
+        norms: list[Any] = [norm for norm in (self.norm, self.out_norm) if norm is not None]
         added = self.style != "none"
         number = sum(norm.vector_flops for norm in norms) + added + (self.skip != 1)
         number += self.scale is not None or self.fixed_scale not in (None, 1)

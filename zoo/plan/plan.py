@@ -141,9 +141,9 @@ def kept_bytes(subject: Subject, spread: Spread, unit: int) -> int:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _row(subject: Subject, unit: int, tp: int, cp: int) -> tuple[float, float]:
-    """FLOPs and bytes kept of a unit on a rank, for one row."""
-    flops = kept = 0.0
+def _row(subject: Subject, unit: int, tp: int, cp: int) -> tuple[float, float, float]:
+    """FLOPs of a unit on a rank for one row, bytes kept, and of these results of products."""
+    flops = kept = products = 0.0
     for work in subject.work[unit]:
         parts = tp if tp > 1 and _is_split(subject, tp, unit, work.block) else 1
         # blocks that look at the row in their own way compute all of it on every rank
@@ -153,11 +153,12 @@ def _row(subject: Subject, unit: int, tp: int, cp: int) -> tuple[float, float]:
             inside, outside = 0, work.kept - subject.item * subject.seq_len * subject.vocab_size
         flops += work.flops / parts / rows
         kept += (inside / parts + outside) / rows
+        products += work.products / parts / rows
     if cp > 1:  # keys and values of the other slices
         for at, exchange, calls in subject.exchanges:
             if at == unit and exchange.kind == "kv":
                 kept += calls * exchange.bytes_per_token * subject.seq_len * (cp - 1) / cp
-    return flops, kept
+    return flops, kept, min(products, kept)
 
 
 def _is_split(subject: Subject, tp: int, unit: int, block: Any) -> bool:
@@ -183,7 +184,13 @@ class _Memory:
         self.flying = flying
         self.full = {u: kept[u] + _casts(subject, held[u]) for u in units}
         stream = spread.rows * subject.seq_len // spread.cp * subject.model.dim * subject.item
-        self.kept = {u: stream if u in subject.recomputed else self.full[u] for u in units}
+        self.kept = dict(self.full)
+        for u in units:
+            if u in subject.recomputed:
+                self.kept[u] = stream
+            elif subject.train.activation_checkpoint == "selective" and 1 <= u <= subject.num_layers:
+                products = spread.rows * _row(subject, u, spread.tp, spread.cp)[2]
+                self.kept[u] = min(self.full[u], int(stream + products))
         self.activations = sum(self.kept.values())
         sizes = {u: h.gathered + h.experts for u, h in held.items()}
         self.whole = sum(sizes.values())
@@ -226,7 +233,8 @@ class _Memory:
         gradients = sum(h.gradients for h in self.held.values()) if everything else 0
         left, most, loss = self.flying * self.activations, 0.0, self.loss
         for unit in reversed(self.units):
-            again = self.full[unit] if unit in self.subject.recomputed else 0
+            # what a layer computes again is there while backward is in it; its input is counted as kept
+            again = self.full[unit] if unit in self.subject.recomputed else self.full[unit] - self.kept[unit]
             most = max(most, left + gradients + self.gathered(unit) + again + loss)
             left -= self.kept[unit]
             if not everything:

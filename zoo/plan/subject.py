@@ -73,7 +73,7 @@ class Held:
 @dataclass(frozen=True)
 class Work:
     """A block at one site, for one row. `outside`: bytes kept that tensor parallelism does not split; `calls`: passes
-    over a whole row; `stream`: bytes of what enters in these."""
+    over a whole row; `stream`: bytes of what enters in these; `products`: bytes kept by selective checkpointing."""
 
     path: str
     block: Block | None
@@ -82,6 +82,7 @@ class Work:
     outside: int
     stream: int
     calls: float
+    products: int = 0
 
 
 class Subject:
@@ -184,7 +185,8 @@ class Subject:
         stream = calls * self.seq_len * block.dim * block.itemsize
         inside = calls * block.activation_elements(1, self.seq_len) * block.itemsize - stream
         outside = min(cost.activation_bytes, int(cost.activation_bytes - inside))
-        return Work(leaf.path, block, cost.flops, cost.activation_bytes, outside, int(stream), calls)
+        kept = cost.activation_bytes
+        return Work(leaf.path, block, cost.flops, kept, outside, int(stream), calls, cost.product_bytes)
 
     @functools.cached_property
     def recomputed(self) -> set[int]:
