@@ -60,8 +60,8 @@ class SwiGLUExperts(nn.Module):
         return assignments * ((work.SILU + 1) * self.hidden_dim + 2 * self.dim)
 
     def activation_elements(self, assignments: int) -> int:
-        """Kept for backward: rows, gate and up, silu(gate), their product, outputs in two orders."""
-        return assignments * (3 * self.dim + 4 * self.hidden_dim)
+        """Kept for backward: rows, gate and up, silu(gate), their product, outputs, and both orders as int64."""
+        return assignments * (2 * self.dim + 4 * self.hidden_dim + 4)
 
     def unread(self, choices: int, top_k: int) -> int:
         """Parameters that nobody reads where so many choices of `top_k` experts fall evenly, as is expected."""
