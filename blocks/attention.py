@@ -370,7 +370,8 @@ class Attention(Block):
         return cache + (0 if self.select is None else batch_size * self.select.state_bytes(max_len, self.itemsize))
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        q_width, kv_width, tokens = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, batch_size * seq_len
+        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        tokens = batch_size * seq_len
         kept = tokens * self.dim  # x
         if self.q_norm is not None and self.k_norm is not None:
             heads = (1, 1) if self.qk_norm == "full" else (self.num_heads, self.num_kv_heads)

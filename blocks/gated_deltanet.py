@@ -204,8 +204,8 @@ class GatedDeltaNet(Block):
         return batch_size * seq_len * (conv + unit + self.num_v_heads * head)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; q, k, v side by side, convolved, and as the op reads them; lengths of q and k; sigmoid and beta; the decay and
-        # what it is made of; o, its norm and gate, what W_o reads; a state every 32 tokens
+        # x; q, k, v side by side, convolved, and as the op reads them; lengths of q and k; sigmoid and beta; the decay
+        # and what it is made of; o, its norm and gate, what W_o reads; a state every 32 tokens
         tokens = batch_size * seq_len
         token = self.dim + 3 * self.conv_channels + 2 * self.num_heads + 5 * self.num_v_heads + self.value_width
         norm = self.o_norm.activation_elements(tokens * self.num_v_heads, self.g_proj is not None)

@@ -109,7 +109,7 @@ class GatedLinearAttention(LinearMixer):
 
     def token_elements(self) -> int:
         # the low rank; the gate's logit, what its logsigmoid keeps, the decay
-        return sum(m.in_features for m in self.gate_layers()[1:]) + 3 * self.num_heads * self.key_dim * bool(self.gk_proj)
+        return sum(m.in_features + 3 * m.out_features for m in self.gate_layers()[1:])
 
     def parallel_plan(self) -> ParallelPlan:
         plan = super().parallel_plan()

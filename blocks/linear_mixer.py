@@ -161,8 +161,8 @@ class LinearMixer(Block):
         return 0
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; q, k, v as the op reads them and what they are made of; o, of a quotient both parts; its norm or gate, and what
-        # W_o reads; a state for each interval
+        # x; q, k, v as the op reads them and what they are made of; o, of a quotient both parts; its norm or gate, and
+        # what W_o reads; a state for each interval
         rows, value = batch_size * seq_len * self.num_heads, self.value_dim + self.value_extra
         kept = batch_size * seq_len * (self.dim + self.token_elements())
         kept += rows * (2 * self.memory_dim + value + (value + 1 if self.value_extra else 0))
@@ -173,9 +173,9 @@ class LinearMixer(Block):
         states = -(-seq_len // INTERVAL) * self.num_heads * self.memory_dim * value
         return kept + batch_size * states
 
-        def token_elements(self) -> int:
-            """Elements of a token kept for `features` and `log_decay`, q and k as the op reads them left out."""
-            return 0
+    def token_elements(self) -> int:
+        """Elements of a token kept for `features` and `log_decay`, q and k as the op reads them left out."""
+        return 0
 
     def parallel_plan(self) -> ParallelPlan:
         column = {name: "column" for name in ("q_proj", "k_proj", "v_proj", "g_proj")}

@@ -371,4 +371,5 @@ class PrefixTree(CachePolicy):
 
     def kept(self, seq_len: int, rotary_dim: int) -> int:
         # q, o and its denominators, k, v, cos and sin for q and for k
-        return seq_len * (self.num_heads * (2 * self.head_dim + 1) + 2 * self.num_kv_heads * self.head_dim + 2 * rotary_dim)
+        width = self.num_heads * (2 * self.head_dim + 1) + 2 * self.num_kv_heads * self.head_dim
+        return seq_len * (width + 2 * rotary_dim)

@@ -128,7 +128,8 @@ class ProductKeyMemory(Block):
         return batch_size * seq_len * token
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; per head: query before and after its norm; as int64 the best of both halves, of their pairs and the slots; weights
+        # x; per head: query before and after its norm; as int64 the best of both halves, of their pairs and the slots;
+        # weights
         kept, tokens = min(self.top_k, self.num_keys), batch_size * seq_len
         token = self.dim + self.num_heads * (2 * self.key_dim + 4 * kept + 5 * self.top_k)
         token += 6  # where each token's bag of slots begins, and what it holds
