@@ -279,7 +279,8 @@ class Block(nn.Module, metaclass=DrawsItself):
         return 0
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        """Elements kept for backward by one training forward."""
+        """Elements kept for backward by one training forward, x among them where it is kept: those that the CPU's
+        kernels keep in float32. An int64 counts as two, a bool as a quarter."""
         raise NotImplementedError(f"{type(self).__name__}.activation_elements")
 
     def active_params(self) -> int:

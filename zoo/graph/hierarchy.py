@@ -104,7 +104,8 @@ class _Normed(Node):
             own = sum(p.numel() for p in weights)
             tokens, item = batch_size * seq_len * self.norm.dim, weights[0].element_size()
             vector = self.norm.vector_flops * tokens
-            cost = part_cost(mode, item, params=own, vector=vector, read=tokens, written=tokens, kept=tokens)
+            kept = self.norm.activation_elements(batch_size * seq_len)
+            cost = part_cost(mode, item, params=own, vector=vector, read=tokens, written=tokens, kept=kept)
             yield Leaf(f"{path}.norm", "norm", cost, self.norm)
 
 
