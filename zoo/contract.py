@@ -372,6 +372,7 @@ class Router(nn.Module, metaclass=DrawsItself):
 
     causal: bool = True
     reads_all: bool = False  # tokens that do not take a body leave it their keys all the same
+    weighs: bool = False  # what a step adds, or the stream after it, is multiplied by weights that are learnt
     # whether every token of a row takes the same steps, and nothing is learnt or drawn that depends on the row
     takes_all: bool = False
 

@@ -66,6 +66,10 @@ class Chunker(nn.Module, metaclass=DrawsItself):
         """Work of the chunker itself outside matrix products."""
         return 0
 
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        """Elements that the chunker itself keeps for backward."""
+        raise NotImplementedError
+
     def state_bytes(self, batch_size: int) -> int:
         """Bytes of what the chunker itself carries."""
         raise NotImplementedError
@@ -180,7 +184,7 @@ class Hierarchy(Composite):
         # into and out of the chunks
         cost = part_cost(
             mode, item, params=count, flops=flops, vector=vector, read=2 * tokens, written=2 * tokens,
-            kept=4 * tokens, state_bytes=state,
+            kept=self.chunker.activation_elements(batch_size, seq_len), state_bytes=state,
         )  # fmt: skip
         return Leaf(path, type(self.chunker).zoo_registration.name, cost, self.chunker)  # type: ignore[attr-defined]
 
