@@ -442,9 +442,12 @@ class LaCT(Block):
         # after their norm, the step and its parts (with Muon those of five rounds, and their Gram matrices), lengths of
         # rows
         learnt = (seq_len - 1) // self.chunk_size
+        if not learnt:  # neither keys nor rates are used
+            token -= 4 * self.dim + self.head_dim + 8 * H
         matrices = 27 if muon else 12 if self.momentum_proj is not None else 9
         chunk = self.chunk_size * (13 * h + 6 * d) + matrices * h * d + 30 * muon * min(h, d) ** 2 + 4 * h + 2 * d
-        return batch_size * (seq_len * token + H * (learnt * chunk + 6 * h * d))
+        first = (6 if learnt else 3) * h * d
+        return batch_size * (seq_len * token + H * (learnt * chunk + first))
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(context="gather_input", reason="q_norm and k_norm normalise over the channels of all heads")

@@ -108,7 +108,7 @@ class Toy(Block):
         return batch_size * (self.dim * max(4, size) + (self.conv.shape[1] - 1) * self.dim * size + 8)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x, what the convolution reads, y, and y times its gate; cosines; the decay between all tokens, one for all rows
+        # x, what the convolution reads, y, and y times its gate; cosines; the decay between all tokens
         streams = 3 if self.gate is None else 4
         return batch_size * seq_len * (streams * self.dim + 1) + seq_len * seq_len
 
