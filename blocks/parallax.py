@@ -123,7 +123,7 @@ class Parallax(Block):
         for tile in tiles(T, k.shape[1], True, None, 0, mask.plain, fused=False):
             given = (tile.queries(q), tile.queries(r), tile.keys(k), tile.keys(v), mask, tile)
             recompute = T > QUERY_TILE and torch.is_grad_enabled()
-            outputs.append(checkpoint(_tile, *given, use_reentrant=False) if recompute else _tile(*given))
+            outputs.append(checkpoint(_masked_tile, *given, use_reentrant=False) if recompute else _masked_tile(*given))
         return self.o_proj(torch.cat(outputs, 1).flatten(2))
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
@@ -161,10 +161,15 @@ class Parallax(Block):
         return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_kv")
 
 
-def _tile(q: Tensor, r: Tensor, k: Tensor, v: Tensor, mask: Mask, tile: Tile) -> Tensor:
-    """Outputs [B, T, Hq, D] of queries q, r over keys [B, S, Hkv, D], both those of the tile."""
-    seen = mask.visible(tile, q.device)  # here, so that masks of all tiles are never kept
+def _masked_tile(q: Tensor, r: Tensor, k: Tensor, v: Tensor, mask: Mask, tile: Tile) -> Tensor:
+    """As `_tile`, all of a tile; its mask is made here, so that those of all tiles are never kept."""
+    seen = mask.visible(tile, q.device)
     assert seen is not None  # causal
+    return _tile(q, r, k, v, seen)
+
+
+def _tile(q: Tensor, r: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Outputs [B, T, Hq, D] of queries q, r over keys [B, S, Hkv, D], of which `seen` [B or 1, T, S] are visible."""
     B, T, H, D = q.shape
     S, groups = k.shape[1:3]
     wide = state_dtype(q.dtype)
