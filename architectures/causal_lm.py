@@ -188,9 +188,9 @@ class CausalLM(Model):
         yield Leaf("tok_embeddings", "embedding", rows, self.tok_embeddings)
         yield from self._norm_leaf(stream, mode)
         logits = tokens * self.vocab_size
-        head = part_cost(
-            mode, item, flops=2 * tokens * table, read=table + stream, written=logits, kept=stream + logits
-        )  # fmt: skip
+        # the head's input, logits as the loss keeps them, and where they are capped the tangent's
+        kept = stream + logits * (1 if self.logit_cap is None else 2)
+        head = part_cost(mode, item, flops=2 * tokens * table, read=table + stream, written=logits, kept=kept)
         own = 0 if self._tied else table
         head = head.replace(params=own, active_params=own)
         yield Leaf("lm_head", "head (tied)" if self._tied else "head", head, self.lm_head)

@@ -100,7 +100,8 @@ class Model(nn.Module):
             weights = list(self.norm.parameters())
             own, vector = sum(p.numel() for p in weights), self.norm.vector_flops * numbers
             item = weights[0].element_size()
-            cost = part_cost(mode, item, params=own, vector=vector, read=numbers, written=numbers, kept=numbers)
+            kept = self.norm.activation_elements(numbers // self.dim)
+            cost = part_cost(mode, item, params=own, vector=vector, read=numbers, written=numbers, kept=kept)
             yield Leaf("norm", "norm", cost, self.norm)
 
     def merge(self) -> None:

@@ -374,18 +374,23 @@ class Attention(Block):
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        token = self.dim + 2 * q_width + 2 * kv_width  # x, q, o, k, v
-        if self.qk_norm != "none":
-            token += 2 * (q_width + kv_width)  # normalised and not
+        tokens = batch_size * seq_len
+        kept = tokens * self.dim  # x
+        if self.q_norm is not None and self.k_norm is not None:
+            heads = (1, 1) if self.qk_norm == "full" else (self.num_heads, self.num_kv_heads)
+            norms = zip((self.q_norm, self.k_norm), heads, strict=True)
+            kept += sum(norm.activation_elements(tokens * rows) for norm, rows in norms)
         if self.output_gate:
-            token += 3 * q_width  # gate, its sigmoid, the product
+            kept += 2 * tokens * q_width  # its sigmoid, the product
+        if self.cache is not None:
+            return kept + batch_size * self.cache.kept(seq_len, self.rotary_dim)
+        # q and k as they are rotated, v, o with its denominators, cos and sin for q and for k
+        kept += tokens * (2 * q_width + 2 * kv_width + self.num_heads + 2 * self.rotary_dim)
         if self.select is not None:
-            token += self.num_heads + self.select.kept(seq_len)  # the denominators and the lists
-        elif self.cache is not None:
-            token += self.cache.kept(seq_len)
-        elif self.kernel in ("chunked", "reference") and seq_len <= QUERY_TILE:  # longer ones recompute their scores
-            token += 4 * self.num_heads * seq_len
-        return batch_size * seq_len * token
+            return kept + batch_size * self.select.kept(seq_len)
+        if self.kernel in ("chunked", "reference") and seq_len <= QUERY_TILE:  # longer ones recompute their scores
+            kept += 4 * tokens * self.num_heads * seq_len
+        return kept
 
     def parallel_plan(self) -> ParallelPlan:
         if self.select is not None and self.select.by_head:

@@ -100,7 +100,6 @@ class Based(LinearMixer):
     def key_work(self) -> int:
         return 2 * self.memory_dim  # products of queries, and of keys
 
-    def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # the factors and products of the second order too, of q and k
-        products = 2 * 2 * self.num_heads * (self.memory_dim - 1 - self.key_dim)
-        return super().activation_elements(batch_size, seq_len) + batch_size * seq_len * products
+    def token_elements(self) -> int:
+        # both factors of the products of two channels, and the products, of q and k
+        return 4 * self.num_heads * (self.memory_dim - 1 - self.key_dim)

@@ -192,9 +192,12 @@ class BlockFFN(Block):
         return batch_size * seq_len * (routing + self.num_experts * self.expert_dim * (activation + 1))
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; up before and after f and after the gates; z, relu(z), normed, a
-        width = self.num_experts * self.expert_dim
-        return batch_size * seq_len * (self.dim + 3 * width + 4 * self.num_experts)
+        # x; up (ReLU keeps its result alone), f(up), times the gates; relu(z), its norm, the gates
+        tokens, E, width = batch_size * seq_len, self.num_experts, self.num_experts * self.expert_dim
+        kept = tokens * (self.dim + (2 if self.activation == "relu" else 3) * width + E)
+        kept += self.router_norm.activation_elements(tokens)
+        # both sides of neighbours' likeness; relu(z), shares and silence of each expert, factors and place of a token
+        return kept + tokens * (2 * E * bool(self.locality_coef) + (3 * E + 4) * bool(self.sparsity_coef))
 
     def parallel_plan(self) -> ParallelPlan:
         plan = {"router": "replicate", "router_norm": "replicate", "up_proj": "column", "down_proj": "row"}

@@ -60,6 +60,6 @@ class CachePolicy:
         """Bytes of a full row's state, of keys of `itemsize` bytes; rows that could share some are counted apart."""
         raise NotImplementedError
 
-    def kept(self, seq_len: int) -> int:
-        """Elements kept for backward, a token, beside x, q, k, v and o."""
+    def kept(self, seq_len: int, rotary_dim: int) -> int:
+        """Elements of a row kept for backward between the projections and W_o."""
         raise NotImplementedError

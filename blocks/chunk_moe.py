@@ -185,9 +185,11 @@ class ChunkMixtureOfExperts(Block):
         return batch_size * (2 * self.dim * state_dtype(self.gate.weight.dtype).itemsize + 8)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        tokens = batch_size * seq_len
-        routing = tokens * (self.dim + 2 * self.num_experts + 2 * self.top_k)
-        return routing + self.experts.activation_elements(tokens * self.top_k)
+        # what chooses for each token, its experts, their logits and weights; means of chunks, and their logits
+        choice = 4 + 3 * self.top_k + (self.num_experts if self.aux_coef else 0)
+        chunks = 1 + max_finished(seq_len, self.chunk_size, False)
+        kept = batch_size * (seq_len * choice + chunks * (self.dim + self.num_experts))
+        return kept + self.experts.activation_elements(batch_size * seq_len * self.top_k)
 
     def active_params(self) -> int:
         return super().active_params() - (self.num_experts - self.top_k) * self.experts.params_per_expert

@@ -17,7 +17,7 @@ from zoo.blocks.kv_cache import KVCache, kv_cache_bytes
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels import work
 from zoo.kernels.attention import QUERY_TILE, attention_flops
-from zoo.kernels.attention.mask import Mask, tiles
+from zoo.kernels.attention.mask import Mask, Tile, tiles
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
 from zoo.kernels.slices import attention_keys
@@ -105,15 +105,15 @@ class ContextualPositionAttention(Block):
         mask = Mask(True, None, 0, q_index, k_index, doc_ids, k_doc_ids)
         outputs = []
         for tile in tiles(q.shape[1], k.shape[1], True, None, 0, mask.plain, fused=False):
-            seen = mask.visible(tile, x.device)
-            assert seen is not None  # causal
-            given = (tile.queries(q), tile.keys(k), tile.keys(v), seen)
+            given = (tile.queries(q), tile.keys(k), tile.keys(v), mask, tile)
             recompute = q.shape[1] > QUERY_TILE and torch.is_grad_enabled()
             outputs.append(checkpoint(self._tile, *given, use_reentrant=False) if recompute else self._tile(*given))
         return self.o_proj(torch.cat(outputs, 1).flatten(2))
 
-    def _tile(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-        """Outputs [B, T, Hq, D] of queries q over keys [B, S, Hkv, D], of which `seen` [B or 1, T, S] are visible."""
+    def _tile(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, tile: Tile) -> Tensor:
+        """Outputs [B, T, Hq, D] of queries q over keys [B, S, Hkv, D], both those of the tile."""
+        seen = mask.visible(tile, q.device)  # here, so that masks of all tiles are never kept
+        assert seen is not None  # causal
         B, T, H, D = q.shape
         S, groups = k.shape[1:3]
         wide, seen = state_dtype(q.dtype), seen[:, None]
@@ -153,10 +153,12 @@ class ContextualPositionAttention(Block):
         return kv_cache_bytes(batch_size, max_len, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # x; q and k as they are scored, v, o
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         token = self.dim + 2 * q_width + 2 * kv_width
-        if seq_len <= QUERY_TILE:  # longer ones recompute their scores, gates, places and the indices of these
-            token += self.num_heads * (12 * seq_len + self.num_positions)
+        if seq_len <= QUERY_TILE:
+            # gates, places, both neighbours as int64, their biases, the share, weights; biases of all places
+            token += self.num_heads * (10 * seq_len + self.num_positions)
         return batch_size * seq_len * token
 
     def parallel_plan(self) -> ParallelPlan:

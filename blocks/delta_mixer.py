@@ -59,7 +59,7 @@ class DeltaMixer(Block):
         check_backend("delta_rule", kernel)
         self.num_heads, self.key_dim, self.value_dim, self.updates = num_heads, key_dim, value_dim, updates
         self.decay, self.conv_size, self.allow_neg_eigval = decay, conv_size, allow_neg_eigval
-        self.chunk_size, self.kernel = chunk_size, kernel
+        self.chunk_size, self.kernel, self.output_gate = chunk_size, kernel, False
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.widths = [num_heads * key_dim, updates * num_heads * key_dim, updates * num_heads * value_dim]
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width, bias=False, **factory) for width in self.widths)
@@ -182,8 +182,13 @@ class DeltaMixer(Block):
         return batch_size * seq_len * (conv + unit + self.num_heads * head)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; q, k, v projected, convolved, normalised; o, norm and gate of each head, a decay; a state every 32 updates
-        head = 5 * self.value_dim + 6 + (3 * self.key_dim if self.decay == "channel" else 0)
-        token = self.dim + 5 * sum(self.widths) + self.num_heads * head
-        states = -(-self.updates * seq_len // 32) * self.num_heads * self.key_dim * self.value_dim
-        return batch_size * (seq_len * token + states)
+        # x; q, k, v side by side, convolved, and as the op reads them; lengths of q and k, sigmoid and beta; the decay
+        # and what it is made of; o, its norm and gate, what W_o reads; a state every 32 updates
+        H, n, tokens = self.num_heads, self.updates, batch_size * seq_len
+        token = self.dim + 3 * sum(self.widths) + (n - 1) * self.widths[0] + H * (1 + 3 * n)
+        if self.decay != "none":
+            token += (2 + n) * H * (self.key_dim if self.decay == "channel" else 1)
+        token += n * H * self.value_dim  # of n outputs the last one's norm keeps all
+        norm = self.o_norm.activation_elements(tokens * H, self.output_gate)
+        states = batch_size * -(-n * seq_len // 32) * H * self.key_dim * self.value_dim
+        return tokens * token + norm + states

@@ -89,6 +89,7 @@ class DeltaNet(DeltaMixer):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if conv_size:
             self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(c, conv_size, **factory) for c in self.widths)
+        self.output_gate = output_gate
         self.g_proj = Linear(dim, heads * value_dim, bias=False, **factory) if output_gate else None
 
     def reset_parameters(self) -> None:

@@ -114,8 +114,8 @@ class DiagonalSSM(Block):
         return batch_size * seq_len * 8 * self.dim
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; the four maps; softplus, log-decay; B U, the state
-        return batch_size * seq_len * self.dim * 9
+        # x; the four maps; softplus, decay; the state, with readout 'pre' once more a token later
+        return batch_size * seq_len * self.dim * (8 + (self.readout == "pre"))
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(

@@ -218,9 +218,11 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         if choose or learn:
             index = (*self.indexer.queries(x.detach(), query_input.detach(), positions), index_k[:, :, 0])
         listed = None if index is None else self._choose(*index, q_index, k_index, doc_ids)
+        absorbed = None
         if choose and listed is not None:
+            absorbed = self.absorb(q)
             o, _ = sparse_attention(
-                self.absorb(q), cached, cached, BlockList(listed[:, None]), scale=self.scale, q_index=q_index,
+                absorbed, cached, cached, BlockList(listed[:, None]), scale=self.scale, q_index=q_index,
                 k_index=k_index, q_doc_ids=doc_ids, k_doc_ids=doc_ids, backend=self.sparse_kernel,
             )  # fmt: skip
             o = self.expand(o)
@@ -231,7 +233,10 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         y = self.o_proj(o.flatten(2))
         if not learn or index is None or listed is None:
             return y
-        loss = self._distillation_loss(q.detach(), cached.detach()[:, :, 0], *index, listed)
+        if absorbed is None:
+            with torch.no_grad():
+                absorbed = self.absorb(q)
+        loss = self._distillation_loss(absorbed.detach(), cached.detach()[:, :, 0], *index, listed)
         if recording(self):
             self.metrics = {"index_kl": loss.detach()}
         return add_auxiliary_loss(y, self.index_coef * loss)
@@ -253,15 +258,13 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
     def _distillation_loss(
         self, q: Tensor, cached: Tensor, index_q: Tensor, w: Tensor, index_k: Tensor, listed: Tensor
     ) -> Tensor:
-        """Mean over tokens of KL(heads' mean attention || softmax of the scores) over the `listed` keys; in parts that
-        backward computes again, so that what is kept does not grow with top_k."""
-        with torch.no_grad():
-            q = self.absorb(q)
+        """Mean over tokens of KL(absorbed heads' mean attention || softmax of the scores) over the `listed` keys; in
+        parts that backward computes again, so that what is kept does not grow with top_k."""
         B, T, n = listed.shape
         width = self.num_heads + self.indexer.num_heads + q.shape[-1] + self.indexer.head_dim
         total = w.new_zeros((), dtype=state_dtype(w.dtype))
         for part in _parts(T, B * n * width):
-            given = (q[:, part], cached, index_q[:, part], w[:, part], index_k, listed[:, part].long())
+            given = (q[:, part], cached, index_q[:, part], w[:, part], index_k, listed[:, part])
             total = total + checkpoint(self._divergence, *given, use_reentrant=False)
         return total / (B * T)
 
@@ -270,7 +273,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
     ) -> Tensor:
         empty = listed < 0
         row = torch.arange(listed.shape[0], device=listed.device)[:, None, None]
-        slot = listed.clamp(min=0)
+        slot = listed.clamp(min=0).long()
         with torch.no_grad(), no_autocast(q.device):
             wide = state_dtype(q.dtype)
             logits = q.to(wide) @ cached[row, slot].to(wide).mT * self.scale  # [B, T, H, n]
@@ -317,11 +320,22 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         return kv_cache_bytes(batch_size, max_len, 1, width, self.indexer.head_dim, self.itemsize)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        width, listed = self.kv_lora_rank + self.rope_dim, min(self.top_k, seq_len)
-        token = 2 * self.indexer.num_heads * self.indexer.head_dim + 3 * self.indexer.head_dim + listed
-        if seq_len > self.top_k:  # absorbed queries and their outputs instead of keys and values
-            token += self.num_heads * 3 * width
-        return super().activation_elements(batch_size, seq_len) + batch_size * seq_len * token
+        kept = super().activation_elements(batch_size, seq_len)
+        if self.index_coef:
+            # the indexer's keys before and after norm and rotation, its queries and weights, cos and sin for both; the
+            # lists
+            index = self.indexer
+            token = 2 * index.head_dim + 2 + index.num_heads * (index.head_dim + 1)
+            token += (2 * self.rope_dim if self.rope else 0) + min(self.top_k, seq_len)
+            kept += batch_size * seq_len * token
+        return kept
+
+    def _attention_elements(self, seq_len: int) -> int:
+        absorbed = self.num_heads * (self.kv_lora_rank + self.rope_dim)
+        if seq_len <= self.top_k:  # absorbed queries are what the indexer learns from
+            return super()._attention_elements(seq_len) + (absorbed if self.index_coef else 0)
+        # q; absorbed, and their outputs with denominators; expanded outputs
+        return self.num_heads * (self.qk_head_dim + self.v_head_dim + 1) + 2 * absorbed
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(context="gather_input", reason="the indexer learns from the attention of all heads")

@@ -94,8 +94,8 @@ class MLPExperts(Experts):
         return assignments * (work.SILU * self.hidden_dim + 2 * self.dim)
 
     def activation_elements(self, assignments: int) -> int:
-        """Kept for backward: rows, before and after the activation, outputs in two orders."""
-        return assignments * (3 * self.dim + 2 * self.hidden_dim)
+        """Kept for backward: rows, before and after the activation, outputs, and both orders as int64."""
+        return assignments * (2 * self.dim + 2 * self.hidden_dim + 4)
 
     @property
     def params_per_expert(self) -> int:
@@ -174,8 +174,8 @@ class SwiGLUExperts(Experts):
         return assignments * (unit * self.hidden_dim + biases + 2 * self.dim)
 
     def activation_elements(self, assignments: int) -> int:
-        """Kept for backward: rows, gate and up, silu(gate), their product, outputs in two orders."""
-        return assignments * (3 * self.dim + 4 * self.hidden_dim)
+        """Kept for backward: rows, gate and up, silu(gate), their product, outputs, and both orders as int64."""
+        return assignments * (2 * self.dim + 4 * self.hidden_dim + 4)
 
     @property
     def params_per_expert(self) -> int:

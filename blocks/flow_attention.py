@@ -125,11 +125,11 @@ class FlowAttention(Block):
             state.length.copy_(count[:, -1])
         t = count[..., None].to(q.dtype)
         qk = torch.stack([q.sigmoid(), k.sigmoid()], -2)  # [B, T, H, 2, Dk]
-        kq = qk.flip(-2)
+        kq, positive = qk.flip(-2), qk + self.eps
 
         def meet(total: Tensor) -> tuple[Tensor, Tensor]:
             """[B, T, H] each: q times the first half of total [B, T, H, 2, Dk], k times the second."""
-            sinks, sources = ((qk + self.eps) * (total + self.eps)).sum(-1).unbind(-1)
+            sinks, sources = (positive * (total + self.eps)).sum(-1).unbind(-1)
             return sinks, sources
 
         sinks, sources = meet(running_sum(kq, flow, doc_ids))
@@ -186,10 +186,11 @@ class FlowAttention(Block):
         return batch_size * seq_len * (self.dim * number + 10 * self.num_heads)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x, q, k, v and their sigmoids; inputs and results of both pairs of sums; weighted values, what is read and
-        # its share; and a state for each interval
+        # x, v; sigmoids, swapped, plus eps; of both pairs of sums what is summed, decays, results, plus eps; q and k as
+        # the op reads them, weighted values, what is read and its share; flows and weights of heads; a state for each
+        # interval
         states = -(-seq_len // INTERVAL) * self.dim * self.head_dim
-        return batch_size * (seq_len * self.dim * 19 + states)
+        return batch_size * (seq_len * (25 * self.dim + 11 * self.num_heads + 1) + states)
 
     def parallel_plan(self) -> ParallelPlan:
         column = ("query_projection", "key_projection", "value_projection")

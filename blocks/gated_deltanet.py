@@ -207,10 +207,13 @@ class GatedDeltaNet(Block):
         return batch_size * seq_len * (conv + unit + self.num_v_heads * head)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; q, k, v projected, convolved, normalised; v, o, norm and gate of each head; a state every 32 tokens
-        token = self.dim + 5 * self.conv_channels + self.num_v_heads * (5 * self.value_dim + 6)
+        # x; q, k, v side by side, convolved, and as the op reads them; lengths of q and k; sigmoid and beta; the decay
+        # and what it is made of; o, its norm and gate, what W_o reads; a state every 32 tokens
+        tokens = batch_size * seq_len
+        token = self.dim + 3 * self.conv_channels + 2 * self.num_heads + 5 * self.num_v_heads + self.value_width
+        norm = self.o_norm.activation_elements(tokens * self.num_v_heads, self.g_proj is not None)
         states = -(-seq_len // 32) * self.head_dim * self.value_width
-        return batch_size * (seq_len * token + states)
+        return tokens * token + norm + batch_size * states
 
     def parallel_plan(self) -> ParallelPlan:
         column = ["q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj", "A_log", "dt_bias"]

@@ -108,6 +108,10 @@ class GatedLinearAttention(LinearMixer):
     def key_work(self) -> int:
         return 0 if self.gk_proj is None else 3 * self.key_dim  # log sigmoid, quotient, exponential
 
+    def token_elements(self) -> int:
+        # the low rank; the gate's logit, what its logsigmoid keeps, the decay
+        return sum(m.in_features + 3 * m.out_features for m in self.gate_layers()[1:])
+
     def parallel_plan(self) -> ParallelPlan:
         plan = super().parallel_plan()
         gate = {"gk_proj.0": "replicate", "gk_proj.1": "column"} if self.gk_proj is not None else {}

@@ -161,7 +161,15 @@ class HeavyHitters(CachePolicy):
     def state_bytes(self, max_len: int, itemsize: int) -> int:
         return self._slots * self.num_kv_heads * (2 * self.head_dim * itemsize + max(itemsize, 4) + 8) + 8
 
-    def kept(self, seq_len: int) -> int:
-        slots = min(seq_len, self._slots) + min(self.interval, seq_len)
-        copies = 4 * slots * self.num_kv_heads * self.head_dim // min(self.interval, seq_len)
-        return 4 * slots * self.num_heads + copies
+    def kept(self, seq_len: int, rotary_dim: int) -> int:
+        # o, q, cos and sin for q and for k; a step: k and v of the cache as products read them, both softmaxes, what is
+        # taken of them, masks; and, but for the last, k and v with the order in which they stay
+        H, G, D, slots = self.num_heads, self.num_kv_heads, self.head_dim, min(seq_len, self._slots)
+        kept = seq_len * (2 * H * D + 2 * rotary_dim)
+        for start in range(0, seq_len, self.interval):
+            tokens = min(self.interval, seq_len - start)
+            keys = slots + tokens
+            kept += 2 * keys * G * D + tokens * keys * (3 * H + G // 2)
+            if start + tokens < seq_len:
+                kept += keys * G * (2 * D + 2)
+        return kept

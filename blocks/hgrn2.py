@@ -139,9 +139,11 @@ class HGRN2(Block):
         return batch_size * seq_len * self.dim * (work.SILU + 4 + self.head_dim + work.RMS)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; W_q x, q; W_f x, log f, sigmoid, k; v, o, its norm twice; and a state for each interval
+        # x; W_q x, q; sigmoid, k, log f, and -k or else W_f x and what its logsigmoid keeps; v; o, its norm, what W_o
+        # reads; a state for each interval
         states = -(-seq_len // INTERVAL) * self.dim * self.head_dim
-        return batch_size * (seq_len * 11 * self.dim + states)
+        token = (9 if self.lower_bound else 10) * self.dim
+        return batch_size * (seq_len * token + states) + self.g_norm.activation_elements(batch_size * seq_len)
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(context="pass_state", reason="the norm runs over all heads together")

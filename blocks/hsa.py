@@ -264,13 +264,18 @@ class HierarchicalSparseAttention(Block):
         return cache + batch_size * (landmarks + self.dim * max(itemsize, 4))
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # x; k before a norm, k, v, o; the gate's queries and its scores of chunks; means of chunks and the gate's keys
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        chunks = -(-seq_len // self.chunk_size)
-        n = min(self.top_k, chunks)
-        token = self.dim + 2 * q_width + 2 * kv_width + self.num_retrieval_heads * self.retrieval_dim
-        if len(self._parts(batch_size, seq_len, chunks)) == 1:  # else computed again
-            token += n * (3 * q_width + self.num_heads + 4 * self.num_retrieval_heads + 2 * self.num_kv_heads)
-        return batch_size * seq_len * token
+        chunks, heads = -(-seq_len // self.chunk_size), self.num_retrieval_heads
+        n, tokens = min(self.top_k, chunks), batch_size * seq_len
+        kept = tokens * (self.dim + 2 * q_width + 2 * kv_width + heads * self.retrieval_dim)
+        kept += 0 if self.k_norm is None else self.k_norm.activation_elements(tokens * self.num_kv_heads)
+        if len(self._parts(batch_size, seq_len, chunks)) == 1:  # else computed again, from queries
+            # of each chosen chunk: queries, outputs twice, denominators; its number, score and weight, for heads and
+            # groups
+            chosen = 3 * q_width + 2 * self.num_heads + self.num_kv_heads + heads * 9 // 2
+            kept += tokens * (n * chosen + heads * chunks - q_width)
+        return kept + batch_size * chunks * (self.dim + heads * self.retrieval_dim)
 
     def parallel_plan(self) -> ParallelPlan:
         tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}

@@ -263,9 +263,10 @@ class InfLLMV2(Block):
         return cache + batch_size * self.rule.num_slots(max_len) * width * itemsize
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; q and k before and after rotation, v; o twice (attention, projection) and its lse; the lists
+        # x; q and k rotated, v, cos and sin for both; o and its denominators; the lists
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        token = self.dim + 3 * q_width + 3 * kv_width + self.num_heads
+        token = self.dim + 2 * q_width + 2 * kv_width + self.num_heads
+        token += 0 if self.rope_base is None else 2 * self.head_dim
         if seq_len > self.dense_len:
             token += self.num_kv_heads * max(self.rule.num_listed(seq_len), self._num_dense)
         return batch_size * seq_len * token

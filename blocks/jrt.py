@@ -165,9 +165,15 @@ class JRT(Based):
         return useful - outside + 2 * batch_size * tokens * self.num_heads * self.memory_dim * (self.value_dim + 1)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        tokens = min(seq_len, self.prefix_len)
-        encoder = self.num_heads * (self.key_dim + self.memory_dim + self.value_dim)
-        return super().activation_elements(batch_size, seq_len) + batch_size * tokens * encoder
+        kept = super().activation_elements(batch_size, seq_len)
+        if self.prefix_len:
+            # the prefix, twice where it is part of a row; its keys' factors and features, its values; what they add up
+            # to
+            tokens, value = min(seq_len, self.prefix_len), self.value_dim + self.value_extra
+            head = 2 * (self.memory_dim - 1 - self.key_dim) + self.memory_dim + value
+            token = self.num_heads * head + (2 * self.dim if tokens < seq_len else 0)
+            kept += batch_size * (tokens * token + self.num_heads * self.memory_dim * value)
+        return kept
 
     def parallel_plan(self) -> ParallelPlan:
         plan = super().parallel_plan()

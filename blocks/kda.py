@@ -149,6 +149,11 @@ class KimiDeltaAttention(DeltaMixer):
         bounded = self.decay == "channel" and self.forget_gate.lower_bound is not None  # one product more
         return super().vector_flops(batch_size, seq_len) + numbers * (gate + bounded)
 
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # what lies between the two maps of the decay and of the gate
+        ranks = self.key_dim * ((self.decay == "channel") + self.output_gate)
+        return super().activation_elements(batch_size, seq_len) + batch_size * seq_len * ranks
+
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(
             context="pass_state",

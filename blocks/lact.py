@@ -256,7 +256,7 @@ class LaCT(Block):
     def _rates(self, x: Tensor) -> Tensor:
         """[B, T, 3 H] learning rates of W0, W1, W2, head by head; then H momenta where there are some. In fp32."""
         logit = wide(self.lr_proj(x)) + math.log(math.expm1(BASE_RATE))
-        rates = torch.logaddexp(logit, torch.zeros_like(logit))  # softplus
+        rates = torch.logaddexp(logit, logit.new_zeros(()))  # softplus
         if self.momentum_proj is None:
             return rates
         return torch.cat([rates, wide(self.momentum_proj(x)).sigmoid()], -1)
@@ -433,13 +433,22 @@ class LaCT(Block):
         return batch_size * (seq_len * token + learnt * step + work.SOFTMAX * scores)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        wide_row = self.num_fast_heads * self.hidden_dim
-        # of a token: x, qkv, its norms, what the window and the network take; the network read and learnt
-        token = 30 * self.dim + 14 * wide_row
-        # of a chunk: weights, the step, its norms
+        H, d, h, muon = self.num_fast_heads, self.fast_dim, self.hidden_dim, self.muon
+        # a token: x, qkv, q and k normed, rotated and for the network with their lengths, v twice, both outputs, their
+        # sum; cos and sin four times; rates; the network's query, both layers and their product
+        token = 20 * self.dim + 4 * self.head_dim + self.num_heads + 2 + H * (11 + 4 * h + 2 * d)
+        token += 2 * H * (self.momentum_proj is not None)
+        token += (self.dim + 2 * H) * (self.ttt_scale_proj is not None)
+        # a token that is learnt: keys, values and layers with their gradients and rates. A chunk: weights before and
+        # after their norm, the step and its parts (with Muon those of five rounds, and their Gram matrices), lengths of
+        # rows
         learnt = (seq_len - 1) // self.chunk_size
-        matrices = learnt * 3 * self.dim * self.hidden_dim * (6 + 20 * self.muon)
-        return batch_size * (seq_len * token + matrices)
+        if not learnt:  # neither keys nor rates are used
+            token -= 4 * self.dim + self.head_dim + 8 * H
+        matrices = 27 if muon else 12 if self.momentum_proj is not None else 9
+        chunk = self.chunk_size * (13 * h + 6 * d) + matrices * h * d + 30 * muon * min(h, d) ** 2 + 4 * h + 2 * d
+        first = (6 if learnt else 3) * h * d
+        return batch_size * (seq_len * token + H * (learnt * chunk + first))
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(context="gather_input", reason="q_norm and k_norm normalise over the channels of all heads")

@@ -223,12 +223,16 @@ class LandmarkAttention(Block):
         return kv_cache_bytes(batch_size, max_len, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # x; q and k rotated, with cos and sin, v; the own section's output with denominators, o
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        sections = -(-seq_len // self.block_size)
+        H, sections = self.num_heads, -(-seq_len // self.block_size)
         n = min(self.top_k or sections, sections)
-        token = self.dim + 5 * q_width + 3 * kv_width + self.num_heads
+        token = self.dim + 3 * q_width + 2 * kv_width + H + (0 if self.rope_base is None else 2 * self.head_dim) + 2
         if len(self._parts(batch_size, seq_len, sections)) == 1:  # else computed again
-            token += n * (3 * q_width + 5 * self.num_heads)
+            # q as products read it, scores of all sections; of those chosen queries, outputs twice, denominators,
+            # numbers as int64 and int32, a flag and the weight
+            token += q_width + H * (sections + 1) + n * (3 * q_width + 5 * H + H // 4)
+            token += kv_width * sections // seq_len
         return batch_size * seq_len * token
 
     def parallel_plan(self) -> ParallelPlan:

@@ -104,3 +104,8 @@ class LinearAttention(LinearMixer):
     def key_work(self) -> int:
         per_number = {"elu1": 2, "relu": 1, "silu": work.SILU}.get(self.feature_map, 0)
         return 2 * self.key_dim * per_number
+
+    def token_elements(self) -> int:
+        # of elu + 1 its argument, the exponential and a flag; of SiLU the argument; of ReLU nothing but itself
+        each = {"elu1": 9, "silu": 4}.get(self.feature_map, 0)
+        return 2 * self.num_heads * self.key_dim * each // 4

@@ -162,17 +162,21 @@ class LinearMixer(Block):
         return 0
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # per token and head: q and k (projected, and what the op sees), v, o, norm and gate, a decay; and a state for
-        # each interval. The portable forms keep pairs and chunk states beside that
-        wide_row = (
-            2 * self.key_dim
-            + 2 * self.memory_dim
-            + (3 + 3 * (self.g_proj is not None) + 2 * (self.o_norm is not None)) * self.value_dim
-        )
-        if self.decay_kind == "channel":
-            wide_row += 3 * self.key_dim
-        states = -(-seq_len // INTERVAL) * self.memory_dim * self.value_dim
-        return batch_size * (seq_len * (self.dim + self.num_heads * wide_row) + self.num_heads * states)
+        # x; q, k, v as the op reads them and what they are made of; o, of a quotient both parts; its norm or gate, and
+        # what W_o reads; a state for each interval
+        rows, value = batch_size * seq_len * self.num_heads, self.value_dim + self.value_extra
+        kept = batch_size * seq_len * (self.dim + self.token_elements())
+        kept += rows * (2 * self.memory_dim + value + (value + 1 if self.value_extra else 0))
+        if self.o_norm is not None:
+            kept += self.o_norm.activation_elements(rows, self.g_proj is not None) + rows * self.value_dim
+        else:
+            kept += rows * self.value_dim * (1 if self.g_proj is None else 4)
+        states = -(-seq_len // INTERVAL) * self.num_heads * self.memory_dim * value
+        return kept + batch_size * states
+
+    def token_elements(self) -> int:
+        """Elements of a token kept for `features` and `log_decay`, q and k as the op reads them left out."""
+        return 0
 
     def parallel_plan(self) -> ParallelPlan:
         column = {name: "column" for name in ("q_proj", "k_proj", "v_proj", "g_proj")}

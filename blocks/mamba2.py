@@ -239,8 +239,11 @@ class Mamba2(Block):
         return batch_size * seq_len * (inner * self.inner + step * self.num_heads + scaled + conv)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; in_proj; convolution; step; delta x, o, y, y silu(z), norm; a state for each interval
-        row = self.dim + 9 * self.inner + 3 * self.conv_channels + 4 * self.num_heads
+        # x; in_proj's rows, what the convolution reads and gives; B and C as the op reads them; dt, delta, the decay;
+        # delta u, y; silu(z) and y * silu(z), the norm and what out_proj reads; a state for each interval
+        row = self.dim + 3 * self.inner + 3 * self.conv_channels + self.num_heads
+        row += 2 * self.num_groups * self.state_dim + (3 + (self.time_step_limit is not None)) * self.num_heads
+        row += 2 * self.inner if self.norm is None else 4 * self.inner + 2 * self.num_groups
         return batch_size * (seq_len * row + -(-seq_len // INTERVAL) * self.inner * self.state_dim)
 
     def parallel_plan(self) -> ParallelPlan:

@@ -289,12 +289,17 @@ class Mamba3(Block):
         return batch_size * seq_len * (norms + turned + self.inner * inner + 6 * H)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        H, R, N, S = self.num_heads, self.rank, self.state_dim, self.num_angles
-        # x, in_proj, B and C normed; then per head B and C, before their rotation, and once more for pairs of ranks
-        row = self.dim + sum(self.rows) + 2 * R * N * self.num_groups
-        row += 2 * R * N * H * (1 + (S > 0) + (R > 1)) + H * (2 * S + 12)
-        # inputs, outputs, gate of each rank; x, and what out_proj takes
-        row += (2 + R * (4 + 2 * (R > 1) + (self.norm is not None))) * self.inner
+        H, R, N, G, S = self.num_heads, self.rank, self.state_dim, self.num_groups, self.num_angles
+        # x, in_proj; B and C normed, for each head, rotated; dt, delta, A, decays, gamma, what the next token adds
+        row = self.dim + sum(self.rows) + 2 * R * G * (N + 1) + 2 * R * N * H * (1 + (S > 0))
+        row += H * (5 + self.trapezoidal + R) + S * (2 + 3 * H) * (S > 0)  # turns; angles, their cos and sin
+        # v as the op reads it, y, silu(z), what out_proj takes; with ranks those of each, and pairs of them
+        if R == 1:
+            row += 4 * self.inner + 3 * H
+        else:
+            row += (6 * R + 1) * self.inner + 3 * H * R * R + 2 * R * N * H
+        if self.norm is not None:
+            row += R * (2 * self.inner + H)
         return batch_size * (seq_len * row + -(-seq_len * R // INTERVAL) * self.inner * N)
 
     def parallel_plan(self) -> ParallelPlan:

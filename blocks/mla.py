@@ -268,10 +268,15 @@ class MultiHeadLatentAttention(Block):
         return kv_cache_bytes(batch_size, max_len, 1, self.kv_lora_rank + self.rope_dim, 0, self.itemsize)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        H, qk, v = self.num_heads, self.qk_head_dim, self.v_head_dim
-        token = self.dim + 3 * (self.kv_lora_rank + self.rope_dim) + 3 * (self.q_lora_rank or 0)
-        token += H * (3 * qk + 2 * v)  # q, k, v with their unpadded forms, o
-        return batch_size * seq_len * token
+        # x; the latent with its rotary key, before and after norm; cos and sin for q and for k; the queries' latent
+        latent = self.kv_lora_rank + self.rope_dim
+        token = self.dim + 2 * latent + self.kv_lora_rank + 1 + (2 * self.rope_dim if self.rope else 0)
+        token += 0 if self.q_lora_rank is None else 3 * self.q_lora_rank + 1
+        return batch_size * seq_len * (token + self._attention_elements(seq_len))
+
+    def _attention_elements(self, seq_len: int) -> int:
+        """Elements of a token kept for attention: q, k, v, o and its denominators."""
+        return self.num_heads * (2 * self.qk_head_dim + 2 * self.v_head_dim + 1)
 
     def parallel_plan(self) -> ParallelPlan:
         whole = ("kv_a_proj_with_mqa", "kv_a_layernorm", "q_a_proj", "q_a_layernorm")

@@ -72,8 +72,8 @@ class MLP(Block):
         return batch_size * seq_len * self.hidden_dim * per_number
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x, before and after the activation
-        return batch_size * seq_len * (self.dim + 2 * self.hidden_dim)
+        # x, before and after the activation; ReLU keeps its result alone
+        return batch_size * seq_len * (self.dim + (1 if self.activation == "relu" else 2) * self.hidden_dim)
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan({"up_proj": "column", "down_proj": "row"}, units=self.hidden_dim, context="token")

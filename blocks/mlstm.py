@@ -244,10 +244,10 @@ class MatrixLSTM(Block):
         return batch_size * seq_len * self.num_heads * head
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # per token and head: q and k; v, its scaled copy, what is read, the quotient, the norm, the gate and their
-        # product; and a state for each interval
-        row = 2 * self.key_dim + 8 * self.value_dim
-        states = -(-seq_len // INTERVAL) * self.key_dim * self.value_dim
+        # x; per head q and k; v with its 1, scaled, and what is read; the quotient, its norm twice, the gate, their
+        # product; gates, decay, scales, denominator and statistics; a state for each interval
+        row = 2 * self.key_dim + 8 * self.value_dim + (12 if self.gate_soft_cap is None else 14)
+        states = -(-seq_len // INTERVAL) * self.key_dim * (self.value_dim + 1)
         return batch_size * (seq_len * (self.dim + self.num_heads * row) + self.num_heads * states)
 
     def parallel_plan(self) -> ParallelPlan:

@@ -277,10 +277,16 @@ class MoBA(Block):
         return cache + batch_size * (sums + self._tail_len * width * itemsize)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; q and k before and after rotation, v; o twice (attention, projection) and its lse; the lists
+        # x; q and k rotated, v, cos and sin for both; with a norm q and k before it, with a convolution k before that;
+        # o and its denominators, the lists
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        listed = self.num_heads * min(self.top_k, -(-seq_len // self.block_size))
-        return batch_size * seq_len * (self.dim + 4 * q_width + 3 * kv_width + self.num_heads + listed)
+        listed, tokens = min(self.top_k, -(-seq_len // self.block_size)), batch_size * seq_len
+        token = self.dim + 2 * q_width + 2 * kv_width + self.num_heads * (1 + listed)
+        token += (0 if self.rope_base is None else 2 * self.head_dim) + (0 if self.k_conv1d is None else kv_width)
+        kept = tokens * token
+        for norm, heads in ((self.q_norm, self.num_heads), (self.k_norm, self.num_kv_heads)):
+            kept += 0 if norm is None else norm.activation_elements(tokens * heads)
+        return kept
 
     def parallel_plan(self) -> ParallelPlan:
         tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}

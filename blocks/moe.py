@@ -96,6 +96,11 @@ class TopKRouter(nn.Module):
         biased = (self.e_score_correction_bias is not None) + (self.bias is not None)
         return tokens * ((score + biased) * self.weight.shape[0] + chosen)
 
+    def activation_elements(self, tokens: int) -> int:
+        """Elements kept for backward beside x: scores; of those chosen the index, the score and, as parts of their
+        sum, the weight."""
+        return tokens * (len(self.weight) + 3 * self.top_k + (self.top_k + 1) * self.renormalize)
+
     def _within_best_groups(self, wanted: Tensor) -> Tensor:
         groups = wanted.unflatten(-1, (self.num_groups, -1))
         # a group is as good as its best expert (DeepSeek-V2), with sigmoid scores its best two (V3)
@@ -132,6 +137,10 @@ class HypersphereRouter(TopKRouter):
     def vector_flops(self, tokens: int) -> int:
         experts, width = self.weight.shape  # the token made of length one, cosines over the temperature
         return super().vector_flops(tokens) + tokens * (work.UNIT * width + experts)
+
+    def activation_elements(self, tokens: int) -> int:
+        # the mapped token and its unit vector, its length twice, cosines
+        return super().activation_elements(tokens) + tokens * (2 * self.proj.out_features + 2 + len(self.weight))
 
 
 @register(
@@ -346,11 +355,16 @@ class MixtureOfExperts(Block):
         return total
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        tokens = batch_size * seq_len
-        shared = self.shared_experts.activation_elements(batch_size, seq_len) if self.shared_experts is not None else 0
+        tokens, loss = batch_size * seq_len, (self.aux_coef if self.balance == "aux" else 0) or self.sequence_aux_coef
+        shared = 0
+        if self.shared_experts is not None:  # they read the same x
+            shared = self.shared_experts.activation_elements(batch_size, seq_len) - tokens * self.dim
         if self.shared_expert_gate is not None:
             shared += tokens * (self.dim + 1)
-        routing = tokens * (self.dim + 3 * self.num_experts + 4 * self.top_k)
+        # x, what the router keeps, the sum that shares are parts of
+        routing = tokens * (self.dim + bool(loss)) + self.gate.activation_elements(tokens)
+        if self.z_loss_coef:
+            routing += tokens * (1 + self.num_experts)  # logits and their logsumexp
         return routing + self.experts.activation_elements(tokens * self.top_k) + shared
 
     def product_elements(self, batch_size: int, seq_len: int) -> int:

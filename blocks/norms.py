@@ -40,6 +40,10 @@ class RMSNorm(nn.Module, metaclass=DrawsItself):
             return (y * (1 + self.weight.to(y.dtype))).to(x.dtype)  # wide: in 16 bits 1 + w would lose what w says
         return y.to(x.dtype) * self.weight
 
+    def activation_elements(self, rows: int) -> int:
+        """Elements kept for backward: x, what w multiplies, and one factor a row."""
+        return rows * (2 * self.dim + 1)
+
 
 @register("layer", kind="norm", paper="arXiv:1607.06450")
 class LayerNorm(nn.Module, metaclass=DrawsItself):
@@ -66,3 +70,7 @@ class LayerNorm(nn.Module, metaclass=DrawsItself):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
+
+    def activation_elements(self, rows: int) -> int:
+        """Elements kept for backward: x, mean and deviation of each row."""
+        return rows * (self.dim + 2)

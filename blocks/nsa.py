@@ -323,12 +323,23 @@ class NativeSparseAttention(Block):
         return cache + ring + batch_size * slots * self.num_kv_heads * (self.head_dim + self.v_head_dim) * itemsize
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; q before and after rotation, three outputs and their gates; keys and values; windows and their keys
-        q, o = self.num_heads * self.head_dim, self.num_heads * self.v_head_dim
-        kv = self.num_kv_heads * (self.head_dim + self.v_head_dim)
-        token = self.dim + 2 * q + 5 * o + 2 * kv * self.kv_branches
-        windows = self.rule.num_slots(seq_len) * kv * (2 * self.rule.kernel_size + 4)
-        return batch_size * (seq_len * token + windows)
+        # x; q, keys and values of each branch, those of the window once more; cos and sin; three outputs with
+        # denominators and gates, their sum; lists and order
+        o, kv = self.num_heads * self.v_head_dim, self.num_kv_heads * (self.head_dim + self.v_head_dim)
+        rotary = 0 if self.rope_base is None else self.head_dim
+        token = self.dim + self.num_heads * (self.head_dim + 6) + 4 * o
+        token += (
+            kv * (self.kv_branches + (self.kv_branches > 1))
+            + 2 * rotary
+            + self.num_kv_heads * self.rule.num_listed(seq_len)
+            + 2
+        )
+        # a window: its tokens for k and for v as int64, its order; its key and value; with a network its tokens, both
+        # layers and the rotation
+        window = 4 * self.rule.kernel_size + 2 + kv
+        if self.compress_k is not None:
+            window += kv * (self.rule.kernel_size + 2) + rotary
+        return batch_size * (seq_len * token + self.rule.num_slots(seq_len) * window)
 
     def parallel_plan(self) -> ParallelPlan:
         tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "g_proj": "column", "o_proj": "row"}

@@ -24,7 +24,7 @@ from zoo.contract import (
 )
 from zoo.kernels import work
 from zoo.kernels.attention import QUERY_TILE, attention_flops
-from zoo.kernels.attention.mask import Mask, tiles
+from zoo.kernels.attention.mask import Mask, Tile, tiles
 from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
 from zoo.kernels.rope import rope
@@ -122,11 +122,9 @@ class Parallax(Block):
         mask = Mask(True, None, 0, q_index, k_index, doc_ids, k_doc_ids)
         outputs = []
         for tile in tiles(T, k.shape[1], True, None, 0, mask.plain, fused=False):
-            seen = mask.visible(tile, x.device)
-            assert seen is not None  # causal
-            given = (tile.queries(q), tile.queries(r), tile.keys(k), tile.keys(v), seen)
+            given = (tile.queries(q), tile.queries(r), tile.keys(k), tile.keys(v), mask, tile)
             recompute = T > QUERY_TILE and torch.is_grad_enabled()
-            outputs.append(checkpoint(_tile, *given, use_reentrant=False) if recompute else _tile(*given))
+            outputs.append(checkpoint(_masked_tile, *given, use_reentrant=False) if recompute else _masked_tile(*given))
         return self.o_proj(torch.cat(outputs, 1).flatten(2))
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
@@ -151,15 +149,24 @@ class Parallax(Block):
         return kv_cache_bytes(batch_size, max_len, self.num_kv_heads, self.head_dim, self.head_dim, self.itemsize)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # x; q, r and k rotated with their cos and sin, v; o. With one tile k once more, and scores, weights and both
+        # factors of their product; of several only what they are computed from
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        token = self.dim + 3 * q_width + 2 * kv_width
-        if seq_len <= QUERY_TILE:  # longer ones recompute their scores and weights
-            token += 4 * self.num_heads * seq_len + 2 * q_width
+        token = self.dim + 3 * q_width + 2 * kv_width + (0 if self.rope_base is None else 3 * self.head_dim)
+        if seq_len <= QUERY_TILE:
+            token += 4 * self.num_heads * seq_len + kv_width
         return batch_size * seq_len * token
 
     def parallel_plan(self) -> ParallelPlan:
         tensor = {name: "column" for name in ("q_proj", "k_proj", "v_proj", "r_proj")} | {"o_proj": "row"}
         return ParallelPlan(tensor, units=self.num_kv_heads, context="gather_kv")
+
+
+def _masked_tile(q: Tensor, r: Tensor, k: Tensor, v: Tensor, mask: Mask, tile: Tile) -> Tensor:
+    """As `_tile`, all of a tile; its mask is made here, so that those of all tiles are never kept."""
+    seen = mask.visible(tile, q.device)
+    assert seen is not None  # causal
+    return _tile(q, r, k, v, seen)
 
 
 def _tile(q: Tensor, r: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:

@@ -257,15 +257,18 @@ class PaTHAttention(Block):
         return batch_size * (max_len * token + (self.conv_size - 1) * width * itemsize + 8)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # x; q, k, v; w between its maps, before and after its convolution, of unit length; beta and what it is made of;
+        # gates with what their logsigmoid keeps; owners, o
         Hq, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
         gated = 0 if self.g_proj is None else Hq
         chunks = -(-seq_len // self.chunk_size)
-        token = self.dim + 2 * Hq * D + 7 * Hkv * D + Hkv + 3 * gated
+        token = self.dim + self.w_proj[0].out_features + 2 * Hq * D + 5 * Hkv * D + 3 * Hkv + 3 * gated + 2
+        kept = seq_len * token
         if chunks > 1:  # each chunk keeps the keys and sums it started with, and computes the rest again
-            token += (Hkv * D + gated) * (chunks - 1) // 2
+            kept += (Hkv * D + gated) * self.chunk_size * chunks * (chunks - 1) // 2
         else:  # scores, their parts and probabilities, the products with w
-            token += Hq * seq_len * 6 + 3 * Hq * D + 3 * Hkv * (D + seq_len)
-        return batch_size * seq_len * token
+            kept += seq_len * (Hq * seq_len * 6 + 3 * Hq * D + 3 * Hkv * (D + seq_len))
+        return batch_size * kept
 
     def parallel_plan(self) -> ParallelPlan:
         names = ("q_proj", "k_proj", "v_proj", "w_proj.1", "w_conv1d", "bt_proj")

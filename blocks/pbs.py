@@ -27,6 +27,7 @@ from zoo.contract import state_dtype
 from zoo.kernels import sparse_attention as attending
 from zoo.kernels import work
 from zoo.kernels.block_list import BlockList, block_mask
+from zoo.kernels.merge_lse import kept as merge_kept
 from zoo.kernels.merge_lse import merge_lse
 from zoo.kernels.precision import no_autocast
 from zoo.kernels.select import select
@@ -158,8 +159,10 @@ class PermutedBlockSparse(Policy):
         return num_keys, 1, self.num_heads
 
     def kept(self, seq_len: int) -> int:
-        # the lists, the copies of keys and values, two outputs and their denominators
-        return self.num_heads * (self._blocks(seq_len) + 4 * self.head_dim + 2)
+        # lists of both kinds; the other output and its denominators, what merging keeps, y; copies of k and v by index
+        H, D = self.num_heads, self.head_dim
+        token = 1 + H * (self._blocks(seq_len) + 1) + H * (2 * D + 1) + merge_kept(2, H, D)
+        return seq_len * token + self._blocks(seq_len) * self.block_size * H * (2 * D + 4)
 
     def _blocks(self, num_keys: int) -> int:
         return -(-num_keys // self.segment_size) * (self.segment_size // self.block_size)

@@ -15,8 +15,9 @@ from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops,
 from zoo.kernels import work
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
+from zoo.kernels.linear_attention import INTERVAL
 from zoo.kernels.plstm import flops as plstm_flops
-from zoo.kernels.plstm import plstm
+from zoo.kernels.plstm import kept, plstm
 from zoo.kernels.short_conv import short_conv
 from zoo.registry import register
 from zoo.schema import PositiveInt
@@ -224,14 +225,15 @@ class ParallelLSTM(Block):
         return batch_size * seq_len * (self.dim * (conv + work.RMS + 2) + gates + decay)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x, its convolution, q, k, v, o and the norm; gates with their sigmoids and rotations; then what a chunk forms:
-        # weights of pairs of tokens, keys and queries once a slot, and a state for each chunk
+        # x, its convolution; rotations and their signs, gates; o and its norm twice; what a chunk forms
         J, H = self.tracking_dim, self.num_heads
-        row = 10 * self.dim + 18 * H * J * J
+        token = 5 * self.dim + H * (8 * J * J + J + 1)
         if J > 1:
-            row += 3 * H * self.chunk_size * J * J + 2 * self.dim * (J + 1)
-        states = -(-seq_len // (self.chunk_size if J > 1 else 64)) * self.dim * self.key_dim
-        return batch_size * (seq_len * row + states)
+            form = kept(seq_len, self.key_dim, self.value_dim, slots=J, chunk_size=self.chunk_size)
+            return batch_size * (seq_len * token + H * form)
+        # q, k and v as they are and as linear attention reads them; its gates, and a state for each interval
+        token += 6 * self.dim + 2 * H
+        return batch_size * (seq_len * token + -(-seq_len // INTERVAL) * self.dim * self.key_dim)
 
     def parallel_plan(self) -> ParallelPlan:
         gates = ("source", "mark", "direct", "eigenvalues", "inproj", "outproj")

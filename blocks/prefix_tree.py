@@ -369,5 +369,7 @@ class PrefixTree(CachePolicy):
         slots = max_len // self.chunk_size * self.chunk_size + min(self.chunk_size, max_len)
         return kv_cache_bytes(1, slots, self.num_kv_heads, self.head_dim, self.head_dim, itemsize)
 
-    def kept(self, seq_len: int) -> int:
-        return self.num_heads  # denominators
+    def kept(self, seq_len: int, rotary_dim: int) -> int:
+        # q, o and its denominators, k, v, cos and sin for q and for k
+        width = self.num_heads * (2 * self.head_dim + 1) + 2 * self.num_kv_heads * self.head_dim
+        return seq_len * (width + 2 * rotary_dim)

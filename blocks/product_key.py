@@ -128,10 +128,17 @@ class ProductKeyMemory(Block):
         return batch_size * seq_len * token
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x, output, gate; per head: query before and after the norm, both halves' scores, K^2 pairs, weights
-        kept = min(self.top_k, self.num_keys)
-        per_head = 4 * self.key_dim + 2 * self.num_keys + kept**2 + 2 * self.top_k
-        return batch_size * seq_len * (2 * self.dim + self.value_dim + self.num_heads * per_head)
+        # x; per head: query before and after its norm; as int64 the best of both halves, of their pairs and the slots;
+        # weights
+        kept, tokens = min(self.top_k, self.num_keys), batch_size * seq_len
+        token = self.dim + self.num_heads * (2 * self.key_dim + 4 * kept + 5 * self.top_k)
+        token += 6  # where each token's bag of slots begins, and what it holds
+        if self.o_proj is not None:
+            token += self.value_dim
+        if self.gate_proj is not None:
+            token += self.dim + 1  # output and gate
+        norm = self.q_norm.activation_elements(tokens * self.num_heads) if isinstance(self.q_norm, RMSNorm) else 0
+        return tokens * token + norm
 
     def active_params(self) -> int:
         read = min(self.num_heads * self.top_k, self.num_keys**2)

@@ -33,6 +33,7 @@ from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
+from zoo.kernels.merge_lse import kept as merge_kept
 from zoo.kernels.merge_lse import merge_lse
 from zoo.kernels.rope import rope
 from zoo.registry import register
@@ -235,8 +236,12 @@ class RAT(Block):
         return batch_size * (2 * self.dim * (slots * self.itemsize + max(self.itemsize, 4)) + 8)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x, in_proj's rows, gate and decay, inputs and results of the scan, q and k rotated, o, merged and gated
-        return batch_size * seq_len * 22 * self.dim
+        # x; the gate, its sigmoid and logsigmoid; x and k before the scan; decays of both, results; q and k rotated,
+        # cos and sin for both; o; what merging it with the own x keeps, y, gate and product; where chunks end, and
+        # their keys and values
+        ends = max_read(seq_len, self.chunk_size, False)
+        token = 17 * self.dim + 2 * self.head_dim + self.num_heads + merge_kept(2, self.num_heads, self.head_dim) + 4
+        return batch_size * (seq_len * token + ends * 2 * self.dim)
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(context="gather_input", reason="in_proj also makes the q and k that all heads share")

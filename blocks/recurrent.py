@@ -41,7 +41,7 @@ def softplus_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     """g = -exp(A_log) softplus(a + dt_bias) <= 0, in fp32 (fp64)."""
     x = wide(a) + wide(dt_bias)
     # softplus; torch's own has a backward that AOT graphs lay out wrongly
-    return -wide(A_log).exp() * torch.logaddexp(x, torch.zeros_like(x))
+    return -wide(A_log).exp() * torch.logaddexp(x, x.new_zeros(()))
 
 
 def reset_softplus_decay_(A_log: Tensor, dt_bias: Tensor, low: float, high: float) -> None:
@@ -90,6 +90,12 @@ class GatedHeadNorm(nn.Module):
         if gate is not None:
             y = y * (F.silu(wide(gate)) if self.activation == "silu" else wide(gate).sigmoid())
         return y.to(x.dtype if gate is None else gate.dtype)
+
+    def activation_elements(self, rows: int, gated: bool) -> int:
+        """Elements kept for backward: x, what w multiplies, one factor a row; both factors of the product with the
+        gate's activation, which keeps what it was computed from or (sigmoid) itself."""
+        factors = 0 if not gated else 2 if self.activation == "sigmoid" else 3
+        return rows * ((2 + factors) * len(self.weight) + 1)
 
 
 class ShortConv(nn.Module):

@@ -109,6 +109,9 @@ class Retention(LinearMixer):
         q, k = (rope(t, positions, base=self.rope_base, interleaved=True) for t in (q, k))
         return q, k
 
+    def token_elements(self) -> int:
+        return 2 * self.key_dim * self.rotary  # cos and sin for q and for k
+
     def log_decay(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         heads = own_part(torch.arange(self.num_heads, device=x.device, dtype=dtype))

@@ -192,8 +192,8 @@ class RecurrentBlock(Block):
         return super().product_elements(batch_size, seq_len) + 2 * batch_size * seq_len * self.width  # the gates
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; W_y x and its gelu; u before and after the convolution; gates; log a, 1 - a^2, its root, root * i;
-        # a, h; h * gelu
+        # x; W_y x and its gelu; u before and after the convolution; gates; 1 - a^2 twice, its root, root * i; a, h; h *
+        # gelu
         return batch_size * seq_len * (self.dim + 13 * self.width)
 
     def parallel_plan(self) -> ParallelPlan:

@@ -59,6 +59,7 @@ class AdaptiveComputationTime(Router):
     (its code).
     """
 
+    weighs = True
     takes_all = True  # and the mean of the ponder loss over slices is that over the row
 
     def __init__(

@@ -270,11 +270,12 @@ class RWKV7(Block):
         return batch_size * seq_len * self.dim * number
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x, the step and six mixes; r, k, v, w, a, g with their gates; kappa, its norm and what the op sees; norm,
-        # bonus and product; hidden layers; a state every 32 tokens
-        hidden = sum(2 * m.layers()[0].out_features for m in (self.w_lora, self.a_lora, self.g_lora))
+        # the step and six mixes; r, k, v, the gate of each channel; sigmoid and decay; a; kappa before and after its
+        # norm, its negative and its product with a; k's factor less 1, factor and product; r k; o, with bonus and
+        # gated; lengths, bonus and statistics of heads; hidden layers; a state every 32 tokens
+        hidden = sum(m.layers()[0].out_features for m in (self.w_lora, self.a_lora, self.g_lora))
         states = -(-seq_len // 32) * self.dim * self.head_dim
-        return batch_size * (seq_len * (30 * self.dim + hidden) + states)
+        return batch_size * (seq_len * (25 * self.dim + 5 * self.num_heads + hidden) + states)
 
     def parallel_plan(self) -> ParallelPlan:
         loras = [name for name in ("w_lora", "a_lora", "g_lora", "v_lora") if getattr(self, name) is not None]

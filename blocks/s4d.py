@@ -182,12 +182,16 @@ class S4D(Block):
         return batch_size * seq_len * self.dim * (8 * self.pairs + 2 + work.GELU + work.SIGMOID + 1)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x, as columns; y, + D x, its gelu, both halves. A chunk: its addition, decay, state, and the state before
-        # it, complex; or a token as much of each. And what the kernel is made of
-        rest = seq_len % self.chunk_size
-        states = 8 * (seq_len // self.chunk_size) + 6 * rest
-        system = self.chunk_size * (self.chunk_size + 10 * self.pairs)
-        return self.dim * (batch_size * (7 * seq_len + states * self.pairs) + system * (rest < seq_len))
+        # a token: x, y + D x, its gelu, both halves. A chunk: its columns; two states complex, what it adds, the state
+        # before it; the system: powers of the decay, what products read of them, the Toeplitz matrix
+        B, P, L = batch_size, 2 * self.pairs, self.chunk_size
+        chunks, rest = divmod(seq_len, L)
+        kept = B * 5 * seq_len + 6 * P
+        if chunks:
+            kept += B * chunks * (L + 4 * P) + P * (3 * L + 2) + L * L
+        if rest:  # token by token: the decay and the state of each, and the one that the chunks left
+            kept += 2 * B * rest * P + P + (B * P if chunks else 0)
+        return self.dim * kept
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(

@@ -310,13 +310,16 @@ class SeerAttention(Block):
         )
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        # x; q and k rotated, v, cos and sin for both, q as the gate reads it; o and its denominators; the lists
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        blocks = -(-seq_len // self.block_size)
-        token = self.dim + 4 * q_width + 3 * kv_width + self.num_heads
-        token += self.num_kv_heads * (2 * self.gate_dim + 3 * blocks)  # the gate's queries, logits, their loss
+        G, blocks, rotary = self.num_kv_heads, -(-seq_len // self.block_size), self.rope_base is not None
+        token = self.dim + 2 * q_width + 2 * kv_width + self.num_heads + (2 * self.head_dim + q_width) * rotary
         if seq_len > self.top_k * self.block_size:
-            token += self.num_kv_heads * min(self.top_k, blocks)
-        return batch_size * (seq_len * token + blocks * self.num_kv_heads * (3 * self.head_dim + 2 * self.gate_dim))
+            token += G * min(self.top_k, blocks)
+        # the gate's queries with their cos and sin; shares of blocks as they are and as they should be, a flag of each
+        token += self.gate_dim * (G + rotary) + 2 * G * blocks + blocks // 4
+        block = G * (3 * self.head_dim + self.gate_dim) + self.gate_dim * rotary  # pooled keys, the gate's keys
+        return batch_size * (seq_len * token + blocks * block)
 
     def parallel_plan(self) -> ParallelPlan:
         tensor = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}

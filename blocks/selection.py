@@ -233,7 +233,7 @@ class Policy:
             outputs.append(self.attend(part, k, v, prepared, k_index, doc_ids, backend))
         if state is not None:
             state.tail.copy_(q[:, q.shape[1] - self.memory :].detach())
-        return torch.cat(outputs, 1)
+        return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
     def _parts(self, batch_size: int, lead: int, num_queries: int, num_keys: int) -> Iterator[tuple[int, int, int]]:
         """Cuts of lead + num_queries queries: those that lead from `start`, the new ones in [first, stop)."""
@@ -283,9 +283,9 @@ class Policy:
         return flops
 
     def kept(self, seq_len: int) -> int:
-        """Elements of the lists that are kept for backward, a token."""
+        """Elements of a row kept for backward beside queries, keys, values, outputs and their denominators: lists."""
         slots, _, heads = self.listed(seq_len)
-        return slots * heads
+        return seq_len * slots * heads
 
     def attend_flops(self, batch_size: int, num_queries: int, num_keys: int) -> int:
         """Matrix FLOPs of attention to the lists of a part."""

@@ -91,6 +91,9 @@ class SimpleGatedLinearAttention(LinearMixer):
     def key_work(self) -> int:
         return 0 if self.gk_proj is None else 3  # log sigmoid, quotient, exponential
 
+    def token_elements(self) -> int:
+        return 0 if self.gk_proj is None else 3 * self.num_heads  # logit, what its logsigmoid keeps, decay
+
     def parallel_plan(self) -> ParallelPlan:
         plan = super().parallel_plan()
         gate = {} if self.gk_proj is None else {"gk_proj": "column"}

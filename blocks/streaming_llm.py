@@ -18,6 +18,7 @@ from zoo.kernels import sparse_attention as attending
 from zoo.kernels import work
 from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.block_list import BlockList
+from zoo.kernels.merge_lse import kept as merge_kept
 from zoo.kernels.merge_lse import merge_lse
 from zoo.kernels.sparse_attention import sparse_attention
 from zoo.registry import register
@@ -103,6 +104,8 @@ class StreamingLLM(CachePolicy):
         slots = ring_slots(max_len, self.window, self.sinks)
         return kv_cache_bytes(1, slots, self.num_kv_heads, self.head_dim, self.head_dim, itemsize)
 
-    def kept(self, seq_len: int) -> int:
-        # queries rotated again, two outputs and their stack, denominators
-        return self.num_heads * (5 * self.head_dim + 4 + min(seq_len, self.window))
+    def kept(self, seq_len: int, rotary_dim: int) -> int:
+        # k, v; twice q and o with its denominators; cos and sin thrice; one sink and a place; what merging keeps, y
+        H, D = self.num_heads, self.head_dim
+        token = 2 * self.num_kv_heads * D + H * (4 * D + 2) + 3 * rotary_dim + 3
+        return seq_len * (token + merge_kept(2, H, D) + H * D)

@@ -64,6 +64,8 @@ class ExpertChoiceRouter(Router):
     With capacity 1 and activation one: a plain loop.
     """
 
+    weighs = True
+
     steps_done: Tensor | None
 
     def __init__(
@@ -242,6 +244,8 @@ class TokenChoiceRouter(Router):
     moves b by bias_update_rate * sign(mean load - load) at each `update_bias()`. And z_coef * mean(logsumexp^2).
     """
 
+    weighs = True
+
     selection_bias: Tensor | None
     counts: Tensor | None
 
@@ -326,6 +330,7 @@ class SkipLayerRouter(Router):
     alone. Reconstructed: no code was published, and the form of the loss is ours.
     """
 
+    weighs = True
     reads_all = True
 
     def __init__(

@@ -32,10 +32,11 @@ from zoo.contract import (
 )
 from zoo.kernels import sparse_attention as sparse
 from zoo.kernels import work
-from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
+from zoo.kernels.attention import attention, attention_flops
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
+from zoo.kernels.merge_lse import kept as merge_kept
 from zoo.kernels.merge_lse import merge_lse
 from zoo.kernels.precision import no_autocast
 from zoo.kernels.prefix_topk import merge_topk, prefix_topk
@@ -328,13 +329,12 @@ class WindowGlobal(Block):
         return batch_size * ((R + G) * per_slot + 8)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x; q and k before and after rotation, v, o
+        # x; q and k rotated, with cos and sin, v; o and its denominators
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        token = self.dim + 3 * q_width + 3 * kv_width
-        if self.num_globals:  # two outputs, as they come and stacked, two lses, score and lists
-            token += 5 * q_width + 2 * self.num_heads + 1 + self._listed(seq_len) // min(self.chunk_size, seq_len)
-            if seq_len <= QUERY_TILE:  # longer sequences recompute the probabilities of the window
-                token += self.num_heads * seq_len
+        token = self.dim + 2 * q_width + 2 * kv_width + 2 * self.head_dim + self.num_heads
+        if self.num_globals:  # q and k not rotated, the other output, what merging keeps, y; scores, order and lists
+            token += 3 * q_width + kv_width + self.num_heads + merge_kept(2, self.num_heads, self.head_dim) + 5
+            token += self._listed(seq_len) // min(self.chunk_size, seq_len)
         return batch_size * seq_len * token
 
     def parallel_plan(self) -> ParallelPlan:

@@ -233,11 +233,16 @@ class WorkspaceMemory(Block):
         return batch_size * ((self.num_slots + 1) * self.dim * state_dtype(self.slots.dtype).itemsize + 8)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        # x, y before and after the gate, query, softmax; per chunk: memory twice (list and stack), normed, keys
-        later = max_read(seq_len, self.chunk_size, False)
-        chunk = self.num_slots * (3 * self.dim + 2 * self.rank) + 2 * self.active * (self.dim + self.rank)
-        token = 4 * self.dim + 2 * self.rank + 2 * self.num_slots
-        return batch_size * (seq_len * token + (later + 1) * chunk)
+        S, D, C, R = self.num_slots, self.dim, self.chunk_size, max_read(seq_len, self.chunk_size, False)
+        # a token: x, y, its query, its gate; where it is summed up, laid out and found
+        token = 2 * D + self.rank + 8
+        # laid out by memories: queries, softmax, what is read (the first memory is read by all that are first)
+        reads = R * C * (D + S + self.rank) + C * S
+        # a memory: normed, and again in the stack with its keys; a write: the mean, what is drawn from it, the slots it
+        # goes to, gates, what it changes, and the memory after it
+        memory = S * (D + 1)
+        write = D * (1 + (seq_len % C == 0)) + self.rank + 3 + self.active * (D + 2 * self.rank + 2)
+        return batch_size * (seq_len * token + reads + (R + 1) * memory + R * (write + 2 * S * (D + self.rank)))
 
     def parallel_plan(self) -> ParallelPlan:
         names = ("slots", "q_proj", "k_proj", "write_down", "write_up", "controller", "gate_proj")

@@ -108,7 +108,9 @@ class Toy(Block):
         return batch_size * (self.dim * max(4, size) + (self.conv.shape[1] - 1) * self.dim * size + 8)
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        return batch_size * seq_len * (6 * self.dim + seq_len)
+        # x, what the convolution reads, y, and y times its gate; cosines; the decay between all tokens
+        streams = 3 if self.gate is None else 4
+        return batch_size * seq_len * (streams * self.dim + 1) + seq_len * seq_len
 
     def parallel_plan(self) -> ParallelPlan:
         tensor = {"v_proj": "column", "conv": "column", "o_proj": "row"}

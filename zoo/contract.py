@@ -203,7 +203,8 @@ class Block(nn.Module, metaclass=DrawsItself):
         return 0
 
     def activation_elements(self, batch_size: int, seq_len: int) -> int:
-        """Elements kept for backward by one training forward."""
+        """Elements kept for backward by one training forward, x among them where it is kept: those that the CPU's
+        kernels keep in float32. An int64 counts as two, a bool as a quarter."""
         raise NotImplementedError(f"{type(self).__name__}.activation_elements")
 
     def product_elements(self, batch_size: int, seq_len: int) -> int:
@@ -313,6 +314,7 @@ class Router(nn.Module, metaclass=DrawsItself):
 
     causal: bool = True
     reads_all: bool = False  # tokens that do not take a body leave it their keys all the same
+    weighs: bool = False  # what a step adds, or the stream after it, is multiplied by weights that are learnt
     # whether every token of a row takes the same steps, and nothing is learnt or drawn that depends on the row
     takes_all: bool = False
 

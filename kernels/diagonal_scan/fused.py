@@ -40,13 +40,15 @@ def _(dh, a, h, initial_state, engine):
 
 
 def _keep(ctx, inputs, output) -> None:
-    a, x, initial_state, ctx.engine = inputs
-    ctx.save_for_backward(a, x, initial_state, output)
+    a, _, initial_state, ctx.engine = inputs
+    ctx.save_for_backward(a, initial_state, output)
 
 
 def _gradient(ctx, dh):
-    a, x, initial_state, h = ctx.saved_tensors
+    a, initial_state, h = ctx.saved_tensors
     if higher.wanted():
+        first = torch.zeros_like(h[:, 0]) if initial_state is None else initial_state
+        x = h - a * torch.cat([first[:, None], h[:, :-1]], 1)
         grads = higher.gradients(lambda a, x, s: (chunked.linear_scan(a, x, s),), (a, x, initial_state), (dh,))
         return *grads, None
     da, dx, dstate = _backward(dh, a, h, initial_state, ctx.engine)

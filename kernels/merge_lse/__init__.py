@@ -26,3 +26,8 @@ def merge_lse(outputs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str
             f"merge_lse needs as many lses as outputs and at least one, got {len(outputs)} and {len(lses)}"
         )
     return call("merge_lse", backend, torch.stack(list(outputs)), torch.stack(list(lses)))
+
+
+def kept(parts: int, heads: int, width: int) -> int:
+    """Elements of a token kept for backward: of each part its output, weight and share; their sum; which are empty."""
+    return heads * (parts * (width + 2) + 1) + heads * (parts + 1) // 4

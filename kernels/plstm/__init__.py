@@ -8,9 +8,9 @@ from zoo import row
 from zoo.kernels import slices
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.plstm import chunked, reference, scalar
-from zoo.kernels.plstm.cost import flops
+from zoo.kernels.plstm.cost import flops, kept
 
-__all__ = ["flops", "plstm"]
+__all__ = ["flops", "kept", "plstm"]
 
 register_row("plstm", "linear_attention", scalar.plstm, priority=20, refuse=scalar.refuse)
 register_row("plstm", "chunked", chunked.plstm, priority=10)

@@ -34,3 +34,17 @@ def flops(
         states = 2 * J * (L * V * Dv + L * Dk * Dv + J * Dk * Dv + L * Dk * Dv + L * R * Dv)
         total += (span.end - span.start + span.pad) // L * (merges + pairs + states)
     return B * H * total
+
+
+def kept(seq_len: int, key_dim: int, value_dim: int, *, slots: int, chunk_size: int) -> int:
+    """Elements of a head of one row that `plstm` keeps for backward, J = `slots` of inputs and outputs a token being
+    more than one."""
+    total, J, Dk, Dv = 0, slots, key_dim, value_dim
+    for span in spans(seq_len, chunk_size, binary=True):
+        L, levels = span.chunk, span.chunk.bit_length() - 1
+        # both factors of the merges of two tokens, then S, M and T of each level, of the last one W and its products
+        pairs = 4 * L * bool(levels) + (2 * L * levels - L - 2 if levels > 1 else 0) + 3 * L + 2 * L * L
+        scores = L * L + 2 * L * Dk + 2 * L * J * Dv
+        states = 2 * J * L * (Dk + Dv) + 2 * J * Dk * Dv + J * J  # read and written, before and between the chunks
+        total += (span.end - span.start + span.pad) // L * (J * J * pairs + scores + states)
+    return total

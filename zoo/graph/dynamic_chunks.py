@@ -181,6 +181,11 @@ class DynamicChunks(Chunker):
     def forward_flops(self, batch_size, seq_len, decode):
         return 3 * 2 * batch_size * seq_len * self.dim**2
 
+    def activation_elements(self, batch_size, seq_len):
+        # the stream and the one a token later; queries and keys, and their unit vectors; chunks on the grid of tokens,
+        # decays, the smoothed stream; lengths, probabilities and weights of a token
+        return batch_size * seq_len * (9 * self.dim + 16)
+
     def vector_flops(self, batch_size, seq_len):
         # unit queries and keys; smoothing (weight, decay, update), the residual and p added
         return batch_size * seq_len * (self.dim * (2 * work.UNIT + 4 + 2) + 6)

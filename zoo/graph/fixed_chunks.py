@@ -189,5 +189,10 @@ class FixedChunks(Chunker):
         maps = embedded * self.embed.weight.numel() + contexts * self.prefix_proj.weight.numel()
         return round(2 * batch_size * maps)
 
+    def activation_elements(self, batch_size, seq_len):
+        # the tokens of whole blocks as they are embedded, and the context of each block
+        whole = seq_len // self.length
+        return batch_size * (whole * self.length * self.dim + (whole + 1) * self.width)
+
     def state_bytes(self, batch_size):
         return batch_size * (self.length * self.dim * self.embed.weight.element_size() + 8)

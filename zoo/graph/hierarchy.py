@@ -66,6 +66,10 @@ class Chunker(nn.Module, metaclass=DrawsItself):
         """Work of the chunker itself outside matrix products."""
         return 0
 
+    def activation_elements(self, batch_size: int, seq_len: int) -> int:
+        """Elements that the chunker itself keeps for backward."""
+        raise NotImplementedError
+
     def state_bytes(self, batch_size: int) -> int:
         """Bytes of what the chunker itself carries."""
         raise NotImplementedError
@@ -104,7 +108,8 @@ class _Normed(Node):
             own = sum(p.numel() for p in weights)
             tokens, item = batch_size * seq_len * self.norm.dim, weights[0].element_size()
             vector = self.norm.vector_flops * tokens
-            cost = part_cost(mode, item, params=own, vector=vector, read=tokens, written=tokens, kept=tokens)
+            kept = self.norm.activation_elements(batch_size * seq_len)
+            cost = part_cost(mode, item, params=own, vector=vector, read=tokens, written=tokens, kept=kept)
             yield Leaf(f"{path}.norm", "norm", cost, self.norm)
 
 
@@ -179,7 +184,7 @@ class Hierarchy(Composite):
         # into and out of the chunks
         cost = part_cost(
             mode, item, params=count, flops=flops, vector=vector, read=2 * tokens, written=2 * tokens,
-            kept=4 * tokens, state_bytes=state,
+            kept=self.chunker.activation_elements(batch_size, seq_len), state_bytes=state,
         )  # fmt: skip
         return Leaf(path, type(self.chunker).zoo_registration.name, cost, self.chunker)  # type: ignore[attr-defined]
 

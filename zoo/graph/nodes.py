@@ -188,18 +188,17 @@ class ResidualBlock(Node):
     def leaves(self, batch_size, seq_len, context_len, mode, path=""):
         cost = self.block.cost(batch_size, seq_len, context_len, mode)
         own = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("block."))
-        stream = batch_size * seq_len * self.block.dim * self.block.itemsize
-        # norms keep their input for backward, a learned scale what it multiplies; the block counts what it reads
-        keeping = sum(part is not None for part in (self.norm, self.out_norm, self.scale))
-        kept = keeping * stream if mode == "train" else 0
         norms: list[Any] = [norm for norm in (self.norm, self.out_norm) if norm is not None]
+        # what norms keep for backward, a learned scale what it multiplies; the block counts what it reads
+        kept = sum(norm.activation_elements(batch_size * seq_len) for norm in norms)
+        kept += batch_size * seq_len * self.block.dim if self.scale is not None else 0
         added = self.style != "none"
         number = sum(norm.vector_flops for norm in norms) + added + (self.skip != 1)
         number += self.scale is not None or self.fixed_scale not in (None, 1)
         tokens, item = batch_size * seq_len * self.block.dim, self.block.itemsize
         around = part_cost(
             mode, item, params=own, vector=number * tokens, read=(len(norms) + 2 * added) * tokens,
-            written=(len(norms) + added) * tokens, kept=kept // item,
+            written=(len(norms) + added) * tokens, kept=kept,
         )  # fmt: skip
         yield Leaf(path, self.block_name, cost + around, self)
 

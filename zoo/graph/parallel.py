@@ -106,7 +106,13 @@ class Parallel(Composite):
 
     def leaves(self, batch_size, seq_len, context_len, mode, path=""):
         for i, branch in enumerate(self.branches):
-            yield from branch.leaves(batch_size, seq_len, context_len, mode, f"{path}.{i}".strip("."))
+            run = list(branch.leaves(batch_size, seq_len, context_len, mode, f"{path}.{i}".strip(".")))
+            if i and mode == "train":  # all keep the same input, which the first branch counts
+                leaf = run[0]
+                stream = batch_size * seq_len * self.dim * next(self.parameters()).element_size()
+                kept = max(0, leaf.cost.activation_bytes - stream)
+                run[0] = Leaf(leaf.path, leaf.block, leaf.cost.replace(activation_bytes=kept), leaf.module)
+            yield from run
         own = [p for n, p in self.named_parameters() if not n.startswith("branches.")]
         count, item = sum(p.numel() for p in own), next(self.parameters()).element_size()
         flops = 0 if self.out_proj is None else 2 * batch_size * seq_len * self.out_proj.weight.numel()
@@ -116,6 +122,17 @@ class Parallel(Composite):
         number += 0 if self.gates is None else parts
         cost = part_cost(
             mode, item, params=count, flops=flops, vector=number * tokens, read=(parts + 1 + normed) * tokens,
-            written=(1 + normed) * tokens, kept=(parts + 1) * tokens,
+            written=(1 + normed) * tokens, kept=self._kept(batch_size * seq_len),
         )  # fmt: skip
         yield Leaf(f"{path}.merge", f"merge {self.merge}", cost, self)
+
+    def _kept(self, tokens: int) -> int:
+        """Elements that the norm and the merge keep for backward: gates what they multiply, a map and a maximum the
+        increments side by side, a maximum also itself and which of them it is."""
+        parts, stream = len(self.branches), tokens * self.dim
+        kept = 0 if self.norm is None else self.norm.activation_elements(tokens)  # type: ignore[operator]
+        if self.merge in ("gated", "concat"):
+            kept += parts * stream
+        elif self.merge == "max":
+            kept += (parts + 1) * stream
+        return kept

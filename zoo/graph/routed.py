@@ -93,8 +93,9 @@ def stateless(leaf: Leaf) -> Leaf:
     return Leaf(leaf.path, leaf.block, leaf.cost.replace(state_bytes=0), leaf.module)
 
 
-def routing_leaf(node, router, batch_size, seq_len, mode, path, extra=None, runs=0) -> Leaf:
-    """Cost of a combinator's own parameters: its router, and a map `extra` that runs so often (backward is two)."""
+def routing_leaf(node, router, batch_size, seq_len, mode, path, extra=None, runs=0, trained=0) -> Leaf:
+    """Cost of a combinator's own parameters: its router, and a map `extra` that runs so often (backward is two), and
+    `trained` times with a gradient."""
     inside = {id(p) for name, child in node.named_children() if name in ("body", "bodies") for p in child.parameters()}
     own = sum(p.numel() for p in node.parameters() if id(p) not in inside)
     tokens, item = batch_size * seq_len, next(node.parameters()).element_size()
@@ -102,9 +103,13 @@ def routing_leaf(node, router, batch_size, seq_len, mode, path, extra=None, runs
     # a step that some tokens take gathers them, and adds to them what it says
     moved = tokens * router.dim * sum(2 * share for share in shares if share < 1)
     scored = tokens * router.dim * len(shares) if own else 0
+    # the map's input; what is weighted, the stream that tokens are taken from, and a few numbers for each decision
+    kept = 0 if extra is None else trained * tokens * extra.in_features
+    taken = [share < 1 and not router.reads_all for share in shares]
+    kept += sum(tokens * (router.dim * (1 + some) + 8) for some in taken) if router.weighs else 0
     cost = part_cost(
         mode, item, params=own, flops=router.step_flops(tokens), vector=router.step_vector_flops(tokens),
-        read=round(scored + moved), written=round(moved),
+        read=round(scored + moved), written=round(moved), kept=kept,
         state_bytes=8 * batch_size,  # the count of tokens seen, int64 per row
     )  # fmt: skip
     if extra is not None:

@@ -122,7 +122,7 @@ class Stage(Composite):
         item, tokens = self.depth_in.weight.element_size(), batch_size * seq_len * self.dim
         # each step scales its branches and its output
         scaled = self.steps * (len(self.body.order) + 1) * tokens
-        cost = part_cost(mode, item, params=own, vector=scaled, read=scaled, written=scaled)
+        cost = part_cost(mode, item, params=own, vector=scaled, read=scaled, written=scaled, kept=scaled)
         yield Leaf(f"{path}.depth".strip("."), "stage", cost.replace(flops=flops, useful_flops=flops), self)
 
 
