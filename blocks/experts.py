@@ -174,8 +174,10 @@ class SwiGLUExperts(Experts):
         return assignments * (unit * self.hidden_dim + biases + 2 * self.dim)
 
     def activation_elements(self, assignments: int) -> int:
-        """Kept for backward: rows, gate and up, silu(gate), their product, outputs, and both orders as int64."""
-        return assignments * (2 * self.dim + 4 * self.hidden_dim + 4)
+        """Kept for backward: rows, gate and up, silu(gate), their product, outputs, and both orders as int64; the clamped
+        unit: both clamped, their product and the sigmoid; biases: whose each row is."""
+        hidden = 4 if self.limit is None else 7
+        return assignments * (2 * self.dim + hidden * self.hidden_dim + 4 + 2 * self.biased)
 
     @property
     def params_per_expert(self) -> int:
