@@ -79,6 +79,8 @@ class PaTHAttention(Block):
     beta = 0 is attention without position; beta = 2 reflects, so that |H k| = |k|.
     """
 
+    cuts_gradient = "every segment rewrites the keys of those before it"
+
     def __init__(
         self,
         dim: int,

@@ -242,6 +242,7 @@ class TokenChoiceRouter(Router):
     moves b by bias_update_rate * sign(mean load - load) at each `update_bias()`. And z_coef * mean(logsumexp^2).
     """
 
+    segmented = True
     selection_bias: Tensor | None
     counts: Tensor | None
 
