@@ -1,4 +1,4 @@
-"""Rows that are trained segment by segment: what a state carries from one segment to the next, with or without gradient.
+"""Rows that are trained segment by segment: what states carry from one segment to the next, and with which gradient.
 
 Blocks write `handed_on(x)` into their states, in place. As a rule that has no gradient: segments are trained one after
 the other (truncated backpropagation). Inside `differentiable_states` it keeps its graph, so that the gradient of a

@@ -136,9 +136,7 @@ def _chunk_backward(
     with differentiable_states():
         loss = run(chunk, state, True)
     ends = [(t, g) for t, g in zip(state.tensors(), behind) if g is not None and t.requires_grad]
-    torch.autograd.backward(
-        [loss, *(t for t, _ in ends)], [torch.full_like(loss, scale), *(g for _, g in ends)]
-    )
+    torch.autograd.backward([loss, *(t for t, _ in ends)], [torch.full_like(loss, scale), *(g for _, g in ends)])
     return loss.detach(), [t.grad for t in leaves.tensors()]
 
 

@@ -259,7 +259,8 @@ def spread(wrapper: Model, *, parallel_dims: Any, **unused: Any) -> Model:
         replicas = ["dp_replicate"] if dims.dp_replicate_enabled else []
         experts = dims.get_mesh([*replicas, "efsdp"]) if dims.ep_enabled else None
         mesh = dims.get_mesh([*replicas, "fsdp"])
-        shard.apply(model, mesh, root=wrapper, experts=experts, reshard=not dims.pp_enabled)
+        states = bool(wrapper.section.sequence_chunks.size)
+        shard.apply(model, mesh, root=wrapper, experts=experts, reshard=not dims.pp_enabled, states=states)
     return wrapper
 
 
