@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zoo.contract import State, counter
-from zoo.segments import handed_on
+from zoo.segments import differentiable, handed_on
 
 FIRST_CAPACITY = 64  # slots of a cache that grows
 
@@ -233,9 +233,9 @@ def _put(buffer: Tensor, x: Tensor, slots: Tensor) -> None:
 
 def _write(buffer: Tensor, x: Tensor, slots: Tensor, used: int) -> Tensor:
     """Put x into `slots` and return the first `used` slots, in grad mode as a copy: gradients
-    reach x, and the buffer may change before backward."""
+    reach x, and the buffer may change before backward. In `differentiable_states` each segment has its own."""
     _put(buffer, x, slots)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or differentiable():
         return buffer[:, :used].to(x.dtype)
     row = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
     return buffer[:, :used].to(x.dtype).index_put((row, slots), x)

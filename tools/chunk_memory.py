@@ -72,16 +72,14 @@ def main() -> None:
     if given.one:
         print(json.dumps(measure(given.models[0], given.tokens, given.sizes[0], given.keep if given.sizes[0] else 1.0)))
         return
-    print(f"| model | chunk | MiB above the model | seconds | loss |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| model | chunk | MiB above the model | seconds | loss |\n| --- | ---: | ---: | ---: | ---: |")
     for name in given.models:
         for size in given.sizes:
             case = ["--one", "--models", name, "--tokens", given.tokens, "--sizes", size, "--keep", given.keep]
-            done = subprocess.run([sys.executable, __file__, *map(str, case)], capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout)
-            print(
-                f"| {name} | {size or 'whole row'} | {found['mib']:.0f} | {found['seconds']:.1f} | {found['loss']:.5f} |",
-                flush=True,
-            )
+            command = [sys.executable, __file__, *map(str, case)]
+            found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            cells = f"{found['mib']:.0f} | {found['seconds']:.1f} | {found['loss']:.5f}"
+            print(f"| {name} | {size or 'whole row'} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ def differentiable_states() -> Iterator[None]:
         _differentiable = before
 
 
+def differentiable() -> bool:
+    """Whether what is written into states keeps its graph."""
+    return _differentiable
+
+
 def handed_on(x: Tensor) -> Tensor:
     """What a block writes into its state, in place: x without its gradient, or with it in `differentiable_states`."""
     return x if _differentiable else x.detach()

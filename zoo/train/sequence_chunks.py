@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from zoo.contract import Block, State, weighted_auxiliary
 from zoo.errors import ConfigError, Problem
 from zoo.graph.nodes import Node
+from zoo.parallel import shard
 from zoo.sections import DataSection, ParallelSection, TrainSection
 from zoo.segments import differentiable_states, rehearsal
 from zoo.train.job import Job
@@ -110,10 +111,10 @@ def backward(run: Run, state: State, chunks: list[slice], drawn: list[bool], kee
     return total
 
 
-def _forward(run: Run, chunks: list[slice], state: State, drawn: list[bool]) -> tuple[list[State], Tensor | float]:
+def _forward(run: Run, chunks: list[slice], state: State, drawn: list[bool]) -> tuple[list[State], Any]:
     """The states in front of the chunks, and the loss of those that will not run again."""
     borders: list[State] = []
-    total: Tensor | float = 0.0
+    total: Any = 0.0
     for chunk, again in zip(chunks, drawn, strict=True):
         borders.append(state.mark())
         if again and len(borders) == len(chunks):
@@ -159,10 +160,14 @@ class ChunkedBackward:
             losses = self.model_parts[0](inputs[:, where], state=state, labels=labels[:, where])
             return self.loss_fn(losses, labels, valid)[0]
 
-        chunks = cut(inputs.shape[1], section.size)
-        state = new_state(self._blank, *inputs.shape, inputs.device)
+        rows, length = inputs.shape
+        chunks, state = cut(length, section.size), new_state(self._blank, rows, length, inputs.device)
+        drawn = draw(len(chunks), section.keep)
         with self.train_context():
-            return backward(run, state, chunks, draw(len(chunks), section.keep), section.keep)
+            loss = backward(run, state, chunks, drawn, section.keep)
+        if not any(drawn):
+            shard.free(self.model_parts[0])  # no backward pass did it
+        return loss
 
     @functools.cached_property
     def _blank(self) -> nn.Module:
