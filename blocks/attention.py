@@ -251,6 +251,10 @@ class Attention(Block):
         return self.o_proj(o if gate is None else o * torch.sigmoid(gate))
 
     @property
+    def cuts_gradient(self) -> str:
+        return "" if self.cache is None else self.cache.cuts_gradient
+
+    @property
     def sees_blocks(self) -> bool:
         # a subclass has a mask of its own
         return type(self) is Attention and self.window is None and self.select is None and self.cache is None

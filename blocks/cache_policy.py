@@ -20,6 +20,7 @@ from zoo.kernels import work
 class CachePolicy:
     """Base of cache policies: the state, and attention to what it holds."""
 
+    cuts_gradient: str = ""  # as of a block
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -37,6 +37,7 @@ from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.row import Slice, before, current, joined
 from zoo.schema import NonNegativeFloat, PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -150,10 +151,10 @@ class ChunkMixtureOfExperts(Block):
         best = logits.topk(self.top_k, dim=-1)
         y = self.experts(x.reshape(-1, D), best.indices, best.values.softmax(-1)).view_as(x)
         if state is not None:
-            # detached: segments are trained one after the other
-            means = torch.cat([state.summary[:, None].to(wide), chunks.means], dim=1).detach()
-            state.summary.copy_(means.gather(1, chunks.total[:, None, None].expand(B, 1, D)).squeeze(1))
-            state.total.copy_(chunks.rest.detach())
+            means = torch.cat([state.summary[:, None].to(wide), chunks.means], dim=1)
+            newest = means.gather(1, chunks.total[:, None, None].expand(B, 1, D)).squeeze(1)
+            state.summary.copy_(handed_on(newest))
+            state.total.copy_(handed_on(chunks.rest))
             state.position.add_(T)
         return self._balance(y, logits, best.indices) if self.training else y
 

@@ -19,6 +19,7 @@ from zoo.kernels.block_list import BlockList, sort_ids
 from zoo.kernels.block_scores import block_scores
 from zoo.kernels.pool_blocks.chunked import block_starts
 from zoo.kernels.select import select
+from zoo.segments import handed_on
 
 SCORES_AT_ONCE = 1 << 24
 
@@ -148,7 +149,7 @@ def write_slots(table: Tensor, new: Tensor, slots: Tensor, used: int) -> Tensor:
     """Put new [B, C, H, D] into `slots` [B, C] of a table [B, slots, H, D] and return its first `used` slots, in
     grad mode as a copy through which gradients reach `new`."""
     row = torch.arange(new.shape[0], device=new.device)[:, None]
-    table.index_put_((row, slots), new.detach().to(table.dtype))
+    table.index_put_((row, slots), handed_on(new).to(table.dtype))
     if not torch.is_grad_enabled():
         return table[:, :used].to(new.dtype)
     return table[:, :used].to(new.dtype).index_put((row, slots), new)

@@ -24,6 +24,7 @@ from zoo.kernels.delta_rule import delta_rule
 from zoo.kernels.delta_rule import flops as delta_rule_flops
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
+from zoo.segments import handed_on
 
 
 class DeltaMixer(Block):
@@ -141,7 +142,7 @@ class DeltaMixer(Block):
         memory = None if state is None else previous(state.memory)
         o, memory = self.mix(q, k, v, beta, self.log_decay(x), memory, doc_ids)
         if state is not None:
-            state.memory.copy_(memory.detach())
+            state.memory.copy_(handed_on(memory))
         return self.o_proj(self.o_norm(o, self.gate(x)))
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> State:

@@ -21,6 +21,7 @@ from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.row import delayed
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -96,7 +97,7 @@ class DiagonalSSM(Block):
         if self.readout == "pre":
             s = delayed(s, before, doc_ids)
         if state is not None:  # last: `before` may be its memory
-            state.s.copy_(last.detach())
+            state.s.copy_(handed_on(last))
         return (C * s).to(x.dtype) + self.skip_proj(x)
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> DiagonalState:

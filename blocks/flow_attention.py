@@ -27,6 +27,7 @@ from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.registry import register
 from zoo.schema import PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -47,7 +48,7 @@ def running_sum(x: Tensor, before: Tensor | None, doc_ids: Tensor | None) -> Ten
         x.new_zeros(()), x, initial_state=None if before is None else previous(before), doc_ids=doc_ids
     )
     if before is not None:
-        before.copy_(last.detach())
+        before.copy_(handed_on(last))
     return total
 
 
@@ -148,7 +149,7 @@ class FlowAttention(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.memory.copy_(memory.detach())
+            state.memory.copy_(handed_on(memory))
         o = o * ((allocation / t).sigmoid() / sinks)[..., None]
         return self.out_projection(o.flatten(-2).to(x.dtype))
 

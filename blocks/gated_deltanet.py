@@ -28,6 +28,7 @@ from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -167,7 +168,7 @@ class GatedDeltaNet(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.memory.copy_(memory.detach())
+            state.memory.copy_(handed_on(memory))
         return self.o_proj(self.o_norm(o, None if self.g_proj is None else self.g_proj(x)))
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> State:

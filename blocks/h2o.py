@@ -19,6 +19,7 @@ from zoo.kernels import work
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -98,7 +99,7 @@ class HeavyHitters(CachePolicy):
             outputs.append(o)
         if state is held:
             for old, new in zip((held.k, held.v, held.score, held.index), now, strict=True):
-                old.copy_(new.detach())
+                old.copy_(handed_on(new))
             held.length.add_(T)
         return torch.cat(outputs, 1)
 

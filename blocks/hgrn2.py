@@ -18,6 +18,7 @@ from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveInt, Range
+from zoo.segments import handed_on
 
 
 @register(
@@ -111,7 +112,7 @@ class HGRN2(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.memory.copy_(memory.detach())
+            state.memory.copy_(handed_on(memory))
         return self.o_proj(self.g_norm(o.flatten(-2)))
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> State:

@@ -41,6 +41,7 @@ from zoo.kernels.select import select
 from zoo.kernels.sparse_attention import sparse_attention
 from zoo.registry import register
 from zoo.schema import PositiveInt
+from zoo.segments import handed_on
 
 ELEMENTS_AT_ONCE = 1 << 24  # of the outputs of all chunks for some queries
 
@@ -180,7 +181,7 @@ class HierarchicalSparseAttention(Block):
         if missing > 0:
             state.landmarks = F.pad(state.landmarks, (0, 0, 0, 0, 0, missing))
         ended = finished_chunks(x, index, self.chunk_size, carry=state.rest)
-        state.rest.copy_(ended.rest.detach())
+        state.rest.copy_(handed_on(ended.rest))
         slots = index[:, :1] // self.chunk_size + torch.arange(ended.means.shape[1], device=x.device)
         new = self._landmarks(ended.means.to(x.dtype))
         return write_slots(state.landmarks, new, slots, -(-state.cache.size // self.chunk_size))

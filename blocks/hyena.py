@@ -26,6 +26,7 @@ from zoo.kernels.precision import no_autocast
 from zoo.kernels.short_conv import short_conv
 from zoo.registry import register
 from zoo.schema import PositiveFloat, PositiveInt, Range
+from zoo.segments import handed_on
 
 WINDOW = (-math.log(1e-2) / 1.5, -math.log(1e-2) / 0.3)  # delta: down to 1 % after 1.5 and 0.3 filter lengths
 
@@ -173,7 +174,7 @@ class Hyena(Block):
             doc_ids=doc_ids,
         )
         if state is not None:
-            state.conv.copy_(last.detach())
+            state.conv.copy_(handed_on(last))
         gate, *gates, v = narrow.chunk(self.order + 1, -1)
         with no_autocast(x.device):
             filters = self.filter_fn(self._taps(x.shape[1], state is not None)).chunk(self.order - 1, -1)
@@ -186,7 +187,7 @@ class Hyena(Block):
             )
             v = torch.addcmul(v, b.to(u.dtype), u)
             if past is not None:
-                past.copy_(last.detach())
+                past.copy_(handed_on(last))
         return self.out_proj(v * gate)
 
     def _taps(self, seq_len: int, streaming: bool) -> int:

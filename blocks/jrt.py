@@ -16,6 +16,7 @@ from zoo.kernels.linear_attention import linear_attention
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -108,7 +109,7 @@ class JRT(Based):
                 memory = self._encode(x[:, : self.prefix_len], state, memory)
             o, memory = linear_attention(q, k, v, initial_state=memory, **options)
             if state is not None:
-                state.memory.copy_(memory.detach())
+                state.memory.copy_(handed_on(memory))
                 state.length.add_(x.shape[1])
         return self.o_proj(self.read_out(o).to(x.dtype).flatten(-2))
 

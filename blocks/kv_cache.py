@@ -6,18 +6,19 @@ lengths are a tensor and the host keeps only `size`, an upper bound over rows; i
 of one synchronisation, only when a buffer would overflow or grow.
 
 With gradients on, the tokens of the current segment carry their gradient and those already in the cache do
-not: backpropagation is truncated at the segment border.
+not: backpropagation is truncated at the segment border, but for `zoo.segments.differentiable_states`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.contract import State, counter
+from zoo.segments import differentiable, handed_on
 
 FIRST_CAPACITY = 64  # slots of a cache that grows
 
@@ -77,6 +78,12 @@ class KVCache(State):
     def in_order(self) -> bool:
         """Whether the next segment will see its own keys only, each token those up to itself."""
         return self.size == 0 and self.block == 1
+
+    def mark(self) -> KVCache:
+        return replace(self, length=self.length.clone())
+
+    def untouched(self, before: KVCache) -> Tensor:
+        return torch.arange(self.k.shape[1], device=self.length.device) < before.length[:, None]
 
     def rewind(self, length: int) -> None:
         """Go back to the first `length` tokens of every row; what was written behind them stays in its slots."""
@@ -165,9 +172,16 @@ class RingKVCache(State):
         self.size += T
         return k_all, v_all, key_index, query_index
 
+    def untouched(self, before: RingKVCache) -> Tensor:
+        slots = self.k.shape[1]
+        return self._tokens(slots) == before._tokens(slots)
+
     def key_index(self) -> Tensor:
         """Order index [B, min(size, slots)] of the token in each slot, -1 where empty."""
-        slot = torch.arange(min(self.size, self.k.shape[1]), device=self.length.device)
+        return self._tokens(min(self.size, self.k.shape[1]))
+
+    def _tokens(self, slots: int) -> Tensor:
+        slot = torch.arange(slots, device=self.length.device)
         last = self.length[:, None] - 1
         recent = last - (last - slot) % self.window  # the newest token that belongs in this slot
         recent = torch.where(recent >= self.sinks, recent, -1)
@@ -214,14 +228,14 @@ def _grow(buffer: Tensor, slots: int) -> Tensor:
 
 def _put(buffer: Tensor, x: Tensor, slots: Tensor) -> None:
     row = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
-    buffer.index_put_((row, slots), x.detach().to(buffer.dtype))
+    buffer.index_put_((row, slots), handed_on(x).to(buffer.dtype))
 
 
 def _write(buffer: Tensor, x: Tensor, slots: Tensor, used: int) -> Tensor:
     """Put x into `slots` and return the first `used` slots, in grad mode as a copy: gradients
-    reach x, and the buffer may change before backward."""
+    reach x, and the buffer may change before backward. In `differentiable_states` each segment has its own."""
     _put(buffer, x, slots)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or differentiable():
         return buffer[:, :used].to(x.dtype)
     row = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
     return buffer[:, :used].to(x.dtype).index_put((row, slots), x)

@@ -51,6 +51,7 @@ from zoo.kernels.linear import Linear
 from zoo.kernels.rope import rope
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 BASE_RATE = 1e-3  # learning rate of a token where lr_proj says 0
 
@@ -89,7 +90,7 @@ class LaCTState(State):
         slot = segment_index(length, k.shape[1])[:, -slots:] % slots
         row = torch.arange(k.shape[0], device=k.device)[:, None]
         for kept, new in ((self.k, k), (self.v, v), (self.rates, rates)):
-            kept.index_put_((row, slot), new[:, -slots:].detach().to(kept.dtype))
+            kept.index_put_((row, slot), handed_on(new[:, -slots:]).to(kept.dtype))
 
 
 @register(
@@ -349,9 +350,9 @@ class LaCT(Block):
         state.keep(k, v, rates, length)
         if learnt:
             for kept, w, w0 in zip(state.moved, weights, initial):
-                kept.copy_((w - w0).detach())
+                kept.copy_(handed_on(w - w0))
             for kept, g in zip(state.step, step):
-                kept.copy_(g.detach())
+                kept.copy_(handed_on(g))
         return torch.cat(outputs, 1)
 
     # ------------------------------------------------------------------------------------ state and cost

@@ -19,6 +19,7 @@ from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveInt
+from zoo.segments import handed_on
 
 
 @register(
@@ -116,7 +117,7 @@ class LightningAttention(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.memory.copy_(memory.detach())
+            state.memory.copy_(handed_on(memory))
         return self.out_proj(self.output_gate(x).sigmoid() * self.norm(o.flatten(-2)))
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> State:

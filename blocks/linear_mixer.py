@@ -14,6 +14,7 @@ from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
+from zoo.segments import handed_on
 
 
 class LinearMixer(Block):
@@ -111,7 +112,7 @@ class LinearMixer(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.memory.copy_(memory.detach())
+            state.memory.copy_(handed_on(memory))
         o = self.read_out(o).to(x.dtype)
         gate = None if self.g_proj is None else self.g_proj(x)
         if self.o_norm is not None:

@@ -19,6 +19,7 @@ from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear, linear
 from zoo.registry import register
 from zoo.schema import PositiveFloat, PositiveInt, Range
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -108,7 +109,7 @@ class LRU(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.h.copy_(torch.view_as_real(last.detach()))
+            state.h.copy_(torch.view_as_real(handed_on(last)))
         y = linear(h.real.to(x.dtype), self.C_re) - linear(h.imag.to(x.dtype), self.C_im)
         return F.glu(self.out_proj(F.gelu(y + self.D * x)))
 

@@ -27,6 +27,7 @@ from zoo.kernels.selective_scan import INTERVAL, selective_scan
 from zoo.kernels.selective_scan import flops as selective_scan_flops
 from zoo.registry import register
 from zoo.schema import PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -135,7 +136,7 @@ class Mamba(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.ssm.copy_(ssm.detach())
+            state.ssm.copy_(handed_on(ssm))
         return self.out_proj(y * F.silu(z))
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> MambaState:

@@ -26,6 +26,7 @@ from zoo.kernels.linear_attention import INTERVAL, linear_attention
 from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.registry import register
 from zoo.schema import PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 
 class GatedGroupNorm(nn.Module):
@@ -198,7 +199,7 @@ class Mamba2(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.ssm.copy_(ssm.detach())
+            state.ssm.copy_(handed_on(ssm))
         y = torch.addcmul(y, wide(self.D)[:, None], u)
         y = y.flatten(-2)
         return self.out_proj((y * F.silu(wide(z))).to(z.dtype) if self.norm is None else self.norm(y, z))

@@ -36,6 +36,7 @@ from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.row import advanced, earlier
 from zoo.schema import PositiveFloat, PositiveInt, Range
+from zoo.segments import handed_on
 
 SLOWEST = 1e-4  # -A is at least this
 STEPS = (1e-3, 1e-1)  # delta at initialisation, log-uniform
@@ -188,7 +189,7 @@ class Mamba3(Block):
             cos, sin = theta.cos()[:, :, None], theta.sin()[:, :, None]
             B, C = (rotate(t, cos, sin, neighbours=self.rank == 1) for t in (B, C))
             if state is not None:
-                state.angle.copy_(theta[:, -1].detach())
+                state.angle.copy_(handed_on(theta[:, -1]))
         B, C = B.to(x.dtype), C.to(x.dtype)
         u = wide(u).unflatten(-1, (self.num_heads, -1))
         v = self._spread(u)
@@ -209,9 +210,9 @@ class Mamba3(Block):
             )
             y = o.unflatten(1, (-1, self.rank)) + self._within(B, C, v, gamma, ahead)
         if state is not None:
-            state.ssm.copy_(memory.detach())
-            state.B.copy_(B[:, -1].detach())
-            state.x.copy_(u[:, -1].detach())
+            state.ssm.copy_(handed_on(memory))
+            state.B.copy_(handed_on(B[:, -1]))
+            state.x.copy_(handed_on(u[:, -1]))
         return self.out_proj(self._read_out(y, wide(z)).to(x.dtype))
 
     def _heads(self, t: Tensor, norm: RMSNorm, bias: Tensor) -> Tensor:

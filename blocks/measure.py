@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from zoo.row import mean
+from zoo.segments import rehearsing
 
 
 def recording(module: nn.Module) -> bool:
-    """Whether a forward should write metrics and counters: in training, not while exporting, and not in the
-    second forward of activation checkpointing (which runs inside a backward)."""
-    if not module.training or torch.compiler.is_exporting():
+    """Whether a forward should write metrics and counters: in training, not while exporting, not where it is made
+    again later, and not in the second forward of activation checkpointing (which runs inside a backward)."""
+    if not module.training or torch.compiler.is_exporting() or rehearsing():
         return False
     return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 

@@ -23,6 +23,7 @@ from zoo.kernels.linear_attention import flops as linear_attention_flops
 from zoo.registry import register
 from zoo.row import Slice, current, cuts, fold
 from zoo.schema import PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -211,7 +212,7 @@ class MatrixLSTM(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.memory.copy_(memory.detach())
+            state.memory.copy_(handed_on(memory))
             state.m.copy_(m[:, -1])
         h = h[..., :-1] / (torch.maximum(h[..., -1:].abs(), (-m).exp()[..., None]) + self.eps)
         gate = wide(self.ogate_preact(x)).sigmoid()

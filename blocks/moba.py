@@ -43,6 +43,7 @@ from zoo.kernels.sparse_attention import sparse_attention
 from zoo.registry import register
 from zoo.row import current
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -179,7 +180,7 @@ class MoBA(Block):
             near, new_tail = short_conv(k, weight, activation="silu", state=tail, doc_ids=doc_ids)
             k = k + near
             if state is not None:
-                state.tail.copy_(new_tail.detach())
+                state.tail.copy_(handed_on(new_tail))
         q, k, v = (h.unflatten(-1, (-1, self.head_dim)) for h in (self.q_proj(x), k, self.v_proj(x)))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

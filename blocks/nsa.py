@@ -39,6 +39,7 @@ from zoo.kernels.rope import rope
 from zoo.kernels.sparse_attention import sparse_attention
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -242,8 +243,8 @@ class NativeSparseAttention(Block):
             start = slots * rule.kernel_stride - index[:, :1] + rule.kernel_size - 1  # in what the tail and x hold
             last = start  # in x
             k, v = torch.cat([state.k_tail.to(k.dtype), k], 1), torch.cat([state.v_tail.to(v.dtype), v], 1)
-            state.k_tail.copy_(k[:, T:].detach())
-            state.v_tail.copy_(v[:, T:].detach())
+            state.k_tail.copy_(handed_on(k[:, T:]))
+            state.v_tail.copy_(handed_on(v[:, T:]))
         k, v = rule.gather(k, start), rule.gather(v, start)
         if self.compress_k is None or self.compress_v is None:
             wide = state_dtype(k.dtype)

@@ -80,6 +80,8 @@ class PaTHAttention(Block):
     Useful: 4 d FLOPs a causal pair for each query head, and as many for each key head, whose keys are rewritten.
     """
 
+    cuts_gradient = "every segment rewrites the keys of those before it"
+
     def __init__(
         self,
         dim: int,

@@ -21,6 +21,7 @@ from zoo.kernels.plstm import kept, plstm
 from zoo.kernels.short_conv import short_conv
 from zoo.registry import register
 from zoo.schema import PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -169,8 +170,8 @@ class ParallelLSTM(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.memory.copy_(memory.detach())
-            state.conv.copy_(newest.detach())
+            state.memory.copy_(handed_on(memory))
+            state.conv.copy_(handed_on(newest))
         o = F.rms_norm(o.flatten(-2), (self.key_dim,), eps=self.mhnorm.eps).flatten(-2) * wide(self.mhnorm.weight)
         return self.o_proj(o.to(x.dtype)) + self.passthrough * c
 

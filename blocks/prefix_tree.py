@@ -280,6 +280,8 @@ class PrefixTree(CachePolicy):
     predicted costs are those of rows that share nothing. A row that ends a chunk waits for the device.
     """
 
+    cuts_gradient = "pages are shared by rows and hold no gradient"
+
     def __init__(self, *, chunk_size: PositiveInt = 32):
         self.chunk_size = chunk_size
 

@@ -38,6 +38,7 @@ from zoo.kernels.merge_lse import merge_lse
 from zoo.kernels.rope import rope
 from zoo.registry import register
 from zoo.schema import PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -167,7 +168,7 @@ class RAT(Block):
         initial = None if state is None else previous(state.running)
         h, last = diagonal_scan(log_decay, inputs, initial_state=initial)
         if state is not None:
-            state.running.copy_(last.detach())
+            state.running.copy_(handed_on(last))
         return h[:, :, 0], h[:, :, 1]
 
     def _attend(
@@ -190,8 +191,8 @@ class RAT(Block):
             seen = tuple(torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past, seen))
             state.length.add_(T)
             slot = torch.where(key_index >= 0, key_index, state.length[:, None]) // L
-            state.k.index_put_((row, slot), keys.detach().to(state.k.dtype))
-            state.v.index_put_((row, slot), values.detach().to(state.v.dtype))
+            state.k.index_put_((row, slot), handed_on(keys).to(state.k.dtype))
+            state.v.index_put_((row, slot), handed_on(values).to(state.v.dtype))
         if seen[0].shape[1] == 0:
             return v
         o, lse = attention(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from zoo.contract import State
 from zoo.kernels.short_conv import short_conv
+from zoo.segments import handed_on
 
 
 def default_heads(dim: int, width: int = 64, at_least: int = 4) -> int:
@@ -26,8 +27,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def previous(carried: Tensor) -> Tensor:
-    """Read a state tensor that this call will overwrite: a copy where autograd may keep it. What is written back
-    is detached, so that segments are trained one after the other (truncated backpropagation)."""
+    """Read a state tensor that this call will overwrite: a copy where autograd may keep it."""
     return carried.clone() if torch.is_grad_enabled() else carried
 
 
@@ -123,7 +123,7 @@ def silu_conv(
     """SiLU(conv(x)), continuing and overwriting `carried` where given; weight: [C, 1, W]."""
     y, last = short_conv(x, weight[:, 0], bias, activation="silu", state=carried, doc_ids=doc_ids, backend=backend)
     if carried is not None:
-        carried.copy_(last.detach())
+        carried.copy_(handed_on(last))
     return y
 
 

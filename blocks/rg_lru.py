@@ -34,6 +34,7 @@ from zoo.kernels.linear import Linear
 from zoo.kernels.short_conv import short_conv
 from zoo.registry import register
 from zoo.schema import PositiveInt
+from zoo.segments import handed_on
 
 SHARPNESS = 8.0  # the paper's c
 
@@ -161,8 +162,8 @@ class RecurrentBlock(Block):
         log_a, written = self.rg_lru(u, order == 0)  # a = 0 parts the documents
         h, last = diagonal_scan(log_a, written, initial_state=before, backend=self.kernel)
         if state is not None:
-            state.conv.copy_(newest.detach())
-            state.h.copy_(last.detach())
+            state.conv.copy_(handed_on(newest))
+            state.h.copy_(handed_on(last))
             state.length.add_(T)
         return h
 

@@ -18,6 +18,7 @@ class FixedRouter(Router):
     """Every token takes every step of a loop, or the body `body` of a route; no parameters."""
 
     takes_all = True
+    segmented = True
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class AdaptiveComputationTime(Router):
 
     weighs = True
     takes_all = True  # and the mean of the ponder loss over slices is that over the row
+    segmented = True
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.row import delayed
 from zoo.schema import NonNegativeInt, PositiveInt
+from zoo.segments import handed_on
 
 # power p of the initial mixing weight of each branch, 1 - (i / D)^(p (1 - l / L))
 MIX_POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
@@ -235,8 +236,8 @@ class RWKV7(Block):
             backend=self.kernel,
         )
         if state is not None:
-            state.memory.copy_(memory.detach())
-            state.shift.copy_(x[:, -1].detach())
+            state.memory.copy_(handed_on(memory))
+            state.shift.copy_(handed_on(x[:, -1]))
         o = self.g_norm(o.flatten(0, 1).flatten(1)).view(*x.shape[:2], -1)
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         y = (o + bonus.flatten(-2)) * self.g_lora(x_g)

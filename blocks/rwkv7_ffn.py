@@ -16,6 +16,7 @@ from zoo.contract import Block, ParallelPlan, State, linear_flops, refuse_packed
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import NonNegativeInt, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -82,7 +83,7 @@ class RWKV7FeedForward(Block):
         refuse_packed_streaming(state, doc_ids)
         before = token_shift(x, None if state is None else previous(state.shift), doc_ids)
         if state is not None:
-            state.shift.copy_(x[:, -1].detach())
+            state.shift.copy_(handed_on(x[:, -1]))
         return self.value(F.relu(self.key(torch.addcmul(x, before - x, self.x_k))).square())
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> State:

@@ -26,6 +26,7 @@ from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.row import current, delayed
 from zoo.schema import PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -131,7 +132,7 @@ class S4D(Block):
             y, h = self._scan(*system, wide(x[:, whole:]), h, doc_ids)
             parts.append(y)
         if state is not None and h is not None:
-            state.h.copy_(torch.view_as_real(h.detach()))
+            state.h.copy_(torch.view_as_real(handed_on(h)))
         y = torch.cat(parts, 1).to(x.dtype) + self.D * x
         return F.glu(self.out_proj(F.gelu(y)))
 

@@ -23,6 +23,7 @@ from zoo.kernels import sparse_attention as attending
 from zoo.kernels import work
 from zoo.kernels.block_list import BlockList, sort_ids
 from zoo.kernels.sparse_attention import sparse_attention
+from zoo.segments import handed_on
 
 SCORES_AT_ONCE = 1 << 24  # pairs of a query and a key, for some queries
 
@@ -232,7 +233,7 @@ class Policy:
             part = Part(q[:, seen], index[:, seen], place[:, seen], ids, first - start)
             outputs.append(self.attend(part, k, v, prepared, k_index, doc_ids, backend))
         if state is not None:
-            state.tail.copy_(q[:, q.shape[1] - self.memory :].detach())
+            state.tail.copy_(handed_on(q[:, q.shape[1] - self.memory :]))
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
     def _parts(self, batch_size: int, lead: int, num_queries: int, num_keys: int) -> Iterator[tuple[int, int, int]]:

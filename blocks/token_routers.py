@@ -245,7 +245,7 @@ class TokenChoiceRouter(Router):
     """
 
     weighs = True
-
+    segmented = True
     selection_bias: Tensor | None
     counts: Tensor | None
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.attention import grouped_heads
 from zoo.blocks.kv_cache import segment_index
+from zoo.blocks.recurrent import previous
 from zoo.contract import (
     Block,
     ParallelPlan,
@@ -46,6 +47,7 @@ from zoo.kernels.sparse_attention import sparse_attention
 from zoo.registry import register
 from zoo.row import current
 from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -207,13 +209,13 @@ class WindowGlobal(Block):
         """Pieces of at most one chunk, so that each row ends at most one chunk in a piece. Inside the segment
         gradients flow; what the state holds from before has none."""
         names = ("k", "v", "position", "score", "length", "global_k", "global_v", "global_score", "global_index")
-        now = {name: getattr(state, name) for name in names}
+        now = {name: previous(getattr(state, name)) for name in names}
         outputs = []
         for piece in zip(*(y.split(self._piece, 1) for y in (q, k, v, score, positions))):
             o, now = self._step(*piece, WindowGlobalState(**now))
             outputs.append(o)
         for name, tensor in now.items():
-            getattr(state, name).copy_(tensor.detach())
+            getattr(state, name).copy_(handed_on(tensor))
         return torch.cat(outputs, 1)
 
     def _step(

@@ -31,6 +31,7 @@ from zoo.kernels.linear import Linear
 from zoo.kernels.precision import no_autocast
 from zoo.registry import register
 from zoo.schema import PositiveInt
+from zoo.segments import handed_on
 
 WRITE_RATE = 0.1
 
@@ -150,9 +151,8 @@ class WorkspaceMemory(Block):
                 y = self._read_later(query, y, version, position % C, keys[1 : R + 1], memories[1 : R + 1])
         if state is not None:
             last = chunks.total[:, None, None, None].expand(B, 1, self.num_slots, D)
-            # detached: segments are trained one after the other
-            state.memory.copy_(torch.stack(memories, 1).gather(1, last).squeeze(1).detach())
-            state.total.copy_(chunks.rest.detach())
+            state.memory.copy_(handed_on(torch.stack(memories, 1).gather(1, last).squeeze(1)))
+            state.total.copy_(handed_on(chunks.rest))
             state.position.add_(T)
         return torch.sigmoid(self.gate_proj(x)) * y.to(x.dtype)
 

@@ -295,6 +295,15 @@ class SilentOverflow(Toy):
         return state
 
 
+@breaks("carried_gradients")
+class CutsGradients(Toy):
+    def forward(self, x, *, state=None, positions=None, doc_ids=None):
+        y = super().forward(x, state=state, positions=positions, doc_ids=doc_ids)
+        if state is not None:
+            state.sum.copy_(state.sum.detach())
+        return y
+
+
 @breaks("segment_gradients")
 class DetachedStream(Toy):
     def forward(self, x, *, state=None, positions=None, doc_ids=None):

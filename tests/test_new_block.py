@@ -22,6 +22,7 @@ from zoo.contract import Block, State, init_linear_, linear_flops, refuse_packed
 from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.registry import register
 from zoo.schema import Fraction
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -47,7 +48,7 @@ class RunningMean(Block):
         start = None if state is None else state.mean.clone()
         h, last = diagonal_scan(log_keep, (1 - self.keep) * self.proj(x), initial_state=start, doc_ids=doc_ids)
         if state is not None:
-            state.mean.copy_(last.detach())
+            state.mean.copy_(handed_on(last))
         return h.to(x.dtype)
 
     def init_state(self, batch_size, max_len=None):

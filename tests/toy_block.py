@@ -20,6 +20,7 @@ from zoo.contract import (
 from zoo.kernels.short_conv import short_conv
 from zoo.registry import register
 from zoo.schema import PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -82,11 +83,10 @@ class Toy(Block):
         y = torch.matmul(self.decay(doc_ids, length, v).expand(batch, length, length), v)
         if state is not None:
             power = 0.9 ** torch.arange(1, length + 1, device=x.device, dtype=wide)
-            y = y + power[:, None] * state.sum[:, None].detach().clone()
-            with torch.no_grad():
-                state.sum.copy_(y[:, -1])
-                state.conv.copy_(conv)
-                state.seen += length
+            y = y + power[:, None] * state.sum[:, None].clone()
+            state.sum.copy_(handed_on(y[:, -1]))
+            state.conv.copy_(handed_on(conv))
+            state.seen += length
         y = y if self.gate is None else y * (1 + self.gate)
         return self.o_proj(y.to(x.dtype))
 

@@ -63,6 +63,17 @@ def set_auxiliary_scale(scale: float) -> None:
     _auxiliary_scale = float(scale)
 
 
+@contextlib.contextmanager
+def weighted_auxiliary(weight: float) -> Iterator[None]:
+    """Inside, auxiliary losses count `weight` times as much: those of a part of what is trained at once."""
+    global _auxiliary_scale
+    before, _auxiliary_scale = _auxiliary_scale, _auxiliary_scale * weight
+    try:
+        yield
+    finally:
+        _auxiliary_scale = before
+
+
 def add_auxiliary_loss(x: Tensor, loss: Tensor) -> Tensor:
     """Return `x` unchanged; in backward, the gradient of the scalar `loss` is added. So the loss survives
     pipeline stages, compilation and any foreign trainer."""
@@ -77,13 +88,13 @@ _part: tuple[int, int] = (0, 1)
 def one_part(number: int, count: int) -> Iterator[None]:
     """Inside, a block computes one of `count` parts of its increment. Auxiliary losses, which every part adds, count
     that much less."""
-    global _part, _auxiliary_scale
-    before = _part, _auxiliary_scale
-    _part, _auxiliary_scale = (number, count), _auxiliary_scale / count
+    global _part
+    before, _part = _part, (number, count)
     try:
-        yield
+        with weighted_auxiliary(1 / count):
+            yield
     finally:
-        _part, _auxiliary_scale = before
+        _part = before
 
 
 def own_part(t: Tensor, dim: int = -1) -> Tensor:
@@ -147,6 +158,9 @@ class Block(nn.Module, metaclass=DrawsItself):
 
     causal: bool = True
     interval: ClassVar[int] = 64  # tokens between the states that a scan on a CPU keeps
+    # why the gradient of a later segment does not reach an earlier one through the state, also not in
+    # `zoo.segments.differentiable_states`; empty: it does
+    cuts_gradient: str = ""
     shares_keys: bool = False  # takes a SharedKeys in the place of its state; then it has `write_keys`
     # names of own parameters, for trainers; modules inside a block declare theirs by the same attributes
     not_decayed: ClassVar[tuple[str, ...]] = ()  # spared by weight decay, as every vector is
@@ -317,6 +331,7 @@ class Router(nn.Module, metaclass=DrawsItself):
     weighs: bool = False  # what a step adds, or the stream after it, is multiplied by weights that are learnt
     # whether every token of a row takes the same steps, and nothing is learnt or drawn that depends on the row
     takes_all: bool = False
+    segmented: bool = False  # whether training chooses for a row in segments what it chooses for the whole row
 
     def __init__(self, dim: int, steps: int, nested: bool):
         super().__init__()

@@ -132,6 +132,21 @@ class StageSection(_Section):
 
 
 @dataclass(frozen=True)
+class SequenceChunkSection(_Section):
+    """Backward chunk by chunk of a row (SeCO, arXiv:2505.16710): activations in memory are those of `size` tokens, for
+    one more forward pass. With `keep` below 1 each chunk goes backward with that probability only, and then counts
+    1 / keep times as much (SpaCO). Losses that balance a batch (of experts, of depth) are those of a chunk."""
+
+    where: typing.ClassVar[str] = "train.sequence_chunks"
+
+    size: NonNegativeInt = 0  # tokens; 0: whole rows
+    keep: Fraction = 1.0
+
+    def complaints(self) -> list[tuple[str, str]]:
+        return [("keep", "goes with size, the tokens of a chunk")] if self.keep < 1 and not self.size else []
+
+
+@dataclass(frozen=True)
 class TrainSection(_Section):
     """How a model is trained. A step sees `batch_size` rows of `seq_len` tokens, computed in `accumulation`
     pieces; what a run computes depends on neither the pieces (but for `drop_path`, which draws rows in each) nor the
@@ -173,6 +188,7 @@ class TrainSection(_Section):
     activation_checkpoint: Literal["none", "full", "selective", "budget"] = "none"
     activation_budget: ZeroToOne = 0.5
     loss_chunks: NonNegativeInt = 0  # pieces of a row whose logits exist one after the other; 0: by their size
+    sequence_chunks: SequenceChunkSection = SequenceChunkSection()  # for very long rows
     eval_every: NonNegativeInt = 100  # 0: only at the end
     eval_batches: PositiveInt = 8
     checkpoint_every: NonNegativeInt = 100  # 0: only at the end
@@ -203,6 +219,11 @@ class TrainSection(_Section):
             found.append(("curriculum", "cannot enable in its first stage what was never left out"))
         if self.muon_lr is not None and self.optimizer != "muon":
             found.append(("muon_lr", f"goes with optimizer: muon, this is {self.optimizer}"))
+        if self.sequence_chunks.size:
+            if self.activation_checkpoint != "none":
+                found.append(("sequence_chunks", "recomputes each chunk already: leave activation_checkpoint out"))
+            if self.compile:
+                found.append(("sequence_chunks", "goes with compile: false"))
         if 0 < self.spike_factor <= 1:
             found.append(("spike_factor", f"must be 0 (off) or more than 1, got {self.spike_factor}"))
         return found

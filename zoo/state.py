@@ -28,6 +28,11 @@ class State:
             elif isinstance(value, dict):
                 yield from ((k, f.name, v) for k, v in value.items() if isinstance(v, State))
 
+    def own_tensors(self) -> Iterator[Tensor]:
+        """The tensors of this state without those of the states inside it."""
+        for _, t in self._tensors():
+            yield t
+
     def _tensors(self) -> Iterator[tuple[dataclasses.Field, Tensor]]:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             if isinstance(value := getattr(self, f.name), Tensor):
@@ -35,10 +40,8 @@ class State:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of this state and of the states inside it."""
-        for _, t in self._tensors():
-            yield t
-        for _, _, child in self._children():
-            yield from child.tensors()
+        for state in self.walk():
+            yield from state.own_tensors()
 
     def walk(self) -> Iterator[State]:
         """This state and every one inside it."""
@@ -62,17 +65,20 @@ class State:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """A new state with `fn` applied to every tensor; Python values are kept."""
+        return self._rebuilt(fn, lambda child: child.map(fn))
+
+    def _rebuilt(self, fn: Callable[[Tensor], Tensor], inside: Callable[[State], State]) -> Self:
         new: dict[str, Any] = {}
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 value = fn(value)
             elif isinstance(value, State):
-                value = value.map(fn)
+                value = inside(value)
             elif isinstance(value, list):
-                value = [v.map(fn) if isinstance(v, State) else v for v in value]
+                value = [inside(v) if isinstance(v, State) else v for v in value]
             elif isinstance(value, dict):
-                value = {k: v.map(fn) if isinstance(v, State) else v for k, v in value.items()}
+                value = {k: inside(v) if isinstance(v, State) else v for k, v in value.items()}
             new[f.name] = value
         return type(self)(**new)
 
@@ -81,6 +87,16 @@ class State:
         return self.map(torch.clone)
 
     snapshot = clone
+
+    def mark(self) -> Self:
+        """As `clone`, but buffers that are only appended to may be shared: what was in them at the mark stays there
+        as long as the rows just go on."""
+        return self._rebuilt(torch.clone, lambda child: child.mark())
+
+    def untouched(self, before: Self) -> Tensor | None:
+        """Which slots [B, S] of its tensors [B, S, ...] hold what they held at the mark `before`, of a state whose
+        segments write some slots and leave the others; None: any element may have changed."""
+        return None
 
     def restore(self, snapshot: Self) -> None:
         """Go back to `snapshot` (which stays usable)."""

@@ -82,9 +82,12 @@ def _check(document: Any, world: int) -> None:
     """Refuse before anything is launched what the graph or the numbers do not allow."""
     import zoo
     from zoo.parallel.layout import check, pieces
-    from zoo.sections import ParallelSection, TrainSection
+    from zoo.sections import DataSection, ParallelSection, TrainSection
+    from zoo.train import sequence_chunks
 
     layout = ParallelSection.from_mapping(document.get("parallel"))
-    train = TrainSection.from_mapping(document.get("train"))
+    train, data = TrainSection.from_mapping(document.get("train")), DataSection.from_mapping(document.get("data"))
     pieces(layout, train, world)
-    check(zoo.build(document, device="meta"), layout, train.seq_len)
+    model = zoo.build(document, device="meta")
+    check(model, layout, train.seq_len)
+    sequence_chunks.check(model, train, layout, data, document.get("distill") is not None)

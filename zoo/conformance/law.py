@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from zoo.conformance.report import Failure, check
 from zoo.conformance.subject import Subject, cuts, finite, gradients, same, stream, tokens
 from zoo.registry import Registration
+from zoo.segments import differentiable_states
 
 TOLERANCE = 1e-8  # fp64
 LENGTH = 75
@@ -184,3 +187,26 @@ def segment_gradients(subject: Subject) -> None:
     same(y, block(x).detach()[:, 12:], TOLERANCE, "output of a second segment in training")
     for name, g in second.items():
         finite(g, f"gradient of {name} in a second segment")
+
+
+@check(needs=carries)
+def carried_gradients(subject: Subject) -> None:
+    """In `differentiable_states` the gradient of a row in segments is that of the whole row, or the block says why
+    not (`cuts_gradient`): what `train.sequence_chunks` rests on."""
+    block, x = subject.build(), tokens(2, 47)
+    if block.cuts_gradient:
+        return
+    _, want = gradients(block, x)
+    for parts in ([18, 1, 28], [5, 42]):
+        _, got = gradients(block, x, partial(_linked, block, parts))
+        for name, g in want.items():
+            same(got[name], g, TOLERANCE, f"gradient of {name}, row cut {parts}, against the whole row")
+
+
+def _linked(block: Any, parts: list[int], x: Tensor) -> Tensor:
+    state, outputs = block.init_state(len(x), x.shape[1]), []
+    with differentiable_states():
+        for part in x.split(parts, 1):
+            state = state.clone()  # a segment writes into what no graph holds
+            outputs.append(block(part, state=state))
+    return torch.cat(outputs, 1)

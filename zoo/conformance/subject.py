@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,11 +110,14 @@ def finite(t: Tensor, what: str) -> None:
         raise Failure(f"{what} is not finite (NaN here can be memory of torch.empty that nobody wrote)")
 
 
-def gradients(block: nn.Module, x: Tensor, **given: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and the gradients of a fixed random functional of it, for `x` and each parameter."""
+def gradients(
+    block: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor] | None = None, **given: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and the gradients of a fixed random functional of it, for `x` and each parameter. `run`: another way than
+    `block(x)` to the output."""
     block.zero_grad(set_to_none=True)
     leaf = x.detach().clone().requires_grad_()
-    y = block(leaf, **given)
+    y = block(leaf, **given) if run is None else run(leaf)
     weight = tokens(*y.shape[:2], seed=77, dim=y.shape[2]).to(y.dtype)
     (y * weight).sum().backward()
     zero = torch.zeros(())

@@ -25,6 +25,7 @@ from zoo.kernels.diagonal_scan import diagonal_scan
 from zoo.kernels.linear import Linear
 from zoo.registry import register
 from zoo.schema import NonNegativeFloat, PositiveInt, Range
+from zoo.segments import handed_on
 
 _CLAMP = 1e-4  # the released smoothing keeps p inside [1e-4, 1 - 1e-4]
 
@@ -139,8 +140,8 @@ class DynamicChunks(Chunker):
         if self.training:
             y = self._with_ratio_loss(y, p, begins, doc_ids)
         if state is not None:
-            state.last.copy_(x[:, -1].detach())
-            state.smoothed.copy_(last.detach())
+            state.last.copy_(handed_on(x[:, -1]))
+            state.smoothed.copy_(handed_on(last))
             state.seen += x.shape[1]
         inside = None if state is None else state.decoder
         return decoder(y.to(x.dtype), state=inside, positions=positions, doc_ids=doc_ids)

@@ -16,6 +16,7 @@ from zoo.graph.nodes import Builder, Composite, Leaf, Sequence
 from zoo.graph.routed import (
     RoutedState,
     cannot_share_keys,
+    not_segmented,
     picked_leaves,
     reading_leaves,
     routing_leaf,
@@ -162,6 +163,14 @@ class Loop(Composite):
     @property
     def sliceable(self) -> bool:
         return self.router.takes_all and (self.ring is None or self.training)
+
+    @property
+    def cuts_gradient(self) -> str:
+        if not self.router.segmented:
+            return not_segmented(self.router)
+        if self.ring is not None:
+            return "ring runs token by token where rows come in segments"
+        return "it draws whole rows" if self.sample_sigma or self.start is not None else ""
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, inject={self.inject}"

@@ -36,6 +36,9 @@ class Node(nn.Module):
 
     # whether it is right on a slice of a row (`zoo.row`) if the blocks inside are; else it is given the whole row
     sliceable: bool = False
+    # why a row in segments would not be trained as the whole row is (`train.sequence_chunks`), if the blocks inside
+    # are; empty: it would
+    cuts_gradient: str = "what it does depends on where segments end"
 
     def forward(
         self, x: Tensor, *, state: State | None = None, positions: Tensor | None = None, doc_ids: Tensor | None = None
@@ -117,6 +120,10 @@ class ResidualBlock(Node):
         self.scale = None if shape is None else nn.Parameter(torch.empty(shape, **factory))
 
     sliceable = True
+
+    @property
+    def cuts_gradient(self) -> str:
+        return "drop_path draws whole rows" if self.drop_path else ""
 
     @classmethod
     def from_spec(cls, spec: Spec, builder: Builder) -> ResidualBlock:
@@ -227,6 +234,7 @@ class Sequence(Composite):
 
     sees_blocks = True
     sliceable = True
+    cuts_gradient = ""
 
     def __init__(self, items: list[nn.Module], order: tuple[int, ...] = (), label: str = ""):
         super().__init__()

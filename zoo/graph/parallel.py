@@ -29,6 +29,7 @@ class Parallel(Composite):
     sees_blocks = True
     uses_norm = True
     sliceable = True
+    cuts_gradient = ""
 
     def __init__(
         self,

@@ -122,6 +122,7 @@ class Revisit(Composite):
 
     sees_blocks = True
     sliceable = True
+    cuts_gradient = ""
 
     def __init__(
         self,

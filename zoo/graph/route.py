@@ -16,6 +16,7 @@ from zoo.graph.nodes import Builder, Composite, Leaf
 from zoo.graph.routed import (
     RoutedState,
     cannot_share_keys,
+    not_segmented,
     picked_leaves,
     reading_leaves,
     routing_leaf,
@@ -96,6 +97,10 @@ class Route(Composite):
     @property
     def sliceable(self) -> bool:
         return self.router.takes_all
+
+    @property
+    def cuts_gradient(self) -> str:
+        return "" if self.router.segmented else not_segmented(self.router)
 
     def forward(self, x, *, state: Any = None, positions=None, doc_ids=None):
         positions = token_positions(x, state, positions, doc_ids)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo import registry
-from zoo.contract import Cost, State, part_cost, positions_from
+from zoo.contract import Cost, Router, State, part_cost, positions_from
 from zoo.graph.nodes import Leaf
 from zoo.graph.spec import Spec
 
@@ -34,6 +34,11 @@ def token_positions(x: Tensor, state: RoutedState | None, positions: Tensor | No
     if state is not None:
         state.seen += x.shape[1]
     return positions
+
+
+def not_segmented(router: Router) -> str:
+    """Why a router keeps a row from being trained in segments."""
+    return f"{type(router).zoo_registration.name} chooses otherwise where rows come in segments"  # type: ignore
 
 
 def cannot_share_keys(body: Spec) -> str:

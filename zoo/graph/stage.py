@@ -40,6 +40,7 @@ class Stage(Composite):
 
     main_field = "steps"
     sliceable = True
+    cuts_gradient = ""
     sees_blocks = True
 
     def __init__(

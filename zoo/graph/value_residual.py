@@ -37,6 +37,7 @@ class ValueResidual(Composite):
 
     sees_blocks = False
     sliceable = True
+    cuts_gradient = ""
 
     def __init__(self, items: list[nn.Module]):
         super().__init__()

@@ -23,11 +23,13 @@ def apply(
     root: nn.Module,
     experts: DeviceMesh | None = None,
     reshard: bool = True,
+    states: bool = False,
 ) -> None:
     """Shard the parameters of `model` over `mesh` (one dimension, or replicate x shard) in place. Gradients are summed.
 
     root: the module around it that is called.
     experts: the mesh of expert networks that are spread over ranks already.
+    states: whether `state` is given to the modules while they are trained.
     """
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     placement: Callable[..., Any] | None = None
@@ -50,6 +52,9 @@ def apply(
     fully_shard(root, mesh=mesh, mp_policy=policy)
     for module in root.modules():
         if isinstance(module, FSDPModule):
+            if states:  # FSDP puts new tensors in the place of those in dataclasses, and a state is updated in place
+                module.register_forward_pre_hook(_hide_state, prepend=True, with_kwargs=True)
+                module.register_forward_pre_hook(_show_state, with_kwargs=True)
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks
             if mesh.device_type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
@@ -60,6 +65,21 @@ def free(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+class _Hidden:
+    """A streaming state on its way past FSDP."""
+
+    def __init__(self, state: Any):
+        self.state = state
+
+
+def _hide_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, ({**kwargs, "state": _Hidden(kwargs["state"])} if "state" in kwargs else kwargs)
+
+
+def _show_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, ({**kwargs, "state": kwargs["state"].state} if "state" in kwargs else kwargs)
 
 
 def groups(model: nn.Module) -> list[list[nn.Module]]:

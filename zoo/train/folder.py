@@ -31,9 +31,9 @@ from zoo.train.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
 # options of `train:` that a resumed run may change; everything else must be as it was
 MAY_CHANGE = (
     "steps", "lr", "muon_lr", "min_lr_factor", "schedule", "warmup_steps", "decay_fraction", "wsd_decay", "grad_clip",
-    "accumulation", "dtype", "compile", "activation_checkpoint", "activation_budget", "loss_chunks", "eval_every",
-    "eval_batches", "checkpoint_every", "keep_checkpoints",
-    "checkpoint_async", "health_every", "tensorboard", "wandb", "on_nan", "spike_factor", "on_spike", "max_skips",
+    "accumulation", "dtype", "compile", "activation_checkpoint", "activation_budget", "loss_chunks", "sequence_chunks",
+    "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "checkpoint_async", "health_every",
+    "tensorboard", "wandb", "on_nan", "spike_factor", "on_spike", "max_skips",
 )  # fmt: skip
 
 

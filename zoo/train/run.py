@@ -30,6 +30,7 @@ from torch import nn
 import zoo
 from zoo.errors import ConfigError, Problem, ZooError
 from zoo.sections import DataSection, DistillSection, ParallelSection, TrainSection
+from zoo.train import sequence_chunks
 from zoo.train.checkpoints import newest_checkpoint
 from zoo.train.complaints import News
 from zoo.train.curve import MetricsFile, read_metrics
@@ -96,6 +97,10 @@ def train(
         distillation = objective_of(DistillSection.from_mapping(document["distill"]), section, document)
     if world_size() > 1:
         _check_layout(document, layout, section, distillation)
+    if section.sequence_chunks.size:
+        sequence_chunks.check(
+            zoo.build(document, device="meta"), section, layout, data_section, distillation is not None
+        )
     with Reporter(progress and is_main()) as report:
         report.begin("loading torchtitan")
         titan = _titan()

@@ -31,6 +31,7 @@ from zoo.train.guard import Guard
 from zoo.train.job import Job, Trained
 from zoo.train.noise import NoisyRows
 from zoo.train.optim import groups
+from zoo.train.sequence_chunks import ChunkedBackward
 from zoo.train.titan_adapters import (  # binds the device: in front of torchtitan
     Checkpoints,
     Metrics,
@@ -72,7 +73,7 @@ def fit(job: Job) -> Trained:
                 gc.enable()  # torchtitan collects by itself and leaves collection switched off
 
 
-class _Trainer(Guard, Trainer):
+class _Trainer(Guard, ChunkedBackward, Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         job: Job
@@ -283,7 +284,7 @@ def _config(job: Job) -> _Trainer.Config:
     if train.dtype == "float8" and layout.tp > 1:
         raise ConfigError([Problem("float8 goes with parallel.tp: 1", "train.dtype")])
     made = pieces(layout, train, world_size())
-    chunks = _loss_chunks(job, model, made.rows)
+    chunks, chunked = _loss_chunks(job, model, made.rows), bool(train.sequence_chunks.size)
     return _Trainer.Config(
         job=job,
         model_spec=ModelSpec(
@@ -298,7 +299,7 @@ def _config(job: Job) -> _Trainer.Config:
         dump_folder=str(job.folder or ""),
         tokenizer=NoTokenizer.Config(),
         dataloader=loader(job, with_labels=job.objective is not None or chunks > 1),
-        loss=(CrossEntropyLoss if _on_labels(job) and chunks == 1 else Sum).Config(),
+        loss=(CrossEntropyLoss if _on_labels(job) and chunks == 1 and not chunked else Sum).Config(),
         optimizer=optimizers(groups(model, train)),
         lr_scheduler=lr_schedule(train),
         training=TrainingConfig(
@@ -347,7 +348,8 @@ def _loss_chunks(job: Job, model: Any, rows: int) -> int:
     """Pieces of the loss of `rows` rows."""
     train, layout = job.train, job.parallel
     if _on_labels(job) and hasattr(model, "vocab_size") and layout.pp == 1:
-        return chunks_for(train.loss_chunks, rows * train.seq_len // layout.cp, model.vocab_size)
+        at_once = train.sequence_chunks.size or train.seq_len // layout.cp
+        return chunks_for(train.loss_chunks, rows * at_once, model.vocab_size)
     if train.loss_chunks > 1:
         text = "goes with training on the next token, and with parallel.pp: 1"
         raise ConfigError([Problem(text, "train.loss_chunks")])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.contract import State
 from zoo.errors import ZooError
 from zoo.parallel import context, pipeline, shard, tensor
 from zoo.parallel.expert import exchange, mixtures
@@ -98,6 +99,7 @@ class Model(BaseModel):
         labels: Tensor | None = None,
         noise: Tensor | None = None,
         block: int | None = None,
+        state: State | None = None,
         evaluate: Callable[[nn.Module], Any] | None = None,
     ) -> Any:
         half, device = self.section.dtype != "float32", next(self.parameters()).device.type
@@ -106,13 +108,17 @@ class Model(BaseModel):
             if evaluate is not None:
                 return evaluate(self.model)
             assert inputs is not None
-            return self._losses_or_logits(inputs, doc_ids, labels, noise, block)
+            if state is not None and labels is None:
+                return self.model.hidden(inputs, state)
+            return self._losses_or_logits(inputs, doc_ids, labels, noise, block, state)
 
-    def _losses_or_logits(self, inputs: Tensor, doc_ids: Any, labels: Any, noise: Any, block: int | None) -> Tensor:
+    def _losses_or_logits(
+        self, inputs: Tensor, doc_ids: Any, labels: Any, noise: Any, block: int | None, state: State | None
+    ) -> Tensor:
         if self.job.objective is not None and labels is not None:
             return self.job.objective(self.model, inputs, labels, self.step)
         if labels is not None:
-            return loss_by_chunks(self.model, inputs, labels, doc_ids, self.chunks, cross_entropy_loss)
+            return loss_by_chunks(self.model, inputs, labels, doc_ids, self.chunks, cross_entropy_loss, state)
         if noise is not None:
             return self.model.losses(inputs, noise, doc_ids, block)
         if self.job.parallel.pp > 1:
@@ -253,7 +259,8 @@ def spread(wrapper: Model, *, parallel_dims: Any, **unused: Any) -> Model:
         replicas = ["dp_replicate"] if dims.dp_replicate_enabled else []
         experts = dims.get_mesh([*replicas, "efsdp"]) if dims.ep_enabled else None
         mesh = dims.get_mesh([*replicas, "fsdp"])
-        shard.apply(model, mesh, root=wrapper, experts=experts, reshard=not dims.pp_enabled)
+        states = bool(wrapper.section.sequence_chunks.size)
+        shard.apply(model, mesh, root=wrapper, experts=experts, reshard=not dims.pp_enabled, states=states)
     return wrapper
 
 

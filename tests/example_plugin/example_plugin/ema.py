@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.registry import register
 from zoo.schema import PositiveFloat
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -64,8 +65,7 @@ class EMA(Block):
             h = (weight * inside[:, None] @ v.mT[..., None])[..., 0].mT
         if state is not None:
             h = h + torch.exp(-rate * (step[:, None] + 1)) * state.mean[:, None].clone()
-            with torch.no_grad():
-                state.mean.copy_(h[:, -1])
+            state.mean.copy_(handed_on(h[:, -1]))
         return self.o_proj(h.to(x.dtype))
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> EMAState:
