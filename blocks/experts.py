@@ -174,8 +174,8 @@ class SwiGLUExperts(Experts):
         return assignments * (unit * self.hidden_dim + biases + 2 * self.dim)
 
     def activation_elements(self, assignments: int) -> int:
-        """Kept for backward: rows, gate and up, silu(gate), their product, outputs, and both orders as int64; the clamped
-        unit: both clamped, their product and the sigmoid; biases: whose each row is."""
+        """Kept for backward: rows, gate and up, silu(gate), their product, outputs, and both orders as int64; of the
+        clamped unit also what is clamped, its product and the sigmoid; with biases whose each row is."""
         hidden = 4 if self.limit is None else 7
         return assignments * (2 * self.dim + hidden * self.hidden_dim + 4 + 2 * self.biased)
 

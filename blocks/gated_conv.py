@@ -18,6 +18,7 @@ from zoo.kernels.linear import Linear
 from zoo.kernels.short_conv import short_conv
 from zoo.registry import register
 from zoo.schema import PositiveInt
+from zoo.segments import handed_on
 
 
 @dataclass
@@ -83,7 +84,7 @@ class GatedConv(Block):
             before * u, self.conv.weight[:, 0], self.conv.bias, state=carried, doc_ids=doc_ids, backend=self.kernel
         )
         if state is not None:
-            state.conv.copy_(newest.detach())
+            state.conv.copy_(handed_on(newest))
         return self.out_proj(after * y)
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> GatedConvState:
