@@ -381,6 +381,9 @@ class LaCT(Block):
     def _num_rates(self) -> int:
         return self.num_fast_heads * (3 if self.momentum_proj is None else 4)
 
+    def pieces(self, seq_len: int, streaming: bool = False) -> int:
+        return -(-seq_len // self.chunk_size)
+
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         itemsize, kept = self.itemsize, max(self.itemsize, 4)
         near = kv_cache_bytes(

@@ -252,6 +252,9 @@ class PaTHAttention(Block):
         score = work.SOFTMAX + (self.g_proj is not None) * 2  # the gates since the key, added
         return batch_size * (seq_len * token + score * H * work.pairs(seq_len, context_len))
 
+    def pieces(self, seq_len: int, streaming: bool = False) -> int:
+        return -(-seq_len // self.chunk_size)
+
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         width, itemsize, real = self.num_kv_heads * self.head_dim, self.itemsize, max(self.itemsize, 4)
         gated = 0 if self.g_proj is None else self.num_heads

@@ -325,6 +325,9 @@ class WindowGlobal(Block):
         token = work.ROPE * (H + Hkv) * D + (self.num_globals > 0)  # log sigmoid of the score
         return batch_size * (seq_len * token + work.SOFTMAX * H * self._pairs(seq_len, context_len))
 
+    def pieces(self, seq_len: int, streaming: bool = False) -> int:
+        return -(-seq_len // self._piece) if streaming else 1
+
     def state_bytes(self, batch_size: int, max_len: int) -> int:
         R, G, itemsize = self._ring, self.num_globals, self.itemsize
         per_slot = 2 * self.num_kv_heads * self.head_dim * itemsize + 8 + max(itemsize, 4)

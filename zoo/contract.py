@@ -239,6 +239,10 @@ class Block(nn.Module, metaclass=DrawsItself):
         """Of the state after `context_len` tokens, what `seq_len` more leave unread because they choose their keys."""
         return 0
 
+    def pieces(self, seq_len: int, streaming: bool = False) -> int:
+        """Pieces of a row that a call works through one after another, launching its operations for each."""
+        return 1
+
     def active_params(self) -> int:
         """Parameters one token touches."""
         return sum(p.numel() for p in self.parameters())
@@ -268,6 +272,8 @@ class Block(nn.Module, metaclass=DrawsItself):
             useful_flops=passes * self.useful_flops(batch_size, seq_len, context_len),
             vector_flops=passes * self.vector_flops(batch_size, seq_len, context_len),
             product_bytes=self.product_elements(batch_size, seq_len) * itemsize if mode == "train" else 0,
+            calls=1,
+            pieces=self.pieces(seq_len, mode != "train"),
         )
 
     def parallel_plan(self) -> ParallelPlan:

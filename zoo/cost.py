@@ -34,6 +34,8 @@ class NodeCost:
     useful_flops: int
     vector_flops: int
     product_bytes: int = 0
+    calls: float = 1.0
+    pieces: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ def estimate(
         raise ConfigError("the model reads whole rows and has no state: mode can be train or prefill, context_len 0")
     leaves = list(model.leaves(batch_size, seq_len, context_len, mode))  # type: ignore[union-attr]
     first, *last = model.ends(batch_size, seq_len, mode)  # type: ignore[union-attr]
-    nodes = [NodeCost(n.path, n.block, *dataclasses.astuple(n.cost)) for n in (first, *leaves, *last)]
+    nodes = [
+        NodeCost(n.path, n.block, *dataclasses.astuple(n.cost if n.cost.calls else n.cost.replace(calls=1, pieces=1)))
+        for n in (first, *leaves, *last)  # what is no block, as a norm, is called once
+    ]
     totals = {f: sum(getattr(n, f) for n in nodes) for f in ("flops", "useful_flops", "vector_flops")}
     totals |= {f: sum(getattr(n, f) for n in nodes) for f in ("bytes_read", "bytes_written")}
     totals |= {f: sum(getattr(n, f) for n in nodes) for f in ("activation_bytes", "state_bytes")}

@@ -29,7 +29,10 @@ class Cost:
     `active_params` are the parameters one token touches; bytes are those of an ideal kernel that reads its
     weights, inputs and state once and writes what it adds to the state. Kept for backward (0 outside train) are
     `activation_bytes`, of which `product_bytes` are results of matrix products, attention and scans: what selective
-    checkpointing keeps, where full checkpointing keeps a layer's input alone."""
+    checkpointing keeps, where full checkpointing keeps a layer's input alone.
+
+    `calls`: how often the block is called, in loops more than once, less than once where a share of decoded tokens
+    takes it; `pieces`: into how many pieces of rows these calls cut their work, one after another."""
 
     params: int = 0
     active_params: int = 0
@@ -41,6 +44,8 @@ class Cost:
     useful_flops: int = 0
     vector_flops: int = 0
     product_bytes: int = 0
+    calls: float = 0
+    pieces: float = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -48,11 +53,12 @@ class Cost:
     def of_share(self, share: float) -> Cost:
         """The work of a share of the calls; what is held stays."""
         names = ("flops", "useful_flops", "vector_flops", "bytes_read", "bytes_written")
-        return self.replace(**{name: round(share * getattr(self, name)) for name in names})
+        work = {name: round(share * getattr(self, name)) for name in names}
+        return self.replace(**work, calls=share * self.calls, pieces=share * self.pieces)
 
-    def replace(self, **changes: int) -> Cost:
+    def replace(self, **changes: float) -> Cost:
         """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 def part_cost(

@@ -38,6 +38,12 @@ def zoo(capsys) -> Callable[..., Any]:
     return run
 
 
+@pytest.fixture(autouse=True)
+def no_calibration(monkeypatch, tmp_path) -> None:
+    """Nothing is known of this machine."""
+    monkeypatch.setattr("zoo.predict.calibration.folder", lambda: tmp_path / "cache")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A configuration of no size, with data of its own."""

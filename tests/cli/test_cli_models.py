@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import zoo as package
-from zoo.cli import measure
 from zoo.cli.folding import fold, spans
 from zoo.cost import NodeCost
 from zoo.errors import ZooError
 from zoo.graph.spec import Spec
+from zoo.predict import measure
 
 
 def test_build_json_is_the_estimate(zoo, tiny):
@@ -106,7 +106,7 @@ def test_profile_predicts_only_what_is_too_large(zoo, monkeypatch, tiny):
     assert "predicted only: a pass" in printed.err and " ms" not in printed.out
     document = json.loads(zoo("profile", "llama_1b", "--seq", 8192, "--json").out)
     assert document["runs"][0]["measured"] is None and "a pass" in document["runs"][0]["not_measured"]
-    monkeypatch.setattr(measure, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
     assert "cannot be measured here" in zoo("profile", tiny, "--seq", 16, "--measure", code=1).err
     assert "predicted only" in zoo("profile", tiny, "--seq", 16).err
 
@@ -114,7 +114,7 @@ def test_profile_predicts_only_what_is_too_large(zoo, monkeypatch, tiny):
 def test_profile_refuses_what_makes_no_sense(zoo, tiny):
     assert "write numbers" in zoo("profile", tiny, "--seq", "ten", code=2).err
     assert "seq_len" in zoo("profile", tiny, "--seq", "0", code=2).err
-    assert "cpu or cuda" in zoo("profile", tiny, "--device", "toaster", code=2).err
+    assert "unknown; one of H100" in zoo("profile", tiny, "--device", "toaster", code=2).err
     if not torch.cuda.is_available():
         assert "no CUDA device" in zoo("profile", tiny, "--device", "cuda", code=1).err
 

@@ -11,12 +11,13 @@ from torch.distributed.tensor import DTensor
 
 import zoo
 from zoo.contract import set_auxiliary_scale, set_reduction
+from zoo.devices import DEVICES
 from zoo.errors import ConfigError
-from zoo.plan.machines import GPUS
 from zoo.plan.plan import kept_bytes, plan
 from zoo.plan.propose import propose
 from zoo.plan.spread import resolve
 from zoo.plan.subject import At, Subject, share
+from zoo.predict.roofline import Assumed
 from zoo.sections import DataSection, ParallelSection, TrainSection
 
 MIXTURE = {
@@ -45,6 +46,7 @@ SMALL_HYDRA = (
     "define.facts.product_key.value_dim=32",
     "define.experts.chunk_moe.hidden_dim=96",
 )
+H100S, RTX4090S = ((d, Assumed(d, "float32")) for d in (DEVICES["h100"], DEVICES["rtx4090"]))
 TRAIN = {"steps": 2, "batch_size": 8, "seq_len": 32, "eval_every": 0, "checkpoint_every": 0}
 TASK = {"source": "mqar", "num_pairs": 4}
 
@@ -95,7 +97,7 @@ def planned(config, layout, recipe, rank, ranks=2):
     units = [u for s in subject.stage_units(spread.pp, spread.stages)[stage :: spread.pp] for u in s]
     held = subject.held(spread.tp, spread.fsdp, spread.ep, at)
     found = [held[u] for u in units]
-    first = plan(subject, spread, GPUS["h100"]).ranks[stage]
+    first = plan(subject, spread, *H100S).ranks[stage]
     assert first.parameters >= sum(h.elements for h in found)
     if rank == 0 or spread.pp > 1:
         assert first.parameters == sum(h.elements for h in found)
@@ -159,7 +161,7 @@ def test_traffic_of_layouts_that_can_be_counted_by_hand():
     weights, stream = 4 * sum(p.numel() for p in subject.model.parameters()), 4 * 16 * 32
 
     def sent(**layout):
-        made = plan(subject, resolve(ParallelSection.from_mapping(layout), subject.train, 4), GPUS["h100"])
+        made = plan(subject, resolve(ParallelSection.from_mapping(layout), subject.train, 4), *H100S)
         return {m.kind: m.bytes for m in made.ranks[0].moves}
 
     head = 4 * 64 * 32
@@ -174,7 +176,7 @@ def test_traffic_of_layouts_that_can_be_counted_by_hand():
 def test_less_is_held_where_more_is_cut_or_recomputed():
     def peak(recipe=None, overrides=(), ranks=64, **layout):
         subject = subject_of("hydra_hybrid", overrides, batch_size=64, seq_len=1024, **(recipe or {}))
-        return plan(subject, resolve(ParallelSection.from_mapping(layout), subject.train, ranks), GPUS["h100"]).ranks[0]
+        return plan(subject, resolve(ParallelSection.from_mapping(layout), subject.train, ranks), *H100S).ranks[0]
 
     whole, split, sliced = peak(tp=4, dp_replicate=16), peak(tp=8, dp_replicate=8), peak(cp=2, dp_replicate=16, tp=2)
     assert peak().weights < whole.weights
@@ -189,12 +191,12 @@ def test_less_is_held_where_more_is_cut_or_recomputed():
 
 def test_a_proposal_fits_and_is_the_quickest():
     subject = subject_of("hydra_hybrid", batch_size=64, seq_len=1024)
-    found = propose(subject, 64, GPUS["h100"])
+    found = propose(subject, 64, *H100S)
     seconds = [p.seconds for p in found.best]
     assert len(found.best) == 5 and seconds == sorted(seconds) and all(p.fits for p in found.best)
     assert all(p.spread.ranks == 64 and p.spread.pp == 1 for p in found.best)  # tied embeddings
     with pytest.raises(ConfigError, match="fits"):
-        propose(subject_of("deepseek_v3", batch_size=8, seq_len=512), 8, GPUS["rtx4090"])
+        propose(subject_of("deepseek_v3", batch_size=8, seq_len=512), 8, *RTX4090S)
     with pytest.raises(ConfigError, match="ep"):
         resolve(ParallelSection(ep=3), TrainSection(), 4)
 

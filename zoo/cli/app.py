@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from zoo.cli import (
     bench,
     build,
+    calibrate,
     data,
     doctor,
     eval,
@@ -124,6 +125,7 @@ app.command("list")(listing.command)
 app.command("show")(show.command)
 app.command("build")(build.command)
 app.command("profile")(profile.command)
+app.command("calibrate")(calibrate.command)
 app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("launch")(launch.command)

@@ -11,7 +11,7 @@ from zoo.cli import output
 from zoo.cli.options import Config, Json, Overrides
 
 if TYPE_CHECKING:
-    from zoo.plan.machines import Gpu
+    from zoo.devices import Device
     from zoo.plan.plan import Plan
     from zoo.plan.propose import Proposal
     from zoo.plan.subject import Subject
@@ -23,7 +23,9 @@ def command(
     config: Config,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Ranks, one a GPU.")] = 8,
-    gpu: Annotated[str, typer.Option("--gpu", help="Kind of GPU, or cpu for this machine.")] = "H100",
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="Kind of GPU, cpu for this machine, or a YAML file that describes one.")
+    ] = "H100",
     dp_replicate: Annotated[Degree, typer.Option("--dp-replicate", min=1, help="Copies of the weights.")] = None,
     dp_shard: Annotated[
         Degree, typer.Option("--dp-shard", min=1, help="Ranks that share weights. [those left]")
@@ -49,40 +51,32 @@ def command(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     with output.working("planning"):
+        from zoo.devices import named
         from zoo.parallel.layout import check
         from zoo.plan.plan import plan
         from zoo.plan.propose import propose as search
         from zoo.plan.spread import resolve
+        from zoo.predict.roofline import Assumed
         from zoo.sections import ParallelSection
 
-        machine = _gpu(gpu)
+        machine = named(gpu, "--gpu")
         document, subject = _subject(config, overrides)
+        timing = Assumed(machine, subject.train.dtype)
         wanted = {**(document.get("parallel") or {}), **given}
         layout = ParallelSection.from_mapping(wanted)
         proposal = None
         if propose or (propose is None and not wanted):
-            proposal = search(subject, gpus, machine)
+            proposal = search(subject, gpus, machine, timing)
             made = proposal.best[0]
         else:
             spread = resolve(layout, subject.train, gpus)
             check(subject.model, layout, subject.seq_len)
-            made = plan(subject, spread, machine)
+            made = plan(subject, spread, machine, timing)
     if as_json:
         return output.emit(_document(subject, made, proposal))
     if proposal:
         _print_proposal(proposal, gpus, machine)
     _print(document["name"], subject, made)
-
-
-def _gpu(name: str) -> Gpu:
-    from zoo.errors import ConfigError, one_of
-    from zoo.plan.machines import GPUS, cpu
-
-    if name.lower() == "cpu":
-        return cpu()
-    if name.lower() not in GPUS:
-        raise ConfigError(f"--gpu {name}: unknown; {one_of([*(g.name for g in GPUS.values()), 'cpu'])}")
-    return GPUS[name.lower()]
 
 
 def _subject(config: str, overrides: list[str] | None) -> tuple[Any, Subject]:
@@ -108,7 +102,7 @@ def _document(subject: Subject, made: Plan, proposal: Proposal | None) -> dict[s
     return found
 
 
-def _print_proposal(proposal: Proposal, gpus: int, machine: Gpu) -> None:
+def _print_proposal(proposal: Proposal, gpus: int, machine: Device) -> None:
     rows = [
         (
             str(p.spread), output.size(p.peak), _time(p.compute), _time(p.exposed + max(0.0, p.hidden - p.compute)),
@@ -125,9 +119,7 @@ def _print(name: str, subject: Subject, made: Plan) -> None:
     spread, train = made.spread, subject.train
     rows = f"{spread.microbatches} x {spread.rows}" if spread.pp > 1 else str(spread.rows)
     pieces = f", {spread.accumulation} times" if spread.accumulation > 1 else ""
-    title = (
-        f"{name} on {spread.ranks} {made.gpu.name}: {spread}; a rank computes {rows} rows of {subject.seq_len} tokens"
-    )
+    title = f"{name} on {spread.ranks} {made.device.name}: {spread}; a rank computes {rows} x {subject.seq_len} tokens"
     heads = (
         "rank", "layers", ">params", ">weights", ">gradients", ">optimizer", ">gathered", ">activations", ">loss",
         ">peak",
@@ -141,8 +133,8 @@ def _print(name: str, subject: Subject, made: Plan) -> None:
         for i, r in enumerate(made.ranks)
     ]  # fmt: skip
     output.table(heads, cells, title + pieces)
-    share = output.percent(made.peak, made.gpu.memory)
-    print(f"{'fits' if made.fits else 'does not fit'}: {share} of {output.size(made.gpu.memory)} at the peak\n")
+    share = output.percent(made.peak, made.device.memory)
+    print(f"{'fits' if made.fits else 'does not fit'}: {share} of {output.size(made.device.memory)} at the peak\n")
     moves = [
         (m.kind, str(m.ranks), "in a node" if m.inside else "between nodes", output.size(m.bytes), _time(m.seconds))
         for m in made.traffic.values()
@@ -156,9 +148,9 @@ def _print(name: str, subject: Subject, made: Plan) -> None:
         )
         print()
     print(
-        f"a step: {_time(made.compute)} computing at 40% of the {train.dtype} peak, weights and gradients travel "
-        f"beside it in {_time(made.hidden)}; {_time(made.exposed)} waiting for others, {_time(made.idle)} idle in the "
-        f"pipeline: {_time(made.seconds)}"
+        f"a step: {_time(made.compute)} computing, weights and gradients travel beside it in {_time(made.hidden)}; "
+        f"{_time(made.exposed)} waiting for others, {_time(made.idle)} idle in the pipeline: {_time(made.seconds)}, "
+        f"{100 * made.mfu:.0f}% of the {train.dtype} peak"
     )
     for line in _assumptions(subject, made):
         print(line)
@@ -176,8 +168,11 @@ def _blocks(subject: Subject, made: Plan) -> list[tuple[str, int, str]]:
 
 
 def _assumptions(subject: Subject, made: Plan) -> list[str]:
+    from zoo.predict.roofline import Assumed
+
     found = [
-        "activations: what the CPU's kernels keep, by the blocks' own cost models; buffers inside a kernel are left out"
+        Assumed(made.device, subject.train.dtype).words(w.name for unit in subject.work for w in unit),
+        "activations: what the CPU's kernels keep, by the blocks' own cost models; buffers inside a kernel left out",
     ]
     if subject.train.activation_checkpoint == "selective":
         found.append("activation_checkpoint: selective keeps less than the activations shown, which are those of none")

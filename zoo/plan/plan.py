@@ -11,10 +11,12 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.plan.machines import ATTAINED, USABLE, Gpu
+from zoo.devices import USABLE, Device
 from zoo.plan.spread import Spread
-from zoo.plan.subject import Held, Subject
+from zoo.plan.subject import Held, Subject, Work
 from zoo.plan.traffic import Move, moves
+from zoo.predict.roofline import Timing
+from zoo.predict.work import Around
 
 OVERLAPPED = ("gather weights", "reduce gradients", "sum over copies")  # run beside the computation
 
@@ -34,21 +36,24 @@ class Rank:
     loss: int
     peak: int
     flops: float
+    seconds: float
     moves: tuple[Move, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout on a machine. Seconds are of one optimizer step of the slowest rank: computation at 0.4 of the peak,
-    beside which weights travel (`hidden`); what computation waits for (`exposed`); idle time of the pipeline."""
+    """A layout on a machine. Seconds are of one optimizer step of the slowest rank: computation as predicted, beside
+    which weights travel (`hidden`); what computation waits for (`exposed`); idle time of the pipeline. `mfu`: share of
+    the peak that the step's FLOPs, without recomputation, are of all ranks."""
 
     spread: Spread
-    gpu: Gpu
+    device: Device
     ranks: tuple[Rank, ...]
     compute: float
     hidden: float
     exposed: float
     idle: float
+    mfu: float
 
     @property
     def peak(self) -> int:
@@ -56,7 +61,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= USABLE * self.gpu.memory
+        return self.peak <= USABLE * self.device.memory
 
     @property
     def seconds(self) -> float:
@@ -76,27 +81,32 @@ class Plan:
         own = {n: getattr(self, n) for n in ("compute", "hidden", "exposed", "idle", "seconds")}
         return {
             "layout": dataclasses.asdict(self.spread) | {"ranks": self.spread.ranks},
-            "gpu": dataclasses.asdict(self.gpu),
+            "gpu": self.device.as_dict(),
             "fits": self.fits,
             "peak": self.peak,
+            "mfu": self.mfu,
             "seconds": own,
             "stages": [dataclasses.asdict(rank) for rank in self.ranks],
         }
 
 
-def plan(subject: Subject, spread: Spread, gpu: Gpu) -> Plan:
-    """What `spread` makes of `subject` on `gpu`."""
+def plan(subject: Subject, spread: Spread, device: Device, timing: Timing) -> Plan:
+    """What `spread` makes of `subject` on `device`, whose work takes as long as `timing` says."""
     units = subject.stage_units(spread.pp, spread.stages)
-    ranks = tuple(_rank(subject, spread, gpu, r, units[r :: spread.pp]) for r in range(spread.pp))
-    speed = ATTAINED * (gpu.bfloat16 if subject.train.dtype == "bfloat16" else gpu.float32)
-    compute = max(rank.flops for rank in ranks) / speed
+    ranks = tuple(_rank(subject, spread, device, timing, r, units[r :: spread.pp]) for r in range(spread.pp))
+    compute = max(rank.seconds for rank in ranks)
     hidden = max(sum(m.seconds for m in rank.moves if m.kind in OVERLAPPED) for rank in ranks)
     exposed = max(sum(m.seconds for m in rank.moves if m.kind not in OVERLAPPED) for rank in ranks)
     idle = (spread.pp - 1) / (spread.microbatches * spread.stages) * (compute + exposed)
-    return Plan(spread, gpu, ranks, compute, hidden, exposed, idle)
+    work = sum(w.flops for unit in subject.work for w in unit) * subject.train.batch_size
+    peak = spread.ranks * device.flops(subject.train.dtype)
+    mfu = work / peak / (max(compute, hidden) + exposed + idle)
+    return Plan(spread, device, ranks, compute, hidden, exposed, idle, mfu)
 
 
-def _rank(subject: Subject, spread: Spread, gpu: Gpu, number: int, stages: list[list[int]]) -> Rank:
+def _rank(
+    subject: Subject, spread: Spread, device: Device, timing: Timing, number: int, stages: list[list[int]]
+) -> Rank:
     units = [u for stage in stages for u in stage]
     every = subject.held(spread.tp, spread.fsdp, spread.ep)
     held = {u: every[u] for u in units}
@@ -118,7 +128,8 @@ def _rank(subject: Subject, spread: Spread, gpu: Gpu, number: int, stages: list[
         loss=memory.loss,
         peak=int(total.weights + buffers + total.optimizer + memory.peak()),
         flops=sum(_flops(subject, spread, u) for u in units),
-        moves=tuple(moves(subject, spread, gpu, number, stages)),
+        seconds=sum(_seconds(subject, spread, timing, u) for u in units),
+        moves=tuple(moves(subject, spread, device, number, stages)),
     )
 
 
@@ -130,9 +141,25 @@ def _span(stage: list[int], num_layers: int) -> str:
 # ----------------------------------------------------------------------------------------------- work
 def _flops(subject: Subject, spread: Spread, unit: int) -> float:
     """Of one rank in a step. Backward is two thirds; recomputation is one third more."""
-    again = unit in subject.recomputed or (_is_head(subject, unit) and subject.train.loss_chunks != 1)
     pieces = spread.rows * spread.microbatches * spread.accumulation
-    return _row(subject, unit, spread.tp, spread.cp)[0] * pieces * (4 / 3 if again else 1)
+    return _row(subject, unit, spread.tp, spread.cp)[0] * pieces * _again(subject, unit)
+
+
+def _again(subject: Subject, unit: int) -> float:
+    recomputed = unit in subject.recomputed or (_is_head(subject, unit) and subject.train.loss_chunks != 1)
+    return 4 / 3 if recomputed else 1
+
+
+def _seconds(subject: Subject, spread: Spread, timing: Timing, unit: int) -> float:
+    """Of one rank in a step: each microbatch launches everything anew."""
+    total = 0.0
+    stream = spread.rows * subject.seq_len * subject.model.dim * subject.item
+    for work in subject.work[unit]:
+        parts, rows = _cut(subject, unit, work, spread.tp, spread.cp)
+        total += timing.seconds(work.name, "train", work.of(spread.rows / rows, parts))
+        logits = work.logits * spread.rows / rows / parts
+        total += timing.rest_seconds("train", Around(0, work.runs, work.runs * stream / rows, logits, 0, 0))
+    return total * spread.microbatches * spread.accumulation * _again(subject, unit)
 
 
 def kept_bytes(subject: Subject, spread: Spread, unit: int) -> int:
@@ -145,9 +172,7 @@ def _row(subject: Subject, unit: int, tp: int, cp: int) -> tuple[float, float, f
     """FLOPs of a unit on a rank for one row, bytes kept, and of these results of products."""
     flops = kept = products = 0.0
     for work in subject.work[unit]:
-        parts = tp if tp > 1 and _is_split(subject, tp, unit, work.block) else 1
-        # blocks that look at the row in their own way compute all of it on every rank
-        rows = 1 if cp > 1 and id(work.block) in subject.on_whole_rows else cp
+        parts, rows = _cut(subject, unit, work, tp, cp)
         inside, outside = work.kept - work.outside, work.outside
         if _is_head(subject, unit):  # the logits count as loss
             inside, outside = 0, work.kept - subject.item * subject.seq_len * subject.vocab_size
@@ -159,6 +184,13 @@ def _row(subject: Subject, unit: int, tp: int, cp: int) -> tuple[float, float, f
             if at == unit and exchange.kind == "kv":
                 kept += calls * exchange.bytes_per_token * subject.seq_len * (cp - 1) / cp
     return flops, kept, min(products, kept)
+
+
+def _cut(subject: Subject, unit: int, work: Work, tp: int, cp: int) -> tuple[int, int]:
+    """Into how many parts tensor and context parallelism cut the work."""
+    parts = tp if tp > 1 and _is_split(subject, tp, unit, work.block) else 1
+    # blocks that look at the row in their own way compute all of it on every rank
+    return parts, 1 if cp > 1 and id(work.block) in subject.on_whole_rows else cp
 
 
 def _is_split(subject: Subject, tp: int, unit: int, block: Any) -> bool:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from zoo.devices import USABLE, Device
 from zoo.errors import ConfigError
 from zoo.parallel.layout import check
-from zoo.plan.machines import NODE, USABLE, Gpu
 from zoo.plan.plan import Plan, plan
 from zoo.plan.spread import Spread, resolve
 from zoo.plan.subject import Subject
+from zoo.predict.roofline import Timing
 from zoo.sections import ParallelSection
 
 MOST_CONTEXT = 8
@@ -30,14 +31,14 @@ class Proposal:
     reason: str
 
 
-def propose(subject: Subject, ranks: int, gpu: Gpu, most: int = 5) -> Proposal:
+def propose(subject: Subject, ranks: int, device: Device, timing: Timing, most: int = 5) -> Proposal:
     """The quickest layouts of `ranks` accelerators. ConfigError where there is none."""
     allowed: dict[Any, bool] = {}
     fitting: list[Plan] = []
     tried = refused = 0
     smallest: Plan | None = None
     alone: Plan | None = None  # FSDP and nothing else
-    for layout in _layouts(subject, ranks):
+    for layout in _layouts(subject, ranks, device.node):
         tried += 1
         try:
             spread = resolve(layout, subject.train, ranks)
@@ -46,7 +47,7 @@ def propose(subject: Subject, ranks: int, gpu: Gpu, most: int = 5) -> Proposal:
         except ConfigError:
             refused += 1
             continue
-        made = plan(subject, spread, gpu)
+        made = plan(subject, spread, device, timing)
         if made.fits:
             fitting.append(made)
         if spread.dp_shard == ranks and spread.ep == 1:
@@ -60,9 +61,9 @@ def propose(subject: Subject, ranks: int, gpu: Gpu, most: int = 5) -> Proposal:
             f"{ranks} rows would do"
         )
     if not fitting:
-        need, have = smallest.peak / 2**30, USABLE * gpu.memory / 2**30
+        need, have = smallest.peak / 2**30, USABLE * device.memory / 2**30
         raise ConfigError(
-            f"no layout of {ranks} {gpu.name} fits: the smallest ({smallest.spread}) needs {need:.1f} GiB a rank of "
+            f"no layout of {ranks} {device.name} fits: the smallest ({smallest.spread}) needs {need:.1f} GiB a rank of "
             f"{have:.1f} that can be used; train.activation_checkpoint: full, train.accumulation, or more GPUs help"
         )
     # of those that are about as quick the simpler one
@@ -101,16 +102,16 @@ def _can(subject: Subject, layout: ParallelSection, known: dict[Any, bool]) -> b
     return known[key]
 
 
-def _layouts(subject: Subject, ranks: int) -> Iterator[ParallelSection]:
+def _layouts(subject: Subject, ranks: int, node: int) -> Iterator[ParallelSection]:
     """Tensor and context parallelism within a node or two, the pipeline over at most all layers."""
     experts = max((m.num_experts for m in subject.model.modules() if hasattr(m, "num_experts")), default=1)
-    for tp, cp, pp in itertools.product(_divisors(ranks, NODE), _divisors(ranks, MOST_CONTEXT), _divisors(ranks)):
+    for tp, cp, pp in itertools.product(_divisors(ranks, node), _divisors(ranks, MOST_CONTEXT), _divisors(ranks)):
         data, rest = divmod(ranks, tp * cp * pp)
         if rest or pp > subject.num_layers:
             continue
         for copies in _divisors(data):
             shard = data // copies
-            if copies > 1 and shard * cp * tp < NODE and ranks >= NODE:
+            if copies > 1 and shard * cp * tp < node <= ranks:
                 continue  # copies of the weights in one node
             for ep in _divisors(shard * cp, experts) if tp == 1 else [1]:
                 for schedule in ("1F1B", "Interleaved1F1B") if pp > 1 else ("1F1B",):

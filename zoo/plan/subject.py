@@ -16,6 +16,8 @@ from zoo.graph.nodes import Leaf
 from zoo.parallel import context, pipeline, shard, tensor
 from zoo.parallel.expert import mixtures
 from zoo.parallel.local import Lying
+from zoo.predict import work as predict
+from zoo.predict.kinds import plain
 from zoo.sections import TrainSection
 from zoo.train.chunked_loss import chunks_for
 from zoo.train.optim import groups
@@ -82,7 +84,19 @@ class Work:
     outside: int
     stream: int
     calls: float
-    products: int = 0
+    products: int
+    name: str
+    runs: float  # calls of the block
+    pieces: float  # in which its operations are launched
+    vector: int
+    traffic: int  # bytes beside the weights
+    weights: int
+    logits: int
+
+    def of(self, rows: float, parts: int) -> predict.Work:
+        """Its work for so many rows, one of so many parts."""
+        traffic = (self.weights + self.traffic * rows) / parts
+        return predict.Work(self.pieces, self.flops * rows / parts, self.vector * rows / parts, traffic)
 
 
 class Subject:
@@ -178,15 +192,18 @@ class Subject:
 
     def _work(self, leaf: Leaf, layer: Any = None) -> Work:
         cost, block = leaf.cost, getattr(leaf.module, "block", None)
+        weights = min(3 * cost.params * self.item, cost.bytes_read)
+        traffic = cost.bytes_read - weights + cost.bytes_written
+        logits = self.seq_len * self.vocab_size * self.item if leaf.path == "lm_head" else 0
+        timed = (cost.product_bytes, plain(leaf.block), cost.calls or 1.0, cost.pieces or 1.0, cost.vector_flops, traffic, weights, logits)
         if not isinstance(block, Block):
-            return Work(leaf.path, None, cost.flops, cost.activation_bytes, cost.activation_bytes, 0, 1.0)
+            return Work(leaf.path, None, cost.flops, cost.activation_bytes, cost.activation_bytes, 0, 1.0, *timed)
         whole = next(iter(leaf.module.leaves(1, self.seq_len, 0, "train"))).cost  # type: ignore[operator]
         calls = cost.activation_bytes / whole.activation_bytes if whole.activation_bytes else 1.0
         stream = calls * self.seq_len * block.dim * block.itemsize
         inside = calls * block.activation_elements(1, self.seq_len) * block.itemsize - stream
         outside = min(cost.activation_bytes, int(cost.activation_bytes - inside))
-        kept = cost.activation_bytes
-        return Work(leaf.path, block, cost.flops, kept, outside, int(stream), calls, cost.product_bytes)
+        return Work(leaf.path, block, cost.flops, cost.activation_bytes, outside, int(stream), calls, *timed)
 
     @functools.cached_property
     def recomputed(self) -> set[int]:

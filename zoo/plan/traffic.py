@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from zoo.plan.machines import NODE, Gpu
+from zoo.devices import Device
 from zoo.plan.spread import Spread
 from zoo.plan.subject import Held, Subject
 
@@ -19,14 +19,10 @@ class Move:
     stride: int
     bytes: int
     seconds: float
-
-    @property
-    def inside(self) -> bool:
-        """Whether the group lies in one node."""
-        return (self.ranks - 1) * self.stride < NODE
+    inside: bool  # of one node
 
 
-def moves(subject: Subject, spread: Spread, gpu: Gpu, number: int, stages: list[list[int]]) -> Iterator[Move]:
+def moves(subject: Subject, spread: Spread, device: Device, number: int, stages: list[list[int]]) -> Iterator[Move]:
     """Of the pipeline's rank `number`, which holds the units of `stages`. Rings: n ranks that gather S bytes send
     (n - 1) / n S each, and twice that to sum them."""
     units = [u for stage in stages for u in stage]
@@ -37,7 +33,8 @@ def moves(subject: Subject, spread: Spread, gpu: Gpu, number: int, stages: list[
 
     def move(kind: str, ranks: int, stride: int, amount: float) -> Iterator[Move]:
         if ranks > 1 and amount:
-            yield Move(kind, ranks, stride, int(amount), amount / gpu.speed(ranks, stride))
+            seconds = amount / device.speed(ranks, stride)
+            yield Move(kind, ranks, stride, int(amount), seconds, device.joins(ranks, stride))
 
     # weights: the head's stay for backward, and all of a pipeline's
     experts_over = spread.fsdp // spread.ep

@@ -12,22 +12,9 @@ from typing import Any
 import torch
 
 import zoo
+from zoo import devices
 from zoo.kernels.linear import linear
 from zoo.sections import TrainSection, VisionSection
-
-# FLOP/s of dense bfloat16 products with float32 sums, from the makers' data sheets; the first name that fits
-_CARDS = (
-    ("B200", 2250e12),
-    ("H200", 989.5e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989.5e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("A10", 125e12),
-    ("4090", 165.2e12),
-)
 
 
 @dataclass(frozen=True)
@@ -67,10 +54,9 @@ def speed_of(document: dict[str, Any], train: TrainSection) -> Speed | None:
 def peak(device: str) -> Peak:
     """Of a known card what its maker says; else what a product reaches here."""
     if device == "cuda":
-        name = torch.cuda.get_device_name()
-        for part, flops in _CARDS:
-            if part in name:
-                return Peak(flops, f"data sheet of {part}, dense bfloat16")
+        card = devices.recognised(torch.cuda.get_device_name())
+        if card:
+            return Peak(card.flops("bfloat16"), f"data sheet of {card.name}, dense bfloat16")
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     least = float("inf")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections import defaultdict
@@ -20,14 +18,15 @@ from zoo.architectures.causal_lm import CausalLM
 from zoo.architectures.model import Model
 from zoo.architectures.storage import build
 from zoo.architectures.vision import VisionModel
-from zoo.cli import output
-from zoo.errors import ConfigError, KernelUnavailable, ZooError
+from zoo.bench.machine import device_name, free_memory, memory_kept
+from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from zoo.cost import CostReport
     from zoo.graph.spec import Graph
 
-REPEATS, SECONDS = 5, 20.0  # at least 3 passes, at most REPEATS, and no more once SECONDS are over
+FEW, REPEATS, MANY = 3, 5, 25  # passes: 5, up to 25 while time is left, 3 where they are slow
+SLOW = 5.0
 _PATIENCE = 60.0  # seconds for one pass; slower ones are measured on request only
 _FLOPS_PER_SECOND = {"cpu": 2e10, "cuda": 1e13}  # a low guess, to tell seconds from hours
 
@@ -47,21 +46,13 @@ class Measured:
         return asdict(self)
 
 
-def check_device(device: str) -> None:
-    """ConfigError for a device that nothing can be measured on."""
-    if device not in _FLOPS_PER_SECOND:
-        raise ConfigError(f"--device {device}: can be cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise KernelUnavailable("--device cuda: torch sees no CUDA device here")
-
-
 def too_large(report: CostReport, device: str, wanted: bool) -> str:
     """Why a pass is not measured, or the empty string. ZooError where it was `wanted` and cannot be."""
     weights = 4 * report.params
     need = weights * (2 if report.mode == "train" else 1) + report.activation_bytes + report.state_bytes
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_memory()
+    free = free_memory(device)
     if need > 0.8 * free:
-        reason = f"a pass needs about {output.size(need)}, {output.size(free)} are free"
+        reason = f"a pass needs about {need / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
         if wanted:
             raise ZooError(f"cannot be measured here: {reason}")
         return reason
@@ -69,30 +60,28 @@ def too_large(report: CostReport, device: str, wanted: bool) -> str:
     return "" if wanted or seconds < _PATIENCE else f"a pass may take {seconds:.0f} s; --measure insists"
 
 
-def _free_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def measure(graph: Graph, reports: Sequence[CostReport], reasons: Sequence[str], device: str) -> list[Measured | None]:
-    """Measure every report that has no reason against it."""
+def measure(
+    graph: Graph, reports: Sequence[CostReport], reasons: Sequence[str], device: str, advance: Callable[[], Any]
+) -> list[Measured | None]:
+    """Measure every report that has no reason against it; `advance` is called after each."""
     model = build(dict(graph.document), device=device)
-    wanted = [not reason for reason in reasons]
-    with output.progress() as bar:
-        task = bar.add_task("measuring", total=sum(wanted) * (REPEATS + 1))
-        return [
-            _one(model, report, device, lambda: bar.advance(task)) if yes else None
-            for report, yes in zip(reports, wanted, strict=True)
-        ]
+    found: list[Measured | None] = []
+    for report, reason in zip(reports, reasons, strict=True):
+        found.append(None if reason else measure_model(model, report, device))
+        advance()
+    return found
 
 
-def _one(model: CausalLM | VisionModel, report: CostReport, device: str, advance: Callable[[], None]) -> Measured:
+def measure_model(
+    model: CausalLM | VisionModel,
+    report: CostReport,
+    device: str,
+    enough: float = 1.0,
+    now: Callable[[], float] = time.perf_counter,
+) -> Measured:
+    """Passes of the kind that `report` describes, for `enough` seconds; `now` tells seconds."""
     generator = torch.Generator().manual_seed(0)
-    clock = _Clock(device)
+    clock = _Clock(device, now)
     if isinstance(model, VisionModel):
         run = _on_images(model, report, device, generator)
     else:
@@ -100,24 +89,26 @@ def _one(model: CausalLM | VisionModel, report: CostReport, device: str, advance
         tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
         run = _training(model, tokens) if report.mode == "train" else _inference(model, tokens, report)
     passes: list[tuple[float, dict[str, float]]] = []
-    with _timed_nodes(model, report, clock):
-        begun = time.perf_counter()
-        for number in range(REPEATS + 1):
+    warm = False
+    with memory_kept(), _timed_nodes(model, report, clock):
+        begun = now()
+        while not _done(len(passes), now() - begun, enough):
             prepare, work = run()
             prepare()
             clock.spent.clear()
             start = clock.now()
             work()
-            if number:  # the first pass warms up
+            if warm:
                 passes.append((clock.now() - start, dict(clock.spent)))
-            advance()
-            if len(passes) >= 3 and time.perf_counter() - begun > SECONDS:
-                break
+            warm = True
     model.zero_grad(set_to_none=True)
     nodes = {p: 1e3 * statistics.median(n.get(p, 0.0) for _, n in passes) for p in passes[0][1]}
     total = 1e3 * statistics.median(t for t, _ in passes)
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return Measured(total, nodes, len(passes), torch.get_num_threads(), name)
+    return Measured(total, nodes, len(passes), torch.get_num_threads(), device_name(device))
+
+
+def _done(passes: int, seconds: float, enough: float) -> bool:
+    return passes >= FEW and (seconds > SLOW * enough or (passes >= REPEATS and seconds > enough) or passes >= MANY)
 
 
 Pass = tuple[Callable[[], Any], Callable[[], Any]]  # what is not timed, then what is
@@ -165,14 +156,15 @@ def _inference(model: CausalLM, tokens: torch.Tensor, report: CostReport) -> Cal
 class _Clock:
     """Seconds spent per node. A device that works on its own is waited for."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, read: Callable[[], float]):
+        self.read = read
         self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
         self.spent: defaultdict[str, float] = defaultdict(float)
         self.started: list[float] = []
 
     def now(self) -> float:
         self.wait()
-        return time.perf_counter()
+        return self.read()
 
     def start(self, *unused: Any) -> None:
         self.started.append(self.now())

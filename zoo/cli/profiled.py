@@ -1,0 +1,138 @@
+"""What `zoo profile` knows of one kind of pass, whatever it is shown as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from zoo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zoo.architectures.model import Model
+    from zoo.cost import CostReport
+    from zoo.devices import Device
+    from zoo.graph.spec import Graph
+    from zoo.plan.bill import Bill
+    from zoo.plan.limits import Limits
+    from zoo.predict.measure import Measured
+    from zoo.predict.roofline import Prediction, Timing
+    from zoo.sections import TrainSection
+
+LOCAL = ("cpu", "cuda")  # devices that something can be measured on
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that is asked about: what it can do, how long work takes on it (None: nobody knows), in which dtype.
+    `notes` say where the times come from; of `local` devices passes are measured."""
+
+    name: str
+    device: Device
+    timing: Timing | None
+    dtype: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def local(self) -> bool:
+        return self.name in LOCAL
+
+
+@dataclass
+class Profiled:
+    """A pass: its cost, what is predicted and measured of it, what fits, what a run costs."""
+
+    report: CostReport
+    prediction: Prediction | None = None
+    limits: Limits | None = None
+    measured: Measured | None = None
+    not_measured: str = ""
+    bill: Bill | None = None
+    lines: list[str] = field(default_factory=list)
+
+    def ratio(self, *paths: str) -> float | None:
+        """Predicted over measured time of the nodes at `paths`, of the whole pass without any."""
+        if not (self.prediction and self.measured):
+            return None
+        if not paths:
+            return self.prediction.total / self.measured.total
+        spent = sum(self.measured.nodes.get(p, 0.0) for p in paths)
+        return sum(self.prediction.nodes[p] for p in paths) / spent if spent else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        ratios = {n.path: ratio for n in self.report.nodes if (ratio := self.ratio(n.path)) is not None}
+        return self.report.as_dict() | {
+            "predicted": self.prediction and self.prediction.as_dict(),
+            "limits": self.limits and self.limits.as_dict(),
+            "measured": self.measured and self.measured.as_dict(),
+            "not_measured": self.not_measured or None,
+            "predicted_over_measured": {"total": self.ratio(), "nodes": ratios} if self.ratio() else None,
+            "run": self.bill and self.bill.as_dict(),
+            "notes": self.lines,
+        }
+
+
+def target(name: str, dtype: str | None) -> Target:
+    """The device called `name`. ConfigError for one that does not exist."""
+    from zoo import devices
+    from zoo.bench import machine
+    from zoo.predict import calibration
+    from zoo.predict.roofline import Assumed
+
+    if name not in LOCAL:
+        device = devices.named(name)
+        dtype = dtype or next((d for d in ("bfloat16", "float32") if d in device.matrix), next(iter(device.matrix)))
+        device.flops(dtype)
+        return Target(device.name, device, Assumed(device, dtype), dtype)
+    machine.check_device(name)
+    if dtype not in (None, "float32"):
+        raise ConfigError(f"--dtype {dtype}: on {name} passes are measured in float32; other devices are predicted")
+    found = calibration.load(name)
+    if found is None and name == "cuda" and (card := devices.recognised(machine.device_name(name))):
+        return Target(name, card, Assumed(card, "float32"), "float32")
+    if found is None:
+        notes = ("no times are predicted: `zoo calibrate` measures this device first",)
+        return Target(name, devices.cpu(), None, "float32", notes)
+    changes = found.environment.changes(calibration.Environment.here(name))
+    notes = (f"calibrated elsewhere: {'; '.join(changes)}; `zoo calibrate` does it again",) if changes else ()
+    return Target(name, found.device, found, "float32", notes)
+
+
+def predicted(model: Model, report: CostReport, target: Target, train: TrainSection) -> Profiled:
+    """Times and limits of a pass on the target."""
+    from zoo.plan.limits import limits
+    from zoo.predict.roofline import Assumed, predict
+
+    found = Profiled(report, limits=limits(model, report, target.device, replace(train, dtype=_trained_in(target))))
+    if target.timing:
+        found.prediction = predict(report, target.timing)
+        found.lines += found.prediction.notes
+    if isinstance(target.timing, Assumed):
+        found.lines.append(target.timing.words(node.block for node in report.nodes))
+    found.lines += target.notes
+    return found
+
+
+def billed(
+    graph: Graph, target: Target, seq_len: int, rows: int | None, gpus: int, tokens: str | None, price: float | None
+) -> Bill:
+    """A training run on `gpus` such devices; `rows` of each, or those of the configuration."""
+    from zoo.architectures.storage import assemble
+    from zoo.plan.bill import amount, bill, laid_out
+    from zoo.plan.subject import Subject
+    from zoo.sections import TrainSection
+
+    if target.timing is None:
+        raise ConfigError(f"--gpus, --tokens: {target.notes[0]}")
+    train = TrainSection.from_mapping(graph.document.get("train"))
+    pieces = gpus * train.accumulation
+    batch = rows * pieces if rows else -(-train.batch_size // pieces) * pieces
+    train = replace(train, batch_size=batch, dtype=_trained_in(target))
+    subject = Subject(assemble(graph), train, seq_len)
+    wanted = dict(graph.document.get("parallel") or {})
+    made = laid_out(subject, wanted, gpus, target.device, target.timing)
+    return bill(made, subject, amount(tokens, "--tokens") if tokens else batch * seq_len, price)
+
+
+def _trained_in(target: Target) -> Any:
+    return "float32" if target.dtype == "float64" else "bfloat16" if target.dtype == "float16" else target.dtype

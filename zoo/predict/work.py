@@ -1,0 +1,64 @@
+"""What of a node takes time, from its cost."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
+
+from zoo.predict.kinds import is_joint
+
+if TYPE_CHECKING:
+    from zoo.cost import CostReport, NodeCost
+
+
+@dataclass(frozen=True)
+class Work:
+    """Calls of the block, one for each piece; FLOPs of products and of all else; bytes read and written."""
+
+    calls: float = 0.0
+    matrix: float = 0.0
+    vector: float = 0.0
+    traffic: float = 0.0
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(*(factor * x for x in astuple(self)))
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a pass does outside its nodes, and so no node is charged with: it adds increments up, moves tokens to where
+    they are routed, and in training takes the loss. `streams`: calls times bytes of the stream; bytes of logits;
+    `joints`: routers, merges and other parts of combinators, and `joined`, joints times bytes of the stream."""
+
+    passes: float
+    calls: float
+    streams: float
+    logits: float
+    joints: float
+    joined: float
+
+
+def work_of(node: NodeCost, report: CostReport) -> Work:
+    """Of a head that continues a row only the last token's logits are wanted."""
+    moved = node.bytes_read + node.bytes_written
+    if node.path != "lm_head" or report.mode == "train":
+        return Work(node.pieces, node.flops, node.vector_flops, moved)
+    weights = node.bytes_read - _stream(report)
+    share = 1 / report.seq_len
+    return Work(node.pieces, share * node.flops, share * node.vector_flops, weights + share * (moved - weights))
+
+
+def _stream(report: CostReport) -> int:
+    """Bytes that the embedding gives, and as many of gradients that it gets."""
+    return report.nodes[0].bytes_written // (2 if report.mode == "train" else 1)
+
+
+def around(report: CostReport) -> Around:
+    """That of the whole pass."""
+    joints = sum(is_joint(node.block) for node in report.nodes)
+    calls, stream = sum(node.calls for node in report.nodes) - joints, _stream(report)
+    head = report.nodes[-1]
+    logits = 0.0
+    if report.mode == "train" and head.path == "lm_head":  # written in three passes, and kept with what they are of
+        logits = (head.bytes_written - _stream(report)) / 4
+    return Around(1.0, calls, calls * stream, logits, joints, joints * stream)
