@@ -48,6 +48,29 @@ def test_what_cannot_be_represented_is_refused_before_weights_are_touched(monkey
         plan({"model_type": "lama"}, dtype=torch.float32)
 
 
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("phi3", {"rope_parameters": LONG | {"partial_rotary_factor": 1.0}}, "'longrope' .* depend on the length"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha: 1.0 cannot be represented; can be 1.702"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "layer_types: 'chunked_attention'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func: 'softmax'"),
+        ("mixtral", {"num_experts_per_tok": 1}, "top_k=1 with renormalize=true"),
+        ("mixtral", {"num_experts_per_tok": 7}, "top_k=7 is more than num_experts=6"),
+    ],
+)
+def test_features_without_a_counterpart_are_named(name, settings, message):
+    config = MODELS[name]().config.to_dict() | settings
+    with pytest.raises(zoo.ConfigError, match=message):
+        plan(config, dtype=torch.float32)
+
+
 def test_a_converted_model_is_saved_and_changed(tmp_path):
     ours = from_hf(made("Llama"))
     again = zoo.from_pretrained(ours.save_pretrained(tmp_path))

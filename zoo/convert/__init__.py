@@ -59,12 +59,12 @@ def from_folder(
     values = read_json(folder / CONFIG)
     try:
         config = hf.configuration(values)
-        with Weights(folder) as weights:
-            origin = {"source": str(folder), "license": license or license_of(folder)}
-            model, rules = plan(config.to_dict(), dtype=dtype or weights.dtype(), origin=origin)
-            names = hf.Names(config, weights.names)
-            _check(folder, names, weights, [name for rule in rules for name in rule.theirs])
-            fill(model, rules, lambda name: names.make(name, weights), device, progress)
+        weights = Weights(folder)
+        origin = {"source": str(folder), "license": license or license_of(folder)}
+        model, rules = plan(config.to_dict(), dtype=dtype or weights.dtype(), origin=origin)
+        names = hf.Names(config, weights.names)
+        _check(folder, names, weights, [name for rule in rules for name in rule.theirs])
+        fill(model, rules, lambda name: names.make(name, weights), device, progress)
     except ConfigError as error:
         raise error if error.problems[0].file.startswith(str(folder)) else refused(folder, str(error)) from None
     return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -70,28 +69,20 @@ def copy_beside(folder: Path, out: Path) -> list[str]:
 
 
 class Weights:
-    """The tensors of a folder by name; each is read when it is asked for. A context: the files are open inside.
+    """The tensors of a folder by name. Each is read when it is asked for; one file is mapped into memory at a time.
 
     All files and headers are checked at the start. ConfigError names what is missing, damaged, pickled or quantised.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._open = ExitStack()
-        self._files: dict[str, Any] = {}
-
-    def __enter__(self) -> Weights:
-        try:
-            for name in self._listed():
-                for tensor in (file := self._opened(self.folder / name)).keys():  # noqa: SIM118 (it is no mapping)
-                    self._files[tensor] = file
-        except BaseException:
-            self._open.close()
-            raise
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
+        self._headers: dict[str, tuple[str, tuple[int, ...], str]] = {}  # file, shape and type of each tensor
+        self._mapped: tuple[str, Any] = ("", None)
+        for name in self._listed():
+            file = self._opened(self.folder / name)
+            for tensor in file.keys():  # noqa: SIM118 (it is no mapping)
+                part = file.get_slice(tensor)
+                self._headers[tensor] = name, tuple(part.get_shape()), part.get_dtype()
 
     def _listed(self) -> list[str]:
         if (self.folder / INDEX).is_file():
@@ -113,7 +104,7 @@ class Weights:
 
     def _opened(self, path: Path) -> Any:
         try:
-            return self._open.enter_context(safe_open(path, framework="pt"))
+            return safe_open(path, framework="pt")
         except FileNotFoundError:
             raise refused(path, f"is missing, though {INDEX} names it") from None
         except (SafetensorError, OSError) as error:
@@ -121,24 +112,27 @@ class Weights:
 
     @property
     def names(self) -> list[str]:
-        return list(self._files)
+        return list(self._headers)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor that is not read."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._headers[name][1]
 
     def dtype(self) -> torch.dtype:
         """The type of most numbers. ConfigError where they are none that a model computes with."""
         counted: Counter[str] = Counter()
-        for name in self._files:
-            counted[self._files[name].get_slice(name).get_dtype()] += torch.Size(self.shape(name)).numel()
+        for _, shape, dtype in self._headers.values():
+            counted[dtype] += torch.Size(shape).numel()
         if odd := sorted(counted.keys() - DTYPES.keys()):
             raise refused(self.folder, f"has quantised weights ({', '.join(odd)}); only float16 to float64 are read")
         return DTYPES[counted.most_common(1)[0][0]]
 
     def __call__(self, name: str) -> Tensor:
         """A tensor, read now."""
+        file = self._headers[name][0]
+        if self._mapped[0] != file:
+            self._mapped = file, self._opened(self.folder / file)
         try:
-            return self._files[name].get_tensor(name)
+            return self._mapped[1].get_tensor(name)
         except SafetensorError as error:
             raise refused(self.folder, f"{name} cannot be read: {error}") from None
