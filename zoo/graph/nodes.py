@@ -186,7 +186,7 @@ class ResidualBlock(Node):
     def leaves(self, batch_size, seq_len, context_len, mode, path=""):
         cost = self.block.cost(batch_size, seq_len, context_len, mode)
         own = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("block."))
-        norms = [norm for norm in (self.norm, self.out_norm) if norm is not None]
+        norms: list[Any] = [norm for norm in (self.norm, self.out_norm) if norm is not None]
         # what norms keep for backward, a learned scale what it multiplies; the block counts what it reads
         kept = sum(norm.activation_elements(batch_size * seq_len) for norm in norms)
         kept += batch_size * seq_len * self.block.dim if self.scale is not None else 0
