@@ -267,7 +267,7 @@ class PaTHAttention(Block):
         Hq, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
         gated = 0 if self.g_proj is None else Hq
         chunks = -(-seq_len // self.chunk_size)
-        token = self.dim + self.w_proj[0].out_features + 2 * Hq * D + 5 * Hkv * D + 3 * Hkv + 3 * gated + 2
+        token = self.dim + len(self.w_proj[0].weight) + 2 * Hq * D + 5 * Hkv * D + 3 * Hkv + 3 * gated + 2
         kept = seq_len * token
         if chunks > 1:  # each chunk keeps the keys and sums it started with, and computes the rest again
             kept += (Hkv * D + gated) * self.chunk_size * chunks * (chunks - 1) // 2

@@ -118,7 +118,8 @@ class Parallel(Composite):
         count, item = sum(p.numel() for p in own), next(self.parameters()).element_size()
         flops = 0 if self.out_proj is None else 2 * batch_size * seq_len * self.out_proj.weight.numel()
         tokens, parts, normed = batch_size * seq_len * self.dim, len(self.branches), self.norm is not None
-        number = 1 + getattr(self.norm, "vector_flops", 0)  # the stream is added
+        norm: Any = self.norm
+        number = 1 + (norm.vector_flops if normed else 0)  # the stream is added
         number += 0 if self.out_proj is not None else parts - 1 + (self.merge == "mean")
         number += 0 if self.gates is None else parts
         cost = part_cost(
