@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help:
 	@echo 'make demo     build, train, profile and sample a small model; leaves $(DEMO)'
 	@echo 'make test     all tests that need no GPU'
-	@echo 'make oracles  ops and blocks against the torch forms of flash-linear-attention, which is installed apart'
+	@echo 'make oracles  blocks against flash-linear-attention, and inside its models and those of timm, installed apart'
 	@echo 'make check    format, lint, types, import rules, fast tests'
 	@echo 'make install  .venv from requirements.lock    make docs    one page per block'
 	@echo 'make golden   rewrite the golden files        make lock    rewrite requirements.lock'
@@ -55,7 +55,7 @@ test: $(INSTALLED)
 # not in .venv: where fla can be imported, transformers runs its GPU kernels in models that have a CPU form
 ORACLES := .oracles
 $(ORACLES): $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@.part fla-core==0.6.0 flash-linear-attention==0.6.0
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@.part fla-core==0.6.0 flash-linear-attention==0.6.0 timm==1.0.31
 	@rm -rf $@ && mv $@.part $@
 
 oracles: $(ORACLES)

@@ -27,9 +27,10 @@ def options_for(name: str, donor: Donor, given: Mapping[str, Any], place: tuple[
         heads, width = old["num_heads"], old.get("head_dim") or donor.dim // old["num_heads"]
         made |= cls.like_attention(donor.dim, heads, old.get("num_kv_heads") or heads, width)
     elif "num_heads" in made and "head_dim" in old:
-        # keys and values as wide as those of attention: expand_v counts in heads where there is a head_dim
-        inner = old["num_heads"] * old["head_dim"] / donor.dim
-        wide = {"expand_k": inner, "expand_v": 1.0 if "head_dim" in known else inner}
+        # keys and values as wide as those of the donor: expand_v counts in heads where there is a head_dim
+        keys, shared = old["num_heads"] * old["head_dim"], old["num_heads"] // old.get("num_kv_heads", old["num_heads"])
+        values = shared * len(donor.weights["v_proj.weight"]) if "v_proj.weight" in donor.weights else keys
+        wide = {"expand_k": keys / donor.dim, "expand_v": values / (keys if "head_dim" in known else donor.dim)}
         made |= {k: v for k, v in wide.items() if k in known}
     layer, layers = donor.place or place
     made |= {k: v for k, v in {"layer_index": layer, "num_layers": layers}.items() if k in known}
