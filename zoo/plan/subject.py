@@ -195,7 +195,8 @@ class Subject:
         weights = min(3 * cost.params * self.item, cost.bytes_read)
         traffic = cost.bytes_read - weights + cost.bytes_written
         logits = self.seq_len * self.vocab_size * self.item if leaf.path == "lm_head" else 0
-        timed = (cost.product_bytes, plain(leaf.block), cost.calls or 1.0, cost.pieces or 1.0, cost.vector_flops, traffic, weights, logits)
+        called = (cost.calls or 1.0, cost.pieces or 1.0)
+        timed = (cost.product_bytes, plain(leaf.block), *called, cost.vector_flops, traffic, weights, logits)
         if not isinstance(block, Block):
             return Work(leaf.path, None, cost.flops, cost.activation_bytes, cost.activation_bytes, 0, 1.0, *timed)
         whole = next(iter(leaf.module.leaves(1, self.seq_len, 0, "train"))).cost  # type: ignore[operator]
