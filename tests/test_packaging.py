@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("blocks", "kernels", "architectures", "configs")
+SUFFIXES = (".py", ".yaml", ".html", ".css", ".js")
 
 
 def sources(folder: Path) -> set[str]:
@@ -25,7 +26,7 @@ def sources(folder: Path) -> set[str]:
         for top in (folder, *(folder / link for link in LINKS))
         for p in top.resolve().rglob("*")
         for p in [top / p.relative_to(top.resolve())]
-        if p.suffix in (".py", ".yaml") and "__pycache__" not in p.parts
+        if p.suffix in SUFFIXES and "__pycache__" not in p.parts
     }
 
 
@@ -49,7 +50,7 @@ def test_only_zoo_becomes_importable(site):
 
 
 def test_every_source_file_is_in_the_wheel(site):
-    packed = {str(p.relative_to(site)) for p in (site / "zoo").rglob("*") if p.suffix in (".py", ".yaml")}
+    packed = {str(p.relative_to(site)) for p in (site / "zoo").rglob("*") if p.suffix in SUFFIXES}
     assert packed == sources(ROOT / "zoo")
 
 

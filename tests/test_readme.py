@@ -88,9 +88,14 @@ def test_shown_commands_and_options_exist():
     assert {command.name for command in known} == set(helps)
 
 
-@pytest.mark.parametrize("line", [x for x in commands() if x.split()[1] in ("list", "show", "build", "profile")])
-def test_shown_commands_that_only_tell_succeed(line, capsys):
+TELLING = ("list", "show", "build", "profile", "sweep")
+
+
+@pytest.mark.parametrize("line", [x for x in commands() if x.split()[1] in TELLING])
+def test_shown_commands_that_only_tell_succeed(line, capsys, tmp_path, monkeypatch):
     from zoo.cli import main
+
+    monkeypatch.chdir(tmp_path)  # some write a page
 
     with pytest.raises(SystemExit) as end:
         main(shlex.split(line)[1:] + (["--no-measure"] if " profile " in line and "--no-measure" not in line else []))

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import zoo as package
-from zoo.cli.folding import fold, spans
 from zoo.cost import NodeCost
 from zoo.errors import ZooError
 from zoo.graph.spec import Spec
 from zoo.predict import measure
+from zoo.views.folding import fold, spans
 
 
 def test_build_json_is_the_estimate(zoo, tiny):

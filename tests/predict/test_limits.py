@@ -10,7 +10,7 @@ from zoo.devices import DEVICES, USABLE
 from zoo.errors import ConfigError
 from zoo.graph.loader import load_graph
 from zoo.plan.bill import amount, bill, laid_out
-from zoo.plan.limits import MOST, largest, limits
+from zoo.plan.limits import MOST, largest, limits, needed
 from zoo.plan.subject import Subject
 from zoo.predict.roofline import Assumed
 from zoo.sections import TrainSection
@@ -110,3 +110,12 @@ def test_amounts(text, number):
 def test_amounts_that_are_none(text):
     with pytest.raises(ConfigError, match=r"--tokens .*: write a number, as in 10B"):
         amount(text, "--tokens")
+
+
+def test_a_loop_holds_what_one_call_moves():
+    """The tokens of a loop with a ring of states go through it one after another."""
+    model = assemble(load_graph("huginn_small"))
+    report = zoo.estimate(model, batch_size=1, seq_len=1024, mode="prefill")
+    need = needed(model, report, TrainSection())(1, 1024)
+    held = 4 * report.params + report.state_bytes
+    assert held < need < held + 2**24 < held + max(n.bytes_read for n in report.nodes)

@@ -25,6 +25,7 @@ from zoo.cli import (
     plan,
     profile,
     show,
+    sweep,
     train,
     verify,
     watch,
@@ -126,6 +127,7 @@ app.command("show")(show.command)
 app.command("build")(build.command)
 app.command("profile")(profile.command)
 app.command("calibrate")(calibrate.command)
+app.command("sweep")(sweep.command)
 app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("launch")(launch.command)

@@ -62,7 +62,7 @@ def _document(graph: Graph, report: CostReport, seconds: float, out: Path | None
 
 
 def _print(graph: Graph, report: CostReport, seconds: float, out: Path | None) -> None:
-    from zoo.cli.folding import HEADS, fold, grid
+    from zoo.views.folding import HEADS, fold, grid
 
     rows = fold(report.nodes, graph.trunk)
     cells = grid(

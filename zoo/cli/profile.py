@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from zoo.cli.profiled import Profiled, Target
     from zoo.graph.spec import Graph
 
-DEFAULT_LENGTH, DEFAULT_CONTEXT = 1024, 1024
-
 
 def command(
     config: Config,
@@ -54,43 +52,45 @@ def command(
     ] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", metavar="N", help="Length of the run, as in 10B.")] = None,
     price: Annotated[float | None, typer.Option("--price", min=0.0, help="Of an hour of one device.")] = None,
+    depth: Annotated[int | None, typer.Option("--depth", min=1, help="Levels of nodes in the table. [all]")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option("--compare", metavar="CFG", help="Another model: what differs. key=value changes A only."),
+    ] = None,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures.")] = None,
+    csv: Annotated[str | None, typer.Option("--csv", metavar="FILE", help="Write one row a node.")] = None,
     as_json: Json = False,
 ) -> None:
     """Predict parameters, FLOPs, bytes, state and time of every node, and measure its time.
 
-    With --tokens and --gpus: hours, energy and money of a training run.
+    With --tokens and --gpus: hours, energy and money of a training run. With --compare: what differs from another
+    model, both predicted.
     """
+    from zoo.cli import profile_views as views
     from zoo.cli import profiled
 
     bills = gpus is not None or tokens is not None
     _check(bills, mode, price, tokens)
+    if compare or html:
+        _check_view("--compare" if compare else "--html", compare is not None and (bills or bool(measure)), seq)
     with output.working("predicting"):
-        import torch
-
-        from zoo.architectures.storage import assemble
-        from zoo.cost import estimate
         from zoo.graph.loader import load_graph
-        from zoo.sections import TrainSection
 
-        target = profiled.target(device, dtype)
+        asked = profiled.Asked(profiled.target(device, dtype), mode, batch or 1, profiled.lengths(seq), context)
+        target = asked.target
         graph = load_graph(config, overrides or ())
-        # weights are trained in float32, whatever the products are in
-        halves = target.dtype in ("bfloat16", "float16") and mode != "train"
-        model = assemble(graph, dtype=getattr(torch, target.dtype) if halves else torch.float32)
-        train = TrainSection.from_mapping(graph.document.get("train"))
-        before = (DEFAULT_CONTEXT if mode == "decode" else 0) if context is None else context
-        runs = []
-        for n in _lengths(seq, mode, graph):
-            report = estimate(model, batch_size=batch or 1, seq_len=n, context_len=before, mode=mode)
-            runs.append(profiled.predicted(model, report, target, train))
-            if bills:
-                runs[-1].bill = profiled.billed(graph, target, n, batch, gpus or 1, tokens, price)
+        runs = asked.passes(graph)
+        for run in runs if bills else ():
+            run.bill = profiled.billed(graph, target, run.report.seq_len, batch, gpus or 1, tokens, price)
+    if compare:
+        return views.compared(asked, (graph, runs[0]), compare, html, csv, as_json)
     _measure(graph, runs, target, measure)
+    views.write(asked, [(graph, run) for run in runs], html, csv)
     if as_json:
         found = [run.as_dict() for run in runs]
         return output.emit({"name": graph.name, "device": target.name, "dtype": target.dtype, "runs": found})
     for run in runs:
-        table.show(graph, run, target)
+        table.show(graph, run, target, depth)
         if target.local and run.not_measured and measure is not False:
             print(f"predicted only: {run.not_measured}", file=sys.stderr)
 
@@ -102,6 +102,15 @@ def _check(bills: bool, mode: str, price: float | None, tokens: str | None) -> N
         raise ConfigError(f"--mode {mode}: --gpus and --tokens are about training runs")
     if price is not None and tokens is None:
         raise ConfigError("--price: of how many --tokens?")
+
+
+def _check_view(option: str, more: bool, seq: str | None) -> None:
+    from zoo.errors import ConfigError
+
+    if seq and "," in seq:
+        raise ConfigError(f"{option} shows one length, --seq {seq} has several")
+    if more:
+        raise ConfigError(f"{option}: two models are compared by what is predicted of a pass")
 
 
 def _measure(graph: Graph, runs: list[Profiled], target: Target, wanted: bool | None) -> None:
@@ -124,17 +133,3 @@ def _measure(graph: Graph, runs: list[Profiled], target: Target, wanted: bool | 
         found = measuring.measure(graph, reports, reasons, target.name, lambda: bar.advance(task))
     for run, measured in zip(runs, found, strict=True):
         run.measured = measured
-
-
-def _lengths(seq: str | None, mode: str, graph: Graph) -> list[int]:
-    from zoo.errors import ConfigError
-
-    if seq is None and graph.vision:
-        return [graph.vision.num_tokens]
-    if seq is None:
-        trained = (graph.document.get("train") or {}).get("seq_len", DEFAULT_LENGTH)
-        return [1 if mode == "decode" else trained]
-    try:
-        return [int(part) for part in seq.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seq {seq}: write numbers, as in 1024,8192") from None

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 from zoo.cli import output
 
 if TYPE_CHECKING:
-    from zoo.cli.folding import Row
     from zoo.cli.profiled import Profiled, Target
     from zoo.graph.spec import Graph
+    from zoo.views.folding import Row
 
 
-def show(graph: Graph, run: Profiled, target: Target) -> None:
-    """Print one pass."""
-    from zoo.cli.folding import HEADS, fold, grid
+def show(graph: Graph, run: Profiled, target: Target, depth: int | None = None) -> None:
+    """Print one pass, nodes below `depth` levels in one row."""
+    from zoo.views.folding import HEADS, fold, grid
 
     report, measured = run.report, run.measured
     columns = _columns(run)
-    rows = fold(report.nodes, graph.trunk)
+    rows = fold(report.nodes, graph.trunk, depth)
     cells = grid(rows, *(column for column, _ in columns.values()))
     if run.prediction or measured:
         outside = {">predicted": run.prediction.rest if run.prediction else None}
@@ -51,6 +51,7 @@ def _columns(run: Profiled) -> dict:
     columns = {
         ">params": (lambda r: output.count(r.total("params")), output.count(report.params)),
         ">FLOPs": (lambda r: output.flops(r.total("flops")), output.flops(report.flops)),
+        ">useful": (lambda r: output.flops(r.total("useful_flops")), output.flops(report.useful_flops)),
         ">bytes": (lambda r: output.size(r.total("bytes_read") + r.total("bytes_written")), output.size(moved)),
         (">activations" if report.mode == "train" else ">state"): (
             lambda r: output.size(r.total(held)),
@@ -100,14 +101,13 @@ def _lines(run: Profiled, target: Target) -> list[str]:
             f"measured on {measured.device}: median of {measured.repeats} passes, {measured.threads} threads, "
             f"{1e3 * tokens / measured.total:,.0f} tokens/s"
         )
-    if limits:
-        need, memory = output.size(limits.need), output.size(limits.memory)
-        fits = f"fits: {need} of {memory}" if limits.fits else f"does not fit: {need} are needed, {memory} can be used"
-        length = report.seq_len + report.context_len
-        rows = "any number of rows" if limits.batch is None else _rows(limits.batch)
-        longest = "any length" if limits.context is None else f"{limits.context:,} tokens"
-        beside = _rows(report.batch_size)
-        found.append(f"{fits}; at the most {rows} of {length:,} tokens, or {beside} of {longest}")
+    need, memory = output.size(limits.need), output.size(limits.memory)
+    fits = f"fits: {need} of {memory}" if limits.fits else f"does not fit: {need} are needed, {memory} can be used"
+    length = report.seq_len + report.context_len
+    rows = "any number of rows" if limits.batch is None else _rows(limits.batch)
+    longest = "any length" if limits.context is None else f"{limits.context:,} tokens"
+    beside = _rows(report.batch_size)
+    found.append(f"{fits}; at the most {rows} of {length:,} tokens, or {beside} of {longest}")
     return found
 
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from zoo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from zoo.architectures.model import Model
+    from zoo.contract import Mode
     from zoo.cost import CostReport
     from zoo.devices import Device
     from zoo.graph.spec import Graph
@@ -42,8 +45,8 @@ class Profiled:
     """A pass: its cost, what is predicted and measured of it, what fits, what a run costs."""
 
     report: CostReport
+    limits: Limits
     prediction: Prediction | None = None
-    limits: Limits | None = None
     measured: Measured | None = None
     not_measured: str = ""
     bill: Bill | None = None
@@ -63,7 +66,7 @@ class Profiled:
         ratios = {n.path: ratio for n in self.report.nodes if (ratio := self.ratio(n.path)) is not None}
         return self.report.as_dict() | {
             "predicted": self.prediction and self.prediction.as_dict(),
-            "limits": self.limits and self.limits.as_dict(),
+            "limits": self.limits.as_dict(),
             "measured": self.measured and self.measured.as_dict(),
             "not_measured": self.not_measured or None,
             "predicted_over_measured": {"total": self.ratio(), "nodes": ratios} if self.ratio() else None,
@@ -98,12 +101,67 @@ def target(name: str, dtype: str | None) -> Target:
     return Target(name, found.device, found, "float32", notes)
 
 
+DEFAULT_LENGTH, DEFAULT_CONTEXT = 1024, 1024
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which passes: their mode, rows, lengths (None: that of the configuration), tokens in the state before."""
+
+    target: Target
+    mode: Mode = "train"
+    rows: int = 1
+    lengths: Sequence[int] | None = None
+    context: int | None = None
+
+    def passes(self, graph: Graph) -> list[Profiled]:
+        """What is predicted of each."""
+        from zoo.cost import estimate
+
+        model, train = self.model(graph, self.mode), trained(graph)
+        before = (DEFAULT_CONTEXT if self.mode == "decode" else 0) if self.context is None else self.context
+        return [
+            predicted(model, estimate(model, batch_size=self.rows, seq_len=n, context_len=before, mode=self.mode),
+                      self.target, train)
+            for n in self.lengths or [self._length(graph)]
+        ]  # fmt: skip
+
+    def model(self, graph: Graph, mode: Mode) -> Model:
+        """The model without weights. They are trained in float32, whatever the products are in."""
+        import torch
+
+        from zoo.architectures.storage import assemble
+
+        halves = self.target.dtype in ("bfloat16", "float16") and mode != "train"
+        return assemble(graph, dtype=getattr(torch, self.target.dtype) if halves else torch.float32)
+
+    def _length(self, graph: Graph) -> int:
+        if graph.vision:
+            return graph.vision.num_tokens
+        return 1 if self.mode == "decode" else (graph.document.get("train") or {}).get("seq_len", DEFAULT_LENGTH)
+
+
+def lengths(seq: str | None) -> list[int] | None:
+    """Those that --seq names."""
+    try:
+        return None if seq is None else [int(part) for part in seq.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seq {seq}: write numbers, as in 1024,8192") from None
+
+
+def trained(graph: Graph) -> TrainSection:
+    """How the configuration trains."""
+    from zoo.sections import TrainSection
+
+    return TrainSection.from_mapping(graph.document.get("train"))
+
+
 def predicted(model: Model, report: CostReport, target: Target, train: TrainSection) -> Profiled:
     """Times and limits of a pass on the target."""
     from zoo.plan.limits import limits
     from zoo.predict.roofline import Assumed, predict
 
-    found = Profiled(report, limits=limits(model, report, target.device, replace(train, dtype=_trained_in(target))))
+    found = Profiled(report, limits(model, report, target.device, replace(train, dtype=trained_in(target))))
     if target.timing:
         found.prediction = predict(report, target.timing)
         found.lines += found.prediction.notes
@@ -127,12 +185,13 @@ def billed(
     train = TrainSection.from_mapping(graph.document.get("train"))
     pieces = gpus * train.accumulation
     batch = rows * pieces if rows else -(-train.batch_size // pieces) * pieces
-    train = replace(train, batch_size=batch, dtype=_trained_in(target))
+    train = replace(train, batch_size=batch, dtype=trained_in(target))
     subject = Subject(assemble(graph), train, seq_len)
     wanted = dict(graph.document.get("parallel") or {})
     made = laid_out(subject, wanted, gpus, target.device, target.timing)
     return bill(made, subject, amount(tokens, "--tokens") if tokens else batch * seq_len, price)
 
 
-def _trained_in(target: Target) -> Any:
+def trained_in(target: Target) -> Any:
+    """The dtype of `train:` nearest to that of the target."""
     return "float32" if target.dtype == "float64" else "bfloat16" if target.dtype == "float16" else target.dtype

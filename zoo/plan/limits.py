@@ -45,7 +45,7 @@ class Limits:
 def limits(model: Model, report: CostReport, device: Device, train: TrainSection) -> Limits:
     """Of the kind of pass that `report` describes, on one device. Rows of images have one length."""
     rows, tokens = report.batch_size, report.context_len + report.seq_len
-    need = _training(model, train) if report.mode == "train" else _streaming(model, report)
+    need = needed(model, report, train)
     memory = int(USABLE * device.memory)
     fixed = not hasattr(model, "vocab_size")  # images
     return Limits(
@@ -54,6 +54,11 @@ def limits(model: Model, report: CostReport, device: Device, train: TrainSection
         largest(lambda n: need(n, tokens), memory, rows),
         None if fixed else largest(lambda n: need(rows, n), memory, tokens),
     )
+
+
+def needed(model: Model, report: CostReport, train: TrainSection) -> Callable[[int, int], int]:
+    """Bytes of memory that such a pass takes, of its rows and of all tokens of a row."""
+    return _training(model, train) if report.mode == "train" else _streaming(model, report)
 
 
 def _training(model: Model, train: TrainSection) -> Callable[[int, int], int]:
@@ -78,11 +83,13 @@ def _streaming(model: Model, report: CostReport) -> Callable[[int, int], int]:
         at = estimate(model, batch_size=rows, seq_len=new, context_len=tokens - new, mode=report.mode)
         item = next(model.parameters()).element_size()  # type: ignore[union-attr]
         beside = max(
-            n.bytes_read + n.bytes_written - min(n.params * item, n.bytes_read) - 2 * n.state_bytes
+            (n.bytes_read + n.bytes_written) / max(1, n.calls)  # one call after another
+            - min(n.params * item, n.bytes_read / max(1, n.calls))
+            - 2 * n.state_bytes
             for n in at.nodes
             if n.path != "lm_head"  # of which the last token's logits are wanted
         )
-        return at.params * item + at.state_bytes + max(0, beside)
+        return at.params * item + at.state_bytes + max(0, int(beside))
 
     return need
 

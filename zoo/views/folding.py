@@ -11,22 +11,28 @@ if TYPE_CHECKING:
     from zoo.graph.spec import Spec
 
 
+MOST_NAMES = 3  # of the blocks that a row stands for
+
+
 @dataclass(frozen=True)
 class Row:
-    """A block that stands at the same place of several equal layers. `sites` are its nodes, one per layer."""
+    """A block that stands at the same place of `times` equal layers, or all blocks below that place. `sites` are its
+    nodes."""
 
     layers: str  # "0-2, 4-6", only in the first row of its layers
     place: str
     block: str
     sites: tuple[NodeCost, ...]
+    times: int = 1
 
     def total(self, field: str) -> int:
         """Sum of one cost over all sites."""
         return sum(getattr(n, field) for n in self.sites)
 
 
-def fold(nodes: Iterable[NodeCost], trunk: Sequence[Spec]) -> list[Row]:
-    """Rows in the order of first appearance. Layers are equal where their specifications are."""
+def fold(nodes: Iterable[NodeCost], trunk: Sequence[Spec], depth: int | None = None) -> list[Row]:
+    """Rows in the order of first appearance. Layers are equal where their specifications are. With `depth` 1 a layer
+    is one row, with 2 each of its parts, and so on."""
     outside_before: list[NodeCost] = []
     outside_after: list[NodeCost] = []
     layers: dict[int, list[tuple[str, NodeCost]]] = {}
@@ -44,10 +50,21 @@ def fold(nodes: Iterable[NodeCost], trunk: Sequence[Spec]) -> list[Row]:
     for members in groups.values():
         label = trunk[members[0]].label
         first = f"{spans(members)}{f' ({label})' if label else ''}"
-        for i, (place, node) in enumerate(layers[members[0]]):
-            sites = tuple(layers[m][i][1] for m in members)
-            rows.append(Row("" if i else first, place, node.block, sites))
+        parts: dict[str, list[int]] = {}
+        for i, (place, _) in enumerate(layers[members[0]]):
+            parts.setdefault(_above(place, i, depth), []).append(i)
+        for n, (place, inside) in enumerate(parts.items()):
+            sites = tuple(layers[m][i][1] for m in members for i in inside)
+            blocks = list(dict.fromkeys(layers[members[0]][i][1].block for i in inside))
+            more = f", {len(blocks) - MOST_NAMES} more" if len(blocks) > MOST_NAMES else ""
+            place = layers[members[0]][inside[0]][0] if depth is None else place
+            rows.append(Row("" if n else first, place, ", ".join(blocks[:MOST_NAMES]) + more, sites, len(members)))
     return rows + [Row("", n.path, n.block, (n,)) for n in outside_after]
+
+
+def _above(place: str, number: int, depth: int | None) -> str:
+    # without a depth every node is a part of its own
+    return str(number) if depth is None else ".".join(place.split(".")[: depth - 1])
 
 
 def _likeness(spec: Spec | None) -> Any:
@@ -84,10 +101,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 def grid(rows: Iterable[Row], *columns: Callable[[Row], str]) -> list[list[str]]:
     """Cells of a table: layers, place, block, number of sites, then the given columns."""
-    return [
-        [r.layers, r.place, r.block, str(len(r.sites)) if len(r.sites) > 1 else "", *(c(r) for c in columns)]
-        for r in rows
-    ]
+    return [[r.layers, r.place, r.block, str(r.times) if r.times > 1 else "", *(c(r) for c in columns)] for r in rows]
 
 
 HEADS = ("layers", "place", "node", ">x")
