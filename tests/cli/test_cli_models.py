@@ -12,7 +12,7 @@ from zoo.cli.folding import fold, spans
 from zoo.cost import NodeCost
 from zoo.errors import ZooError
 from zoo.graph.spec import Spec
-from zoo.predict import measure
+from zoo.measure import run as measure
 
 
 def test_build_json_is_the_estimate(zoo, tiny):

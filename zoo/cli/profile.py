@@ -54,6 +54,11 @@ def command(
     ] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", metavar="N", help="Length of the run, as in 10B.")] = None,
     price: Annotated[float | None, typer.Option("--price", min=0.0, help="Of an hour of one device.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile too.")] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option("--trace", metavar="FILE", help="Write a Chrome trace of one pass, with nodes as ranges."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Predict parameters, FLOPs, bytes, state and time of every node, and measure its time.
@@ -85,7 +90,7 @@ def command(
             runs.append(profiled.predicted(model, report, target, train))
             if bills:
                 runs[-1].bill = profiled.billed(graph, target, n, batch, gpus or 1, tokens, price)
-    _measure(graph, runs, target, measure)
+    _measure(graph, runs, target, measure, compiled, trace)
     if as_json:
         found = [run.as_dict() for run in runs]
         return output.emit({"name": graph.name, "device": target.name, "dtype": target.dtype, "runs": found})
@@ -104,24 +109,38 @@ def _check(bills: bool, mode: str, price: float | None, tokens: str | None) -> N
         raise ConfigError("--price: of how many --tokens?")
 
 
-def _measure(graph: Graph, runs: list[Profiled], target: Target, wanted: bool | None) -> None:
+def _measure(
+    graph: Graph, runs: list[Profiled], target: Target, wanted: bool | None, compiled: bool, trace: str | None
+) -> None:
     """Of each run what can be measured, or why it is not."""
+    from zoo.errors import ConfigError
+
+    asked = "--compile" if compiled else "--trace" if trace else ""
+    if asked and (not target.local or wanted is False):
+        raise ConfigError(
+            f"{asked} measures: {f'{target.name} is not here' if wanted is not False else '--no-measure'}"
+        )
+    if trace and len(runs) > 1:
+        raise ConfigError("--trace: of one length, so --seq takes one number")
     if not target.local or wanted is False:
         for run in runs:
             run.not_measured = "not wanted" if target.local else f"{target.name} is not here"
         return
-    from zoo.predict import measure as measuring
+    from zoo.measure import run as measuring
 
+    extras = measuring.Extras(compiled, measuring.writable(trace) if trace else None)
     for run in runs:
-        run.not_measured = measuring.too_large(run.report, target.name, bool(wanted))
+        run.not_measured = measuring.too_large(run.report, target.name, bool(wanted or asked))
         if graph.vision and run.report.seq_len != graph.vision.num_tokens:
             run.not_measured = f"an image has {graph.vision.num_tokens} tokens (vision.image_size)"
+        if run.not_measured and asked:
+            raise ConfigError(f"{asked}: {run.not_measured}")
     if all(run.not_measured for run in runs):
         return
     with output.progress() as bar:
         task = bar.add_task("measuring", total=len(runs))
         reports, reasons = [run.report for run in runs], [run.not_measured for run in runs]
-        found = measuring.measure(graph, reports, reasons, target.name, lambda: bar.advance(task))
+        found = measuring.measure(graph, reports, reasons, target.name, lambda: bar.advance(task), extras)
     for run, measured in zip(runs, found, strict=True):
         run.measured = measured
 
