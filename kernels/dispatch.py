@@ -131,6 +131,8 @@ def call(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
         why = row.objection(first.device, first.dtype, wanted == row.backend)
         why = why or (row.refuse and row.refuse(*args, **kwargs))
         if not why:
+            for tell in _watchers:
+                tell(row)
             return row.run(*args, **kwargs)
         refused.append(f"{row.backend}: {why}")
     if not refused:
@@ -146,6 +148,19 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
         out.append((row, why or ("standby" if chosen else "chosen")))
         chosen = chosen or not why
     return out
+
+
+_watchers: list[Callable[[Row], Any]] = []
+
+
+@contextlib.contextmanager
+def watched(tell: Callable[[Row], Any]) -> Iterator[None]:
+    """Inside, `tell` is given the row of every op that is called."""
+    _watchers.append(tell)
+    try:
+        yield
+    finally:
+        _watchers.remove(tell)
 
 
 def forced(op: str) -> bool:

@@ -19,8 +19,8 @@ import torch
 from zoo.architectures.storage import build
 from zoo.bench.machine import Calm, device_name
 from zoo.cost import CostReport, estimate
+from zoo.measure.run import Measured, measure_model
 from zoo.predict import calibration
-from zoo.predict.measure import Measured, measure_model
 from zoo.predict.roofline import Prediction, predict
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "measured" / "prediction.md"

@@ -11,7 +11,7 @@ import zoo as package
 from zoo.cost import NodeCost
 from zoo.errors import ZooError
 from zoo.graph.spec import Spec
-from zoo.predict import measure
+from zoo.measure import run as measure
 from zoo.views.folding import fold, spans
 
 

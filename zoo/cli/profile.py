@@ -59,6 +59,11 @@ def command(
     ] = None,
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures.")] = None,
     csv: Annotated[str | None, typer.Option("--csv", metavar="FILE", help="Write one row a node.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile too.")] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option("--trace", metavar="FILE", help="Write a Chrome trace of one pass, with nodes as ranges."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Predict parameters, FLOPs, bytes, state and time of every node, and measure its time.
@@ -72,7 +77,11 @@ def command(
     bills = gpus is not None or tokens is not None
     _check(bills, mode, price, tokens)
     if compare or html:
-        _check_view("--compare" if compare else "--html", compare is not None and (bills or bool(measure)), seq)
+        _check_view(
+            "--compare" if compare else "--html",
+            compare is not None and (bills or bool(measure or compiled or trace)),
+            seq,
+        )
     with output.working("predicting"):
         from zoo.graph.loader import load_graph
 
@@ -84,7 +93,7 @@ def command(
             run.bill = profiled.billed(graph, target, run.report.seq_len, batch, gpus or 1, tokens, price)
     if compare:
         return views.compared(asked, (graph, runs[0]), compare, html, csv, as_json)
-    _measure(graph, runs, target, measure)
+    _measure(graph, runs, target, measure, compiled, trace)
     views.write(asked, [(graph, run) for run in runs], html, csv)
     if as_json:
         found = [run.as_dict() for run in runs]
@@ -113,23 +122,37 @@ def _check_view(option: str, more: bool, seq: str | None) -> None:
         raise ConfigError(f"{option}: two models are compared by what is predicted of a pass")
 
 
-def _measure(graph: Graph, runs: list[Profiled], target: Target, wanted: bool | None) -> None:
+def _measure(
+    graph: Graph, runs: list[Profiled], target: Target, wanted: bool | None, compiled: bool, trace: str | None
+) -> None:
     """Of each run what can be measured, or why it is not."""
+    from zoo.errors import ConfigError
+
+    asked = "--compile" if compiled else "--trace" if trace else ""
+    if asked and (not target.local or wanted is False):
+        raise ConfigError(
+            f"{asked} measures: {f'{target.name} is not here' if wanted is not False else '--no-measure'}"
+        )
+    if trace and len(runs) > 1:
+        raise ConfigError("--trace: of one length, so --seq takes one number")
     if not target.local or wanted is False:
         for run in runs:
             run.not_measured = "not wanted" if target.local else f"{target.name} is not here"
         return
-    from zoo.predict import measure as measuring
+    from zoo.measure import run as measuring
 
+    extras = measuring.Extras(compiled, measuring.writable(trace) if trace else None)
     for run in runs:
-        run.not_measured = measuring.too_large(run.report, target.name, bool(wanted))
+        run.not_measured = measuring.too_large(run.report, target.name, bool(wanted or asked))
         if graph.vision and run.report.seq_len != graph.vision.num_tokens:
             run.not_measured = f"an image has {graph.vision.num_tokens} tokens (vision.image_size)"
+        if run.not_measured and asked:
+            raise ConfigError(f"{asked}: {run.not_measured}")
     if all(run.not_measured for run in runs):
         return
     with output.progress() as bar:
         task = bar.add_task("measuring", total=len(runs))
         reports, reasons = [run.report for run in runs], [run.not_measured for run in runs]
-        found = measuring.measure(graph, reports, reasons, target.name, lambda: bar.advance(task))
+        found = measuring.measure(graph, reports, reasons, target.name, lambda: bar.advance(task), extras)
     for run, measured in zip(runs, found, strict=True):
         run.measured = measured

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from zoo.cli import output
+from zoo.cli import profile_measured as extra
 
 if TYPE_CHECKING:
     from zoo.cli.profiled import Profiled, Target
@@ -23,14 +24,14 @@ def show(graph: Graph, run: Profiled, target: Target, depth: int | None = None) 
     if run.prediction or measured:
         outside = {">predicted": run.prediction.rest if run.prediction else None}
         if measured:
-            outside[">ms"] = max(0.0, measured.total - sum(measured.nodes.values()))
+            outside |= extra.rest(measured) | {">ms": max(0.0, measured.total - sum(measured.nodes.values()))}
         cells.append(["", "the rest", "", "", *(_ms(outside.get(head)) for head in columns)])
     cells.append(["", "total", "", "", *(total for _, total in columns.values())])
     shape = f"{report.batch_size} x {report.seq_len} tokens"
     after = f" after {report.context_len}" if report.context_len else ""
     work = "forward and backward" if report.mode == "train" else report.mode
     output.table((*HEADS, *columns), cells, f"{graph.name}: {work} of {shape}{after}")
-    for line in [*report.assumptions, *_lines(run, target), *run.lines, *_bill(run)]:
+    for line in [*report.assumptions, *_lines(run, target), *extra.lines(run), *run.lines, *_bill(run)]:
         print(line)
     print()
 
@@ -64,11 +65,14 @@ def _columns(run: Profiled) -> dict:
             _ms(prediction.total),
         )
     if measured:
+        for head, whole in extra.phases(measured).items():
+            columns[head] = (lambda r, head=head: _ms(extra.phases(measured, r)[head]), _ms(whole))
         columns[">ms"] = (lambda r: _ms(milliseconds(r)), _ms(measured.total))
         if prediction:
             columns[">ratio"] = (lambda r: _ratio(run.ratio(*(n.path for n in r.sites))), _ratio(run.ratio()))
         columns[">time"] = (lambda r: output.percent(milliseconds(r), measured.total) if milliseconds(r) else "", "")
         columns[">FLOP/s"] = (lambda r: speed(r), output.flops(1e3 * report.flops / measured.total))
+        columns |= extra.columns(measured)
     elif prediction:
         columns[">time"] = (
             lambda r: output.percent(sum(prediction.nodes[n.path] for n in r.sites), prediction.total),

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from zoo.cost import CostReport
     from zoo.devices import Device
     from zoo.graph.spec import Graph
+    from zoo.measure.run import Measured
     from zoo.plan.bill import Bill
     from zoo.plan.limits import Limits
-    from zoo.predict.measure import Measured
     from zoo.predict.roofline import Prediction, Timing
     from zoo.sections import TrainSection
 

@@ -21,10 +21,10 @@ from zoo.bench import machine
 from zoo.bench.timing import Runner, sample
 from zoo.cost import CostReport, estimate
 from zoo.errors import ConfigError
+from zoo.measure.run import Measured, measure_model
 from zoo.predict.calibration import Calibration, Environment, Rates
 from zoo.predict.fit import rates
 from zoo.predict.kinds import kind_of, plain
-from zoo.predict.measure import Measured, measure_model
 from zoo.predict.work import around, work_of
 
 Shape = tuple[str, int, int, int]  # mode, rows, tokens, tokens before
