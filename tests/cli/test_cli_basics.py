@@ -15,7 +15,7 @@ import zoo.cli.build
 import zoo.cli.listing
 from zoo.errors import ConfigError, DataError, KernelUnavailable, Problem, ZooError
 
-VERBS = ("list", "show", "build", "profile", "train", "generate", "phases", "verify", "doctor", "bench")
+VERBS = ("list", "show", "build", "profile", "train", "generate", "phases", "verify", "doctor", "bench", "export")
 
 
 def fresh(*args: str) -> tuple[dict, float]:

@@ -17,6 +17,7 @@ from zoo.cli import (
     data,
     doctor,
     eval,
+    export,
     generate,
     import_hf,
     launch,
@@ -136,6 +137,7 @@ app.command("watch")(watch.command)
 app.command("import")(import_hf.command)
 app.command("generate")(generate.command)
 app.command("eval")(eval.command)
+app.command("export")(export.command)
 app.command("phases")(phases.command)
 app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)

@@ -1,0 +1,79 @@
+"""Traced programs run where the zoo is not, at other sizes too; what cannot be traced is named."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from exported_models import MODELS
+
+import zoo
+from zoo.blocks.swiglu import SwiGLU
+from zoo.errors import ConfigError, ZooError
+from zoo.export import traced
+
+STRANGER = """
+import sys, torch
+class NoZoo:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "zoo":
+            raise ImportError("the zoo is not here")
+sys.meta_path.insert(0, NoZoo())
+program, tokens, out = sys.argv[1:]
+torch.save(torch.export.load(program).module()(torch.load(tokens)), out)
+"""
+
+
+def test_a_stranger_runs_the_program(tmp_path):
+    model = zoo.build(MODELS["llama"], seed=1)
+    name, dynamic = traced.export_torch(model, tmp_path, 16)
+    assert (name, dynamic) == ("model.pt2", ("batch", "length"))
+    tokens = torch.randint(257, (5, 71))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    files = [str(tmp_path / f) for f in (name, "tokens.pt", "logits.pt")]
+    done = subprocess.run([sys.executable, "-I", "-c", STRANGER, *files], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_that_stay():
+    """A recurrence is cut into chunks by a loop over the row: its length stays."""
+    model = zoo.build({**MODELS["mamba2"], "trunk": ["mamba2"]})
+    assert traced.trace(model, 70).dynamic == ("batch",)
+
+
+def test_refused_by_name(tmp_path, monkeypatch):
+    """A block that branches on what the tokens are."""
+
+    def forward(self, x, *, state=None, positions=None, doc_ids=None):
+        return x if x.sum() > 0 else -x
+
+    monkeypatch.setattr(SwiGLU, "forward", forward)
+    with pytest.raises(ConfigError, match=r"torch\.export cannot trace swiglu: \w+"):
+        traced.export_torch(zoo.build(MODELS["llama"]), tmp_path / "out", 16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_that_calls_our_operators_is_refused(monkeypatch):
+    monkeypatch.setattr(traced, "portable_rows", contextlib.nullcontext)
+    with pytest.raises(ConfigError, match=r"moe cannot be traced: its program would call zoo\.grouped_mm"):
+        traced.trace(zoo.build(MODELS["moe"]), 16)
+
+
+def test_onnx_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(traced, "find_spec", lambda name: None)
+    with pytest.raises(ZooError, match="needs onnx and onnxscript, not installed here: pip install onnx onnxscript"):
+        traced.export_onnx(zoo.build(MODELS["llama"]), tmp_path, 16)
+
+
+def test_onnx(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    name, _ = traced.export_onnx(zoo.build(MODELS["llama"]), tmp_path, 16)
+    made = onnx.load(tmp_path / name)
+    onnx.checker.check_model(made)
+    assert {node.domain for node in made.graph.node} <= {"", "pkg.onnxscript.torch_lib"}

@@ -1,0 +1,179 @@
+"""A model as a traced program: `torch.export`, and ONNX made of it. The forward of whole rows, without a state.
+
+Ops run by rows made of torch's own operations, so the program needs nothing of the zoo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from zoo.architectures.causal_lm import CausalLM
+from zoo.errors import ConfigError, ZooError
+from zoo.export.bundle import FOREIGN
+from zoo.kernels import dispatch
+from zoo.kernels.attention import chunked
+from zoo.kernels.attention.mask import Tile
+from zoo.kernels.linear import Linear
+from zoo.train.files import new_file
+
+ROWS = 2  # of the traced tokens
+TOLERANCE = 1e-4
+NAMES = {"torch": "model.pt2", "onnx": "model.onnx"}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program tokens [B, T] -> logits [B, T, V]; `dynamic` are the sizes that may be others when it runs."""
+
+    program: torch.export.ExportedProgram
+    dynamic: tuple[str, ...]
+
+
+class _Forward(nn.Module):
+    def __init__(self, model: CausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens)
+
+
+def trace(model: CausalLM, length: int) -> Traced:
+    """The program of a model, with as many sizes left open as torch can; where that of a row cannot, it is `length`.
+    ConfigError names the block that cannot be traced."""
+    forward = _Forward(model.eval())
+    tokens = _tokens(model, ROWS, length)
+    error: Exception | None = None
+    with portable_rows(), torch.no_grad():
+        for dynamic in (("batch", "length"), ("batch",), ("length",), ()):
+            try:
+                program = torch.export.export(forward, (tokens,), dynamic_shapes=_shapes(dynamic), strict=False)
+                _check(program, model, dynamic, length)
+                return Traced(program, dynamic)
+            except ConfigError:
+                raise
+            except Exception as failure:  # torch raises what its tracer met
+                error = error or failure
+        raise ConfigError(_refusal(model, length, error))
+
+
+def export_torch(model: CausalLM, directory: Path, length: int) -> tuple[str, tuple[str, ...]]:
+    """Write model.pt2; its name, and the sizes that are open."""
+    traced = trace(model, length)
+    with new_file(directory / NAMES["torch"]) as path:
+        torch.export.save(traced.program, path)
+    return NAMES["torch"], traced.dynamic
+
+
+def export_onnx(model: CausalLM, directory: Path, length: int) -> tuple[str, tuple[str, ...]]:
+    """Write model.onnx; its name, and the sizes that are open. ZooError where torch.onnx cannot run here."""
+    absent = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if absent:
+        raise ZooError(f"torch.onnx needs {' and '.join(absent)}, not installed here: pip install {' '.join(absent)}")
+    traced = trace(model, length)
+    try:
+        made = torch.onnx.export(traced.program, dynamo=True, verbose=False)
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(f"{model.config.get('name', 'the model')} cannot be written as ONNX: {first}") from error
+    assert made is not None
+    with new_file(directory / NAMES["onnx"]) as path:
+        made.save(path, external_data=False)
+    return NAMES["onnx"], traced.dynamic
+
+
+@contextlib.contextmanager
+def portable_rows() -> Iterator[None]:
+    """Within, every op runs by its best row that is plain torch, and takes sizes as they come: attention in one piece,
+    which it is cut into for speed, and linear layers without asking how large they are."""
+    choice = {}
+    for op in dispatch.ops():
+        # rows that take some calls only have one behind them that takes all
+        names = [r.backend for r in dispatch.rows(op) if r.backend not in FOREIGN and r.refuse is None]
+        choice[op] = names[0]
+    whole = mock.patch.object(chunked, "tiles", _one_tile)
+    with dispatch.use(**choice), whole, mock.patch.object(Linear, "forward", nn.Linear.forward):
+        yield
+
+
+def _one_tile(num_queries: int, num_keys: int, *rest: Any, **how: Any) -> list[Tile]:
+    return [Tile(0, num_queries, 0, 0, num_keys)]
+
+
+def _tokens(model: CausalLM, rows: int, length: int) -> Tensor:
+    return torch.arange(rows * length).reshape(rows, length) % model.vocab_size
+
+
+def _shapes(dynamic: tuple[str, ...]) -> dict[str, dict[int, Any]] | None:
+    sizes = {"batch": 0, "length": 1}
+    return {"tokens": {sizes[name]: torch.export.Dim.DYNAMIC for name in dynamic}} if dynamic else None
+
+
+def _check(program: torch.export.ExportedProgram, model: CausalLM, dynamic: tuple[str, ...], length: int) -> None:
+    """Raise where the program calls an operator of the zoo, or computes something else for other sizes."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target).startswith("zoo."):
+            raise ConfigError(
+                f"{_site(node, model)} cannot be traced: its program would call {node.target}, which is ours"
+            )
+    tokens = _tokens(model, ROWS + ("batch" in dynamic), 2 * length + 13 if "length" in dynamic else length).flip(1)
+    got, want = program.module()(tokens), model(tokens)
+    if got.shape != want.shape or not (got - want).abs().max() <= TOLERANCE * want.abs().max():
+        raise ValueError("the traced program computes something else at another size")
+
+
+def _site(node: Any, model: CausalLM) -> str:
+    """The block that a node of a program comes from."""
+    for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()):
+        module = model.get_submodule(path.removeprefix("model").removeprefix("."))
+        if hasattr(module, "zoo_registration"):
+            return module.zoo_registration.name  # type: ignore[union-attr]
+    return "the model"
+
+
+def _refusal(model: CausalLM, length: int, error: Exception | None) -> str:
+    """Which blocks cannot be traced, each for itself."""
+    x = torch.randn(ROWS, length, model.dim, dtype=model.tok_embeddings.weight.dtype)
+    failed: dict[str, str] = {}
+    for name, module in _blocks(model):
+        if name not in failed and (why := _untraceable(module, x)):
+            failed[name] = why
+    if not failed:
+        failed = {"the graph": _first_line(error)}
+    return "torch.export cannot trace " + "; ".join(f"{name}: {why}" for name, why in failed.items())
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks first, so that a combinator is named only where what it combines can be traced."""
+    found = [(m.zoo_registration, m) for m in model.modules() if hasattr(m, "zoo_registration")]
+    for combinators in (False, True):
+        for registration, module in found:
+            mixing = registration.kind in ("mixer", "ffn", "memory")  # type: ignore[union-attr]
+            if (mixing and not combinators) or (combinators and registration.kind == "combinator"):  # type: ignore[union-attr]
+                yield registration.name, module  # type: ignore[union-attr]
+
+
+def _untraceable(module: nn.Module, x: Tensor) -> str | None:
+    width = getattr(module, "dim", x.shape[-1])
+    if width != x.shape[-1]:
+        x = x[..., :1].expand(*x.shape[:-1], width)
+    run: Callable[..., Any] = torch.export.export
+    try:
+        run(module, (x,), strict=False)
+    except Exception as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception | None) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
