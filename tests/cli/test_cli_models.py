@@ -11,6 +11,7 @@ import zoo as package
 from zoo.cost import NodeCost
 from zoo.errors import ZooError
 from zoo.graph.spec import Spec
+from zoo.measure import compiled
 from zoo.measure import run as measure
 from zoo.views.folding import fold, spans
 
@@ -98,6 +99,7 @@ def test_profile_measures_a_model_with_every_combinator(zoo, tmp_path):
 def test_profile_table(zoo, tiny):
     out = zoo("profile", tiny, "--seq", 16).out
     assert all(word in out for word in ("FLOPs", "activations", "ms", "the rest", "total", "tokens/s"))
+    assert all(word in out for word in ("forward", "backward", "peak", "kernels", "memory: "))
     assert "state" in zoo("profile", tiny, "--mode", "decode", "--no-measure").out
 
 
@@ -109,6 +111,33 @@ def test_profile_predicts_only_what_is_too_large(zoo, monkeypatch, tiny):
     monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
     assert "cannot be measured here" in zoo("profile", tiny, "--seq", 16, "--measure", code=1).err
     assert "predicted only" in zoo("profile", tiny, "--seq", 16).err
+
+
+def test_profile_compares_with_compiled_passes_and_traces(zoo, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    trace = tmp_path / "new" / "trace.json"
+    printed = zoo("profile", tiny, "--seq", 16, "--compile", "--trace", trace)
+    assert "times as quick" in printed.out and "kept for backward" in printed.out and not printed.err
+    names = {e.get("name") for e in json.loads(trace.read_text())["traceEvents"]}
+    assert {"layers.0.0 forward", "layers.0.0 backward"} <= names
+    run = json.loads(zoo("profile", tiny, "--seq", 16, "--compile", "--json").out)["runs"][0]
+    measured = run["measured"]
+    assert measured["compiled"]["ratio"] > 0 and measured["memory"]["nodes"].keys() == measured["nodes"].keys()
+    monkeypatch.setattr(compiled, "BACKEND", "nobody")
+    assert "torch.compile fails: " in zoo("profile", tiny, "--seq", 16, "--compile").out
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("--trace", "x.json", "--seq", "16,32"), "--seq takes one number"),
+        (("--trace", "x.json", "--no-measure"), "not with --no-measure"),
+        (("--compile", "--device", "h100"), "H100 is not here"),
+        (("--trace", "/proc/nowhere/x.json"), "cannot write"),
+    ],
+)
+def test_profile_measures_what_it_compiles_or_traces(zoo, tiny, args, words):
+    assert words in zoo("profile", tiny, *args, code=2).err
 
 
 def test_profile_refuses_what_makes_no_sense(zoo, tiny):

@@ -131,7 +131,7 @@ def _measure(
     asked = "--compile" if compiled else "--trace" if trace else ""
     if asked and (not target.local or wanted is False):
         raise ConfigError(
-            f"{asked} measures: {f'{target.name} is not here' if wanted is not False else '--no-measure'}"
+            f"{asked} measures: {'not with --no-measure' if target.local else f'{target.name} is not here'}"
         )
     if trace and len(runs) > 1:
         raise ConfigError("--trace: of one length, so --seq takes one number")

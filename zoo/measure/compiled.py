@@ -35,7 +35,7 @@ def against_compiled(model: Model, once: Pass, device: str) -> dict[str, Any]:
         found["compiled"] = _median(once, clock)
         found["ratio"] = found["eager"] / found["compiled"]
     except Exception as error:  # whatever a compiler may raise
-        found["failure"] = f"torch.compile fails: {type(error).__name__}: {first_line(error)}"
+        found["failure"] = f"torch.compile fails: {type(error).__name__}: {reason(error)}"
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
@@ -43,9 +43,10 @@ def against_compiled(model: Model, once: Pass, device: str) -> dict[str, Any]:
     return found
 
 
-def first_line(error: Exception) -> str:
-    """Of its words, without the end of a sentence."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given").rstrip(".:")
+def reason(error: Exception) -> str:
+    """Its first line, and the next one where that says what follows; without the end of a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")
 
 
 def _median(once: Pass, clock: Times) -> float:

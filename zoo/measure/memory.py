@@ -79,7 +79,7 @@ def _of_allocator(model: Model, once: Pass) -> Memory:
             loss.backward()
             end()
     del loss
-    events = seen.kineto_results.events()  # type: ignore[union-attr]
+    events: list[Any] = seen.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     moments = [moment for moment, _ in changes]
     in_use = [0, *accumulate(size for _, size in changes)]
