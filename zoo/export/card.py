@@ -29,8 +29,8 @@ def model_card(model: Model, graph: Graph, has_tokenizer: bool, origin: Mapping[
         f"A causal language model of {prefill.params:,} parameters, {prefill.active_params:,} of which a token touches,"
         f" written by Block Zoo {zoo.__version__}.{source} {_licence(origin)}", "",
         f"![the graph]({PICTURE})", "", "## Use", "", "```python", *_use(has_tokenizer, graph), "```", "",
-        "`modeling_zoo.py` is all the code that it needs beside torch and transformers; `zoo.from_pretrained` reads the"
-        " same folder. Rows may be padded behind the text, and without a cache in front of it. The cache keeps the"
+        "`modeling_zoo.py` is all the code that it needs beside torch and transformers 5; `zoo.from_pretrained` reads"
+        " the same folder. Rows may be padded behind the text, and without a cache in front of it. The cache keeps the"
         " state of every block and cannot be cropped.", "",
         "## Costs", "", f"Of one row of {TOKENS} tokens, and of one token after it.", "", *_costs(prefill, decode), "",
     ])  # fmt: skip

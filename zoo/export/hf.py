@@ -131,7 +131,7 @@ def _names(graph: Graph) -> list[str]:
     specs = [*graph.walk(), *([graph.norm] if graph.norm else [])]
     specs += [part for spec in specs for part in (spec.norm, spec.router) if part is not None]
     found = {spec.name for spec in specs if spec.kind != "skip"}
-    found |= {m.zoo_registration.name for m in assemble(graph).modules() if hasattr(m, "zoo_registration")}  # type: ignore[union-attr]
+    found |= {str(m.zoo_registration.name) for m in assemble(graph).modules() if hasattr(m, "zoo_registration")}  # type: ignore[union-attr]
     for spec in specs:
         for kind in registry.COMPONENTS:
             value = spec.options.get(kind)

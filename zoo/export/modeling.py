@@ -40,7 +40,8 @@ class ZooConfig(PretrainedConfig):
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.graph = graph or {"trunk": [], "norm": None}
         self.embedding_scale, self.logit_scale, self.logit_cap = embedding_scale, logit_scale, logit_cap
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
 
 
 def spec_of(node: Mapping[str, Any]) -> Spec:
@@ -61,8 +62,6 @@ class ZooCache(Cache):
     def __init__(self, state: ModelState):
         super().__init__(layers=[])
         self.state, self.length = state, 0
-
-    is_compileable = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -91,12 +90,16 @@ class ZooCache(Cache):
         self.state.reset()
         self.length = 0
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         raise ValueError("a cache of states cannot be cropped: a state does not know its past")
 
     @property
     def max_batch_size(self) -> int:
         return len(self.state.seen)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
 
     @property
     def is_initialized(self) -> bool:
@@ -115,7 +118,6 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = ZooConfig
     _tied_weights_keys = {"lm_head.weight": "tok_embeddings.weight"}
-    _supports_cache_class = True
     _is_stateful = True  # no assisted generation: it takes tokens back
 
     def __init__(self, config: ZooConfig):
@@ -135,13 +137,13 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.tok_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.tok_embeddings = value
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.lm_head = new_embeddings
 
     @torch.no_grad()
@@ -216,12 +218,13 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
     def init_state(self, batch_size: int, max_len: int | None = None) -> ModelState:
         """Streaming state for rows of up to `max_len` tokens (None: grows as needed)."""
         seen = torch.zeros(batch_size, dtype=torch.int64, device=self.tok_embeddings.weight.device)
-        return ModelState(seen, [layer.init_state(batch_size, max_len) for layer in self.layers])
+        layers: Any = self.layers
+        return ModelState(seen, [layer.init_state(batch_size, max_len) for layer in layers])
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
         max_cache_length: int,
-    ) -> None:  # fmt: skip
+    ) -> Any:  # fmt: skip
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
             model_kwargs["past_key_values"] = ZooCache(self.init_state(rows))
