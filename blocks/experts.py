@@ -27,7 +27,7 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         for name in self.matrices:
-            weight = self.get_parameter(name)
+            weight = getattr(self, name)
             std = weight.shape[-1] ** -0.5
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
