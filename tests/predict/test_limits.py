@@ -118,4 +118,4 @@ def test_a_loop_holds_what_one_call_moves():
     report = zoo.estimate(model, batch_size=1, seq_len=1024, mode="prefill")
     need = needed(model, report, TrainSection())(1, 1024)
     held = 4 * report.params + report.state_bytes
-    assert held < need < held + 2**24 < held + max(n.bytes_read for n in report.nodes)
+    assert held < need < held + 2**25 < held + max(n.bytes_read for n in report.nodes)

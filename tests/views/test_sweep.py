@@ -38,9 +38,8 @@ def point(time, memory, params, flops=0):
 def test_the_front_is_what_nothing_beats():
     random.seed(0)
     points = [point(random.randint(1, 9), random.randint(1, 9), random.randint(1, 9)) for _ in range(60)]
-    for prefer, sign in (("more", -1), ("fewer", 1)):
-        found = with_front(points, prefer)
-        keys = [(p.time, p.memory, sign * p.params) for p in found]
+    for found, sign in ((with_front(points, "more"), -1), (with_front(points, "fewer"), 1)):
+        keys = [(p.cost, p.memory, sign * p.params) for p in found]
         assert [k[:2] for k in keys] == sorted(k[:2] for k in keys)
         for p, key in zip(found, keys):
             better = [k for k in keys if k[0] <= key[0] and k[1] <= key[1] and k[2] <= key[2] and k != key]

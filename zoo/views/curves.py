@@ -44,22 +44,24 @@ def curves(
     for mode in model_of("train").modes:
         model = model_of(mode)
         fixed = not hasattr(model, "vocab_size")
+        # what it learns of a length serves all numbers of rows
+        need = needed(model, estimate(model, batch_size=1, seq_len=1, mode=mode), train)
         along = {"tokens": () if fixed else [(rows, n) for n in TOKENS], "rows": [(n, tokens) for n in ROWS]}
         for name, places in along.items():
-            points = _points(model, mode, places, timing, train)
-            if points := tuple((t if name == "tokens" else r, ms, need) for r, t, ms, need in points):
+            points = _points(model, mode, places, timing, need)
+            if points := tuple((t if name == "tokens" else r, ms, size) for r, t, ms, size in points):
                 found.append(Curve(mode, name, points))
     return found
 
 
 def _points(
-    model: Model, mode: Mode, places: Any, timing: Timing | None, train: TrainSection
+    model: Model, mode: Mode, places: Any, timing: Timing | None, need: Callable[[int, int], int]
 ) -> Iterator[tuple[int, int, float | None, int]]:
     for rows, tokens in places:
         begun = time.process_time()
         new, before = (1, tokens) if mode == "decode" else (tokens, 0)
         report = estimate(model, batch_size=rows, seq_len=new, context_len=before, mode=mode)
         spent = predict(report, timing).total if timing else None
-        yield rows, tokens, spent, needed(model, report, train)(rows, new + before)
+        yield rows, tokens, spent, need(rows, new + before)
         if time.process_time() - begun > PATIENCE:
             return
