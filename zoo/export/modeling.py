@@ -15,6 +15,7 @@ from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedMod
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zoo.architectures.causal_lm import ModelState
+from zoo.contract import positions_from
 from zoo.graph.nodes import Builder
 from zoo.graph.spec import Residual, Spec
 from zoo.kernels.linear import Linear
@@ -200,8 +201,7 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         if state is not None:
             positions = state.seen[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         elif doc_ids is not None:  # padding in front counts by itself
-            positions = torch.arange(tokens.shape[1], device=tokens.device) - (1 - doc_ids).sum(1, keepdim=True)
-            positions = positions.where(doc_ids == 1, positions - positions[:, :1])
+            positions = positions_from(doc_ids, *tokens.shape, tokens.device)
         for i, layer in enumerate(self.layers):
             x = layer(x, state=state and state.children[i], positions=positions, doc_ids=doc_ids)
         if state is not None:
