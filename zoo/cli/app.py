@@ -26,6 +26,7 @@ from zoo.cli import (
     plan,
     profile,
     show,
+    store,
     sweep,
     train,
     verify,
@@ -135,6 +136,7 @@ app.command("launch")(launch.command)
 app.add_typer(data.app, name="data")
 app.command("watch")(watch.command)
 app.command("import")(import_hf.command)
+app.add_typer(store.app, name="store")
 app.command("generate")(generate.command)
 app.command("eval")(eval.command)
 app.command("export")(export.command)
