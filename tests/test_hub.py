@@ -102,6 +102,19 @@ def test_a_card_that_is_there_is_kept(local, saved, before, license, has):
     assert card.endswith("---\n# Mine\n") and has in card and card.count("license:") == 1
 
 
+def test_an_exported_model_goes_up_whole_and_comes_down_without_code(local, tmp_path):
+    from zoo.cli import main
+
+    zoo.build(SMALL).save_pretrained(tmp_path / "m")
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(tmp_path / "m"), "--format", "hf", "--out", str(tmp_path / "theirs")])
+    assert not end.value.code
+    made = hub.push(tmp_path / "theirs", "me/theirs", client=local)
+    assert set(made.files) == {p.name for p in (tmp_path / "theirs").iterdir()}
+    back = hub.pull("me/theirs", tmp_path / "back", client=local)
+    assert back.form == "zoo" and back.left_out == ("graph.svg", "modeling_zoo.py")
+
+
 def test_licences_unknown_to_the_hub_keep_their_name(local, tmp_path):
     folder = zoo.build(SMALL).save_pretrained(tmp_path / "m")
     assert hub.push(folder, "me/none", client=local).license == ""

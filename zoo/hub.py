@@ -25,6 +25,8 @@ from zoo.graph.spec import Graph
 CARD = "README.md"
 # text and safetensors, in the folder itself: the rest of a repository is not fetched
 FETCHED = ("*.safetensors", "*.json", "*.yaml", "*.txt", "*.md", "*.jinja", "LICENSE*", "NOTICE*")
+# what zoo export writes beside the two files, for those who load the model without the zoo
+EXPORTED = ("config.json", "modeling_zoo.py", "graph.svg")
 # the Hub knows licences by these names; another is `other` with a `license_name`
 _KNOWN = re.compile(
     r"apache-2\.0|mit|isc|unlicense|zlib|wtfpl|ms-pl|postgresql|ncsa|afl-3\.0|artistic-2\.0|bsl-1\.0|ecl-2\.0"
@@ -64,9 +66,9 @@ def connected() -> Any:
 
 
 def push(directory: str | Path, repo: str, *, license: str = "", private: bool = False, client: Any = None) -> Pushed:
-    """Upload a saved model or finished run with a model card. The licence is that of its origin or card; `license`
-    names it where neither does. client: has the methods of `HfApi`. ConfigError where anything is pickled or does not
-    fit, before the Hub is asked."""
+    """Upload a saved or exported model or a finished run with a model card. The licence is that of its origin or card;
+    `license` names it where neither does. client: has the methods of `HfApi`. ConfigError where anything is pickled or
+    does not fit, before the Hub is asked."""
     folder = saved_in(directory)
     if pickled := _matching((p.name for p in folder.iterdir()), theirs.PICKLED):
         raise _refused(folder, f"has pickled files ({few(pickled)}), which run code when read; take them away")
@@ -76,7 +78,8 @@ def push(directory: str | Path, repo: str, *, license: str = "", private: bool =
     license = _agreed(folder, graph, license)
     client = client or connected()
     with tempfile.TemporaryDirectory() as staged:
-        for path in [folder / CONFIG, folder / WEIGHTS, *theirs.beside(folder)]:
+        exported = [folder / name for name in EXPORTED if (folder / name).is_file()]
+        for path in [folder / CONFIG, folder / WEIGHTS, *exported, *theirs.beside(folder)]:
             (Path(staged) / path.name).symlink_to(path.resolve())
         (Path(staged) / CARD).write_text(_card(folder, graph, repo, license, own.values()), encoding="utf-8")
         files = tuple(sorted(p.name for p in Path(staged).iterdir()))
@@ -134,8 +137,8 @@ def _checked(folder: Path, repo: str) -> tuple[Literal["zoo", "transformers"], s
         return "zoo", _origin(graph).get("license") or named
     if (folder / theirs.CONFIG).is_file():
         theirs.read_json(folder / theirs.CONFIG)
-        with theirs.Weights(folder):  # every header is read
-            return "transformers", named
+        theirs.Weights(folder)  # reads every header
+        return "transformers", named
     raise ConfigError(f"{repo} has neither {CONFIG} nor {theirs.CONFIG}, so it is no model that can be read")
 
 
