@@ -81,14 +81,14 @@ def save_pretrained(model: Model, directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {n: t.contiguous().cpu() for n, t in unique_tensors(model).items()}
         write_atomically(directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(model.config))).encode())
-        with _replacing(directory / WEIGHTS) as temporary:
+        with replacing(directory / WEIGHTS) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise ZooError(f"cannot save the model in {directory}: {getattr(error, 'strerror', None) or error}") from None
     return directory
 
 
-class _replacing:
+class replacing:
     """A temporary name beside `path` that takes its place on success and vanishes on failure."""
 
     def __init__(self, path: Path):
@@ -109,7 +109,7 @@ class _replacing:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file or nothing."""
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -117,6 +117,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def from_pretrained(directory: str | Path, *, device: str | torch.device = "cpu", dtype: Any = None) -> Any:
     """Load what `save_pretrained` wrote. ConfigError where files are missing, damaged or do not fit."""
+    folder = saved_in(directory)
+    graph = load_graph(folder / CONFIG)
+    tensors = read_tensors(folder / WEIGHTS, device)
+    return with_tensors(graph, tensors, folder / WEIGHTS, device=device, dtype=dtype)
+
+
+def saved_in(directory: str | Path) -> Path:
+    """The folder with the two files: `directory`, or the one inside a run folder. ConfigError where there is none."""
     folder = Path(directory)
     if not (folder / WEIGHTS).is_file() and (folder / "model" / WEIGHTS).is_file():
         folder = folder / "model"  # a run folder
@@ -125,30 +133,47 @@ def from_pretrained(directory: str | Path, *, device: str | torch.device = "cpu"
             raise ConfigError(
                 [Problem(f"there is no {name}; is it a saved model or a finished run?", file=str(folder))]
             )
-    graph = load_graph(folder / CONFIG)
+    return folder
+
+
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. ConfigError where it is none."""
     try:
-        with safe_open(folder / WEIGHTS, framework="pt", device=str(device)) as file:
-            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            [Problem(f"is damaged or no safetensors file: {error}", file=str(folder / WEIGHTS))]
-        ) from None
+        raise ConfigError([Problem(f"is damaged or no safetensors file: {error}", file=str(path))]) from None
+
+
+def with_tensors(
+    graph: Graph,
+    tensors: Mapping[str, torch.Tensor],
+    path: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """The model of a graph with these weights, in eval() mode. ConfigError where they do not fit; `path` is where they
+    came from."""
     embedding = tensors.get(f"{ARCHITECTURES[graph.architecture].embedding}.weight")
     stored = torch.float32 if embedding is None else embedding.dtype
     model = assemble(graph, dtype=dtype or stored)
     if str(device) != "meta":
         allocate(model, device)
     own = unique_tensors(model)
+    check_fit(own, tensors, path)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    return model.eval()
+
+
+def check_fit(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """ConfigError where names or shapes of saved tensors are not those of the model."""
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
     if missing or surplus or wrong:
         parts = [
             f"{k}: {', '.join(v[:3])}" for k, v in (("missing", missing), ("unknown", surplus), ("shape", wrong)) if v
         ]
-        raise ConfigError(
-            [Problem("the weights do not fit the config; " + "; ".join(parts), file=str(folder / WEIGHTS))]
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-    return model.eval()
+        raise ConfigError([Problem("the weights do not fit the config; " + "; ".join(parts), file=str(path))])

@@ -34,7 +34,7 @@ _WHERE = {
     "ZooError": ("zoo.errors", "ZooError"),
     **{
         name: (f"zoo.{name}", "")
-        for name in ("architectures", "blocks", "contract", "convert", "graft", "kernels", "registry")
+        for name in ("architectures", "blocks", "contract", "convert", "graft", "kernels", "registry", "store")
     },
 }
 __all__ = [

@@ -19,6 +19,7 @@ from zoo.cli import (
     eval,
     export,
     generate,
+    hub,
     import_hf,
     launch,
     listing,
@@ -26,6 +27,7 @@ from zoo.cli import (
     plan,
     profile,
     show,
+    store,
     sweep,
     train,
     verify,
@@ -135,6 +137,9 @@ app.command("launch")(launch.command)
 app.add_typer(data.app, name="data")
 app.command("watch")(watch.command)
 app.command("import")(import_hf.command)
+app.add_typer(store.app, name="store")
+app.command("push")(hub.push)
+app.command("pull")(hub.pull)
 app.command("generate")(generate.command)
 app.command("eval")(eval.command)
 app.command("export")(export.command)

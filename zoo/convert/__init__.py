@@ -148,7 +148,7 @@ def to_hf(model: Model) -> dict[str, Tensor]:
     """The state dict of the original library, bit for bit what `from_hf` read. ConfigError where the graph is no
     longer that of its origin."""
     origin = model.config.get("origin")
-    if not origin:
+    if not (origin and origin.get("config")):
         raise ConfigError("the model did not come from another library (its configuration has no origin)")
     expected, rules = plan(origin["config"], dtype=torch.float32)
     for key in expected.config.keys() | model.config.keys():

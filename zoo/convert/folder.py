@@ -62,10 +62,15 @@ def license_of(folder: Path) -> str:
 
 def copy_beside(folder: Path, out: Path) -> list[str]:
     """Copy tokenizer, generation settings and licence texts; their names."""
-    found = sorted({p for pattern in BESIDE for p in folder.glob(pattern) if p.is_file()})
+    found = beside(folder)
     for path in found:
         shutil.copyfile(path, out / path.name)
     return [path.name for path in found]
+
+
+def beside(folder: Path) -> list[Path]:
+    """Tokenizer, generation settings and licence texts of a folder."""
+    return sorted({p for pattern in BESIDE for p in folder.glob(pattern) if p.is_file()})
 
 
 class Weights:

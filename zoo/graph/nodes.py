@@ -68,7 +68,8 @@ class Node(nn.Module):
 
 
 class Builder:
-    """Builds modules from specs; nodes with one `share` name are built once."""
+    """Builds modules from specs; nodes with one `share` name are built once. What a module was built from, with the
+    options that nobody gave, is its `built_from`."""
 
     def __init__(self, dim: int, num_layers: int, device: Any = None, dtype: torch.dtype | None = None):
         self.dim, self.num_layers = dim, num_layers
@@ -89,7 +90,9 @@ class Builder:
             return self.shared[spec.share]
         name = "residual" if spec.kind != "combinator" else spec.name
         cls = ResidualBlock if name == "residual" else registry.load(name)
-        module = cls.from_spec(spec, self)
+        module: Any = cls.from_spec(spec, self)
+        if spec.kind == "combinator":
+            module.built_from = {"block": spec.name, "dim": self.dim, "options": dict(spec.options)}
         if spec.share:
             self.shared[spec.share] = module
         return module
@@ -99,7 +102,10 @@ class Builder:
         known = registry.options(spec.name)
         here = {"layer_index": spec.layer_index, "num_layers": self.num_layers, **context}
         values = {**spec.options, **{k: v for k, v in here.items() if k in known}}
-        return registry.load(spec.name)(self.dim, **values, **self.factory)
+        made = registry.load(spec.name)(self.dim, **values, **self.factory)
+        defaults = {k: option.default for k, option in known.items() if not option.required}
+        made.built_from = {"block": spec.name, "dim": self.dim, "options": defaults | values}
+        return made
 
 
 class ResidualBlock(Node):

@@ -1,0 +1,161 @@
+"""`zoo store`: blocks of models kept once, compared, and put together anew."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zoo.cli import output
+from zoo.cli.options import Json
+
+if TYPE_CHECKING:
+    from zoo.store import Saved
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Keep the blocks of models once each, compare and combine them."
+)
+Folder = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of the store.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Save the model here.")]
+
+
+@app.command()
+def add(
+    store: Folder,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A saved model or a finished run.")],
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="N", help="By default that of the configuration.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep a model; blocks that are in the store already are not written again."""
+    with output.working("loading"):
+        from zoo.store import Store
+
+        made = asdict(Store(store).add(model, name))
+    if as_json:
+        output.emit(made)
+    else:
+        print(
+            f"{made['name']}: {made['nodes']} nodes, {made['shared']} of them shared; "
+            f"{output.size(made['saved_bytes'])} of {output.size(made['bytes'])} saved"
+        )
+
+
+@app.command("list")
+def list_(store: Folder, as_json: Json = False) -> None:
+    """Models of a store: nodes, how many of them other models or places share, bytes."""
+    from collections import Counter
+
+    from zoo.store import Store
+
+    kept = Store(store)
+    models = {name: list(kept.manifest(name)["nodes"].values()) for name in kept.names()}
+    uses = Counter(node["object"] for nodes in models.values() for node in nodes)
+    sizes = {node["object"]: node["bytes"] for nodes in models.values() for node in nodes}
+    rows = [
+        {
+            "name": name,
+            "nodes": len(nodes),
+            "shared": sum(uses[node["object"]] > 1 for node in nodes),
+            "bytes": sum(node["bytes"] for node in nodes),
+        }
+        for name, nodes in models.items()
+    ]
+    if as_json:
+        output.emit({"models": rows, "objects": len(sizes), "bytes": sum(sizes.values())})
+        return
+    heads = ("model", ">nodes", ">shared", ">size")
+    output.table(heads, [[r["name"], str(r["nodes"]), str(r["shared"]), output.size(r["bytes"])] for r in rows])
+    print(f"{len(sizes)} objects, {output.size(sum(sizes.values()))}")
+
+
+@app.command()
+def get(
+    store: Folder,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model of the store.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Write a model as it was added, bit for bit."""
+    from zoo.store import Store
+
+    saved = Store(store).get(name, out)
+    if as_json:
+        output.emit({"name": name, "saved": str(saved)})
+    else:
+        print(f"saved in {saved}")
+
+
+@app.command()
+def compare(
+    given: Annotated[
+        list[str], typer.Argument(metavar="[STORE] A B", help="Two models: names in STORE, or folders of saved models.")
+    ],
+    seed: Annotated[int, typer.Option("--seed", help="Of the tokens.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Tell which nodes of two models are equal, and how far apart their streams are on random tokens."""
+    from zoo.errors import ConfigError
+
+    if len(given) not in (2, 3):
+        raise ConfigError(f"compare takes two models, with or without a store before them; got {len(given)} arguments")
+    store = Path(given[0]) if len(given) == 3 else None
+    with output.working("comparing"):
+        from zoo.store import compare
+
+        found = compare(_saved(given[-2], store), _saved(given[-1], store), seed=seed)
+    if as_json:
+        output.emit({"equal": found.equal, **asdict(found)})
+        return
+    rows = [[n.node, n.block, n.how, "" if n.distance is None else f"{n.distance:.3g}", n.why] for n in found.nodes]
+    output.table(("node", "block", "how", ">distance", "why"), rows)
+    print()
+    if found.why:
+        print(found.why)
+        return
+    streams = [
+        [s.where, *(("other width", "") if s.relative is None else (f"{s.relative:.3g}", f"{s.cosine:.6f}"))]
+        for s in found.streams
+    ]
+    output.table(("stream behind", ">difference", ">cosine"), streams)
+
+
+@app.command()
+def assemble(
+    store: Folder,
+    config: Annotated[str, typer.Argument(metavar="CFG", help="YAML file, shipped name or run folder.")],
+    take: Annotated[
+        list[str],
+        typer.Option(
+            "--take",
+            metavar="NODE=MODEL[:NODE]",
+            help="For NODE (all: every node) and all below it the blocks of a stored model; later ones win.",
+        ),
+    ],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Build a model of stored blocks. Widths must be equal: streams are not projected."""
+    from zoo.store import Store
+    from zoo.store.store import write
+
+    kept = Store(store)
+    chosen = kept.take(config, take)
+    made = kept.assemble(config, chosen)
+    write(made, out)
+    license = (made.graph.document.get("origin") or {}).get("license") or None
+    if as_json:
+        output.emit({"saved": str(out), "nodes": chosen, "license": license})
+    else:
+        print(f"{len(chosen)} stored nodes, licence {license or 'not named'}\nsaved in {out}")
+
+
+def _saved(given: str, store: Path | None) -> Saved:
+    from zoo.store import Store, read_saved
+
+    if store is not None and (not Path(given).is_dir() or given in Store(store).names()):
+        return Store(store).read(given)
+    return read_saved(given)
