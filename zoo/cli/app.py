@@ -19,6 +19,7 @@ from zoo.cli import (
     eval,
     export,
     generate,
+    graft,
     import_hf,
     launch,
     listing,
@@ -135,6 +136,7 @@ app.command("launch")(launch.command)
 app.add_typer(data.app, name="data")
 app.command("watch")(watch.command)
 app.command("import")(import_hf.command)
+app.command("graft")(graft.command)
 app.command("generate")(generate.command)
 app.command("eval")(eval.command)
 app.command("export")(export.command)
