@@ -29,11 +29,11 @@ class Lesson:
         self.text: Any = open_text(DataSection(source=source), tokenizer)
         self.seq_len, self.size = seq_len, size
 
-    def batches(self, device: Any = "cpu", seed: int = 0) -> Iterator[Tensor]:
+    def batches(self, seed: int = 0) -> Iterator[Tensor]:
         """Tokens [size, seq_len] of the train documents, without end."""
         rows = self.text.rows(self.seq_len, seed, False)
         for number in count():
-            yield batch(rows, number * self.size, self.size).inputs.to(device)
+            yield batch(rows, number * self.size, self.size).inputs
 
     def heldout_loss(self, model: Any, limit: int = HELDOUT_BYTES) -> float:
         """Nats a token of about `limit` bytes of the held-out documents."""
