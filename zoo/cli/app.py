@@ -19,6 +19,7 @@ from zoo.cli import (
     eval,
     export,
     generate,
+    graft,
     hub,
     import_hf,
     launch,
@@ -137,6 +138,7 @@ app.command("launch")(launch.command)
 app.add_typer(data.app, name="data")
 app.command("watch")(watch.command)
 app.command("import")(import_hf.command)
+app.command("graft")(graft.command)
 app.add_typer(store.app, name="store")
 app.command("push")(hub.push)
 app.command("pull")(hub.pull)

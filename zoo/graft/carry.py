@@ -23,14 +23,17 @@ def options_for(name: str, donor: Donor, given: Mapping[str, Any], place: tuple[
     of the layer and of layers, where the donor knows no better."""
     known, cls, old = registry.options(name), registry.load(name), donor.options
     made: dict[str, Any] = {k: old[k] for k in SHARED if k in known and k in old}
+    heads = old.get("num_heads") or 1
+    width = old.get("head_dim") or donor.dim // heads
     if hasattr(cls, "like_attention") and "num_heads" in old:
-        heads, width = old["num_heads"], old.get("head_dim") or donor.dim // old["num_heads"]
         made |= cls.like_attention(donor.dim, heads, old.get("num_kv_heads") or heads, width)
-    elif "num_heads" in made and "head_dim" in old:
+    elif "num_heads" in made:
         # keys and values as wide as those of the donor: expand_v counts in heads where there is a head_dim
-        keys, shared = old["num_heads"] * old["head_dim"], old["num_heads"] // old.get("num_kv_heads", old["num_heads"])
+        keys, shared = heads * width, heads // (old.get("num_kv_heads") or heads)
         values = shared * len(donor.weights["v_proj.weight"]) if "v_proj.weight" in donor.weights else keys
         wide = {"expand_k": keys / donor.dim, "expand_v": values / (keys if "head_dim" in known else donor.dim)}
+        if "expand_v" in known:
+            wide["head_dim"] = width
         made |= {k: v for k, v in wide.items() if k in known}
     layer, layers = donor.place or place
     made |= {k: v for k, v in {"layer_index": layer, "num_layers": layers}.items() if k in known}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def distill(
 
     First each block alone: it reads what the original read in the original model and is to say what the original
     said (mean squared error over its variance), for `layer_steps` batches. Then all together: the logits of the
-    changed model against those of the original (KL divergence), for `model_steps` batches. batches: what the model is
+    changed model against those of the original (KL divergence), for `model_steps` batches. Losses that a block adds
+    itself, such as that of a gate, count in both. batches: what the model is
     called with, a tensor or a mapping of keyword arguments; it must give enough. Returns the losses of both stages.
     """
     if not plan.applied:
@@ -69,13 +71,27 @@ def _call(model: nn.Module, batch: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
+@contextmanager
+def _training(plan: Plan) -> Iterator[None]:
+    """Only while they train do blocks add losses of their own, from which a gate that selects keys learns."""
+    modes = {block: block.training for block in plan.blocks.values()}
+    try:
+        for block in modes:
+            block.train()
+        yield
+    finally:
+        for block, mode in modes.items():
+            block.train(mode)
+
+
 def _layers(plan: Plan, batch: Any) -> Tensor:
     seen = dict(_record(plan, batch))
     total = torch.zeros(())
-    for site, (args, kwargs, wanted) in seen.items():
-        y = plan.blocks[site](*args, **kwargs)
-        y = y[0] if isinstance(y, tuple) else y
-        total = total + (F.mse_loss(y, wanted) / wanted.var().clamp(min=1e-8)).to(total.device)
+    with _training(plan):
+        for site, (args, kwargs, wanted) in seen.items():
+            y = plan.blocks[site](*args, **kwargs)
+            y = y[0] if isinstance(y, tuple) else y
+            total = total + (F.mse_loss(y, wanted) / wanted.var().clamp(min=1e-8)).to(total.device)
     return total / len(seen)
 
 
@@ -109,5 +125,6 @@ def _logits(plan: Plan, batch: Any) -> Tensor:
             wanted = _call(plan.model, batch).float().log_softmax(-1)
     finally:
         plan.apply()
-    got = _call(plan.model, batch).float().log_softmax(-1)
+    with _training(plan):
+        got = _call(plan.model, batch).float().log_softmax(-1)
     return F.kl_div(got.flatten(0, -2), wanted.flatten(0, -2), reduction="batchmean", log_target=True)

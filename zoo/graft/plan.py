@@ -16,9 +16,10 @@ from zoo.architectures.model import Model
 from zoo.contract import Block
 from zoo.errors import ConfigError, Problem, did_you_mean
 from zoo.graft.carry import carry, options_for
-from zoo.graft.document import rewritten
+from zoo.graft.document import rewritten, sites_of
 from zoo.graft.donor import Donor, donors
 from zoo.graft.hosted import Hosted
+from zoo.graph.loader import load_graph
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,14 @@ def _put(model: nn.Module, site: str, module: nn.Module) -> None:
 
 
 def matching(model: nn.Module, pattern: str) -> list[str]:
-    """Names of modules that a pattern means; `*` stands for one part of a name. ConfigError where there is none."""
+    """Names of modules that a pattern means; `*` stands for one part of a name. In a `zoo.Model` the name of a block
+    means all of its kind. ConfigError where there is none."""
+    if isinstance(model, Model) and pattern in registry.list_blocks():
+        blocks = [(spec.name, f"{name}.block") for spec, name in sites_of(model)]
+        if not (found := [site for block, site in blocks if block == pattern]):
+            have = ", ".join(dict.fromkeys(block for block, _ in blocks))
+            raise ConfigError(f"the model has no block {pattern}; it has {have}")
+        return found
     form = re.compile(r"[^.]+".join(map(re.escape, pattern.split("*"))))
     names = [n for n, _ in model.named_modules() if n]
     found = [n for n in names if form.fullmatch(n)]
@@ -136,6 +144,7 @@ def plan(model: nn.Module, pattern: str, block: str, **options: Any) -> Plan:
         made.entries += _entries(site, empty, donor)
     if isinstance(model, Model):
         made.documents = (model.config, rewritten(model, block, made.options))
+        load_graph(dict(made.documents[1]))  # a configuration that cannot be built is refused now
     return made
 
 

@@ -1,0 +1,52 @@
+"""Text on which a grafted model is taught, and judged before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zoo.errors import DataError
+from zoo.sections import HUB, STDLIB, DataSection
+from zoo.train.evaluate import score
+from zoo.train.folder import tokenizer_of
+from zoo.train.loader import HeldoutRows, batch
+from zoo.train.texts import open_text
+from zoo.train.tokenizer import ByteTokenizer, Tokenizer
+
+HELDOUT_BYTES = 65536  # on which it is judged
+
+
+class Lesson:
+    """Rows of `seq_len` tokens of a source (what `data.source` may be), by a tokenizer, in batches of `size`."""
+
+    def __init__(self, tokenizer: Tokenizer, source: str = STDLIB, *, seq_len: int, size: int):
+        if source.startswith(HUB):
+            raise DataError(f"{source}: held-out text of a streamed data set is not drawn here; give files")
+        self.text: Any = open_text(DataSection(source=source), tokenizer)
+        self.seq_len, self.size = seq_len, size
+
+    def batches(self, seed: int = 0) -> Iterator[Tensor]:
+        """Tokens [size, seq_len] of the train documents, without end."""
+        rows = self.text.rows(self.seq_len, seed, False)
+        for number in count():
+            yield batch(rows, number * self.size, self.size).inputs
+
+    def heldout_loss(self, model: Any, limit: int = HELDOUT_BYTES) -> float:
+        """Nats a token of about `limit` bytes of the held-out documents."""
+        rows = HeldoutRows(self.text.heldout(limit).stream, self.seq_len)
+        return score(model, rows, len(rows), self.size)["loss"]
+
+
+def tokenizer_beside(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a saved model, a run or a folder of the Hub; bytes where none is there. DataError where the
+    model does not know all of its tokens."""
+    own = any((folder / name).is_file() for name in ("config.yaml", "tokenizer.json"))
+    tokenizer = tokenizer_of(folder) if own else ByteTokenizer()
+    if tokenizer.vocab_size > vocab_size:
+        which = "bytes" if isinstance(tokenizer, ByteTokenizer) else "its tokenizer"
+        raise DataError(f"{folder}: the model knows {vocab_size} tokens; text as {which} needs {tokenizer.vocab_size}")
+    return tokenizer
