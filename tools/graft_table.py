@@ -8,8 +8,8 @@ attention blocks are replaced by zoo.graft: projections of queries, keys, values
 fit, what else a block has is drawn. `grafted` is the held-out loss before anything is learnt. Then the new blocks alone
 are taught by zoo.graft.distill: first each what its predecessor computed, then all together the logits of the original;
 batches and steps are the same for all. So this tells how near a block starts and how fast it follows,
-and not what it reaches in the end. Sparse blocks read a part of the keys only; at their dense setting, as the tests
-show, they are attention itself.
+and not what it reaches in the end. Sparse blocks read a part of the keys only, which is
+why they lose something even where they keep every weight.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ Written by `python tools/graft_table.py`.
 {len(document["sites"])} layers of attention and SwiGLU, dimension {MODEL["dim"]}, {document["parameters"] / 1e3:.0f} k
 parameters, {steps} steps of training. Teaching: {STEPS} steps of each stage, {size} each, learning rate {LR:g},
 or {GENTLE:g} where a sparse block keeps every weight. `recovered`: how much of what grafting
-lost, where that is more than 0.02; below, {STEPS} short steps with few tokens move the loss as much by chance.
+lost, where that is more than 0.02.
 """
     end = f"\n{machine['device']}, {machine['threads']} thread(s), torch {machine['versions']['torch']}, float32.\n"
     return said + "\n" + "\n".join(lines) + "\n" + end

@@ -79,7 +79,7 @@ def command(
             chosen = _options(block, options or ())
             host = _loaded(model)
             plan = graft.plan(host, pattern, block, **chosen)
-        document = _told(plan) | {"saved": None}
+        document: dict[str, Any] = _told(plan) | {"saved": None}
         if not as_json:
             _print(document)
         if out is not None:
