@@ -88,10 +88,10 @@ def test_shown_commands_and_options_exist():
     assert {command.name for command in known} == set(helps)
 
 
-TELLING = ("list", "show", "build", "profile", "sweep")
+TELLING = ("list", "show", "build", "profile", "sweep")  # but for what compiles, which takes a minute
 
 
-@pytest.mark.parametrize("line", [x for x in commands() if x.split()[1] in TELLING])
+@pytest.mark.parametrize("line", [x for x in commands() if x.split()[1] in TELLING and "--compile" not in x])
 def test_shown_commands_that_only_tell_succeed(line, capsys, tmp_path, monkeypatch):
     from zoo.cli import main
 
