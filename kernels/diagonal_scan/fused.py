@@ -47,10 +47,12 @@ def _keep(ctx, inputs, output) -> None:
 def _gradient(ctx, dh):
     a, initial_state, h = ctx.saved_tensors
     if higher.wanted():
+        # the same sums as differentiable operations: dx_t = dh_t + conj(a_{t+1}) dx_{t+1}, da_t = dx_t conj(h_{t-1})
+        later = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1).conj()
+        dx = chunked.linear_scan(later.flip(1), dh.flip(1), None).flip(1)
         first = torch.zeros_like(h[:, 0]) if initial_state is None else initial_state
-        x = h - a * torch.cat([first[:, None], h[:, :-1]], 1)
-        grads = higher.gradients(lambda a, x, s: (chunked.linear_scan(a, x, s),), (a, x, initial_state), (dh,))
-        return *grads, None
+        da = dx * torch.cat([first[:, None], h[:, :-1]], 1).conj()
+        return da, dx, None if initial_state is None else a[:, 0].conj() * dx[:, 0], None
     da, dx, dstate = _backward(dh, a, h, initial_state, ctx.engine)
     return da, dx, None if initial_state is None else dstate, None
 
