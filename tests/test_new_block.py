@@ -61,7 +61,7 @@ class RunningMean(Block):
         return batch_size * self.dim * self.itemsize
 
     def activation_elements(self, batch_size, seq_len):
-        return 2 * batch_size * seq_len * self.dim
+        return 3 * batch_size * seq_len * self.dim  # x; multipliers; h
 '''
 CONFIG = """
 name: new

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -103,7 +104,7 @@ class Builder:
         here = {"layer_index": spec.layer_index, "num_layers": self.num_layers, **context}
         values = {**spec.options, **{k: v for k, v in here.items() if k in known}}
         made = registry.load(spec.name)(self.dim, **values, **self.factory)
-        defaults = {k: option.default for k, option in known.items() if not option.required}
+        defaults = {k: o.default for k, o in known.items() if o.default is not inspect.Parameter.empty}
         made.built_from = {"block": spec.name, "dim": self.dim, "options": defaults | values}
         return made
 
