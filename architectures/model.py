@@ -58,9 +58,8 @@ class Model(nn.Module):
             elif hasattr(module, "reset_own_parameters"):
                 draw = module.reset_own_parameters
             if draw is not None:
-                key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 with torch.random.fork_rng(devices=_cuda_devices(module)):
-                    torch.manual_seed(int.from_bytes(key[:7], "big"))
+                    torch.manual_seed(seed_of(seed, name))
                     with whole(module):
                         draw()
 
@@ -119,6 +118,11 @@ class Model(nn.Module):
         from zoo.architectures.storage import save_pretrained
 
         return save_pretrained(self, Path(directory))
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed from which a module of this name is drawn."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
 def _with_options(value: Any, changed: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -66,17 +66,32 @@ def test_the_host_streams_every_mixer_through_its_own_cache(llama, name):
     assert cache.get_seq_length() == 24
 
 
+@pytest.fixture
+def falcon():
+    """Attention and Mamba-2 beside each other in every layer, which keep their states in one layer of the cache."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    return drawn(FalconH1ForCausalLM(FalconH1Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=61, pad_token_id=0, eos_token_id=None, mamba_d_ssm=96, mamba_n_heads=6, mamba_d_state=8,
+    )))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "host, sites", [("llama", SITES), ("falcon", SITES), ("falcon", "model.layers.*.mamba")], ids=str
+)
 @torch.no_grad()
-def test_every_layer_may_be_replaced_and_beams_reorder_the_states(llama):
-    replace(llama, SITES, "gated_deltanet")
-    greedy = llama.generate(tokens(), max_new_tokens=6, do_sample=False)
+def test_every_layer_may_be_replaced_and_beams_reorder_the_states(request, host, sites):
+    model = request.getfixturevalue(host)
+    replace(model, sites, "gated_deltanet", num_heads=4)
+    greedy = model.generate(tokens(), max_new_tokens=6, do_sample=False)
     x = tokens()
     for _ in range(6):
-        x = torch.cat([x, llama(x, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        x = torch.cat([x, model(x, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(greedy, x)
     beams = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "output_scores": True}
-    found = llama.generate(tokens(), **beams, return_dict_in_generate=True)
-    logp = llama(found.sequences, use_cache=False).logits.log_softmax(-1)[:, 23:-1]
+    found = model.generate(tokens(), **beams, return_dict_in_generate=True)
+    logp = model(found.sequences, use_cache=False).logits.log_softmax(-1)[:, 23:-1]
     own = logp.gather(-1, found.sequences[:, 24:, None]).squeeze(-1).sum(1) / 5
     torch.testing.assert_close(found.sequences_scores, own, atol=1e-4, rtol=0)
 

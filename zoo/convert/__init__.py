@@ -151,8 +151,9 @@ def to_hf(model: Model) -> dict[str, Tensor]:
     if not (origin and origin.get("config")):
         raise ConfigError("the model did not come from another library (its configuration has no origin)")
     expected, rules = plan(origin["config"], dtype=torch.float32)
-    for key in expected.config.keys() | model.config.keys():
-        if key not in ("name", "origin", "train", "data") and expected.config.get(key) != model.config.get(key):
+    other = {"name", "description", "origin", "train", "data", "parallel"}  # say nothing of the function
+    for key in (expected.config.keys() | model.config.keys()) - other:
+        if expected.config.get(key) != model.config.get(key):
             raise ConfigError(f"the model is no longer a {origin['config']['model_type']}: its {key} was changed")
     own = unique_tensors(model)
     made: dict[str, Tensor] = {}

@@ -96,7 +96,8 @@ class Hosted(nn.Module):
 
 class StateLayer:
     """Mixed into the class of a layer of the host's cache: it also keeps the states of our blocks, and is as long as
-    these are."""
+    these are. The host may keep something of its own there, as where a layer has attention beside a recurrence: its
+    methods then see a layer that is as long as that."""
 
     is_compileable = False
     is_croppable = False
@@ -104,35 +105,44 @@ class StateLayer:
     seen: dict[str, int]
 
     def get_seq_length(self, *args: Any) -> int:
-        return max(self.seen.values(), default=0)
+        if self.seen:
+            return max(self.seen.values())
+        own = getattr(super(), "get_seq_length", None)
+        return own(*args) if own else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for state in self.states.values():
-            state.reorder(beam_idx.to(next(state.tensors(), beam_idx).device))
-        if getattr(self, "is_initialized", True):
-            super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._rows(beam_idx)
+        self._of_host("reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for state in self.states.values():
-            rows = next((t.shape[0] for t in state.tensors()), 0)
-            state.reorder(torch.arange(rows).repeat_interleave(repeats))
-        if getattr(self, "is_initialized", False):
-            super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        rows = next((t.shape[0] for state in self.states.values() for t in state.tensors()), 0)
+        self._rows(torch.arange(rows).repeat_interleave(repeats))
+        self._of_host("batch_repeat_interleave", repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        for state in self.states.values():
-            state.reorder(indices)
-        if getattr(self, "is_initialized", False):
-            super().batch_select_indices(indices)  # type: ignore[misc]
+        self._rows(indices)
+        self._of_host("batch_select_indices", indices)
 
     def reset(self) -> None:
         for state in self.states.values():
             state.reset()
         self.seen = dict.fromkeys(self.seen, 0)
-        super().reset()  # type: ignore[misc]
+        self._of_host("reset")
+
+    def _rows(self, index: Tensor) -> None:
+        for state in self.states.values():
+            state.reorder(index.to(next(state.tensors(), index).device))
+
+    def _of_host(self, method: str, *args: Any) -> None:
+        """Have the host do the same to what it keeps here."""
+        mine, self.seen = self.seen, {}
+        try:
+            getattr(super(), method)(*args)
+        finally:
+            self.seen = mine
 
     def crop(self, *args: Any) -> None:
         raise ZooError("a cache with states of blocks cannot be cropped: a state does not know its past")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zoo import registry
-from zoo.architectures.model import Model
+from zoo.architectures.model import Model, seed_of
 from zoo.contract import Block
 from zoo.errors import ConfigError, Problem, did_you_mean
 from zoo.graft.carry import carry, options_for
@@ -63,12 +63,12 @@ class Plan:
 
     def apply(self, seed: int = 0) -> Self:
         """Put the blocks in; what is new in them is drawn from `seed` and the site's name."""
-        for number, site in enumerate(self.sites):
+        for site in self.sites:
             original = self.model.get_submodule(site)
             if site not in self.blocks:
                 like = next(original.parameters())
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed + number)
+                    torch.manual_seed(seed_of(seed, site))
                     block = registry.create(self.block, self.donors[site].dim, **self.options[site], dtype=like.dtype)
                 carry(block, self.donors[site])
                 block.to(like.device)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from zoo.architectures.storage import write_atomically
 from zoo.bench.machine import device_name, slug
 from zoo.devices import Device
 from zoo.errors import ZooError
@@ -118,7 +119,7 @@ class Calibration:
         """Write it, where `load` looks for it unless a path is given."""
         path = path or folder() / _name(self.environment)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
         return path
 
     def as_dict(self) -> dict[str, Any]:
