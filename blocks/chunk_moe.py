@@ -8,6 +8,7 @@ chunk share experts and weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class ChunkMixtureOfExperts(Block):
             raise ValueError("top_k=1 gives the chosen expert weight 1, so the router would learn nothing from the "
                              "loss; set top_k to 2 or more")  # fmt: skip
         check_backend("grouped_mm", kernel)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_experts, self.top_k, self.chunk_size = num_experts, top_k, chunk_size
         self.temperature, self.aux_coef = temperature, aux_coef
         self.hidden_dim = hidden_dim or -(-swiglu_width(dim) // (16 * top_k)) * 16

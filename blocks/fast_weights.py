@@ -7,11 +7,16 @@ ordinary products, and goes through the step.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.kv_cache import RingKVCache, segment_index
 from zoo.blocks.recurrent import wide
+from zoo.contract import State, counter
+from zoo.segments import handed_on
 
 Weights = tuple[Tensor, ...]  # W0 [B, H, d_h, d], W1 [B, H, d, d_h], W2 [B, H, d_h, d]
 
@@ -23,6 +28,43 @@ _NEWTON_SCHULZ = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
+
+
+@dataclass
+class FastWeightsState(State):
+    """near: cache of the window. w0, w1, w2: what training has added to the fast weights, [B, H, ., .]; m0, m1, m2:
+    the last step, where there is momentum. k, v [B, C, H, d], rates [B, C, n]: token j of the stream in slot j mod C.
+    pending: upper bound over rows of the tokens in the open chunk."""
+
+    near: RingKVCache
+    w0: Tensor
+    w1: Tensor
+    w2: Tensor
+    m0: Tensor | None
+    m1: Tensor | None
+    m2: Tensor | None
+    k: Tensor
+    v: Tensor
+    rates: Tensor
+    pending: int = counter()
+
+    @property
+    def moved(self) -> Weights:
+        """w0, w1, w2."""
+        return self.w0, self.w1, self.w2
+
+    @property
+    def step(self) -> Weights:
+        """m0, m1, m2, nothing without momentum."""
+        return tuple(m for m in (self.m0, self.m1, self.m2) if m is not None)
+
+    def keep(self, k: Tensor, v: Tensor, rates: Tensor, length: Tensor) -> None:
+        """Write the last tokens [B, T, ...] of a segment into their slots; length [B]: tokens before it."""
+        slots = self.k.shape[1]
+        slot = segment_index(length, k.shape[1])[:, -slots:] % slots
+        row = torch.arange(k.shape[0], device=k.device)[:, None]
+        for kept, new in ((self.k, k), (self.v, v), (self.rates, rates)):
+            kept.index_put_((row, slot), handed_on(new[:, -slots:]).to(kept.dtype))
 
 
 class LowRank(nn.Module):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from zoo.blocks.attention import default_num_heads
 from zoo.blocks.fast_weights import (
+    FastWeightsState,
     LowRank,
     Weights,
     ascent,
@@ -36,8 +36,6 @@ from zoo.blocks.recurrent import wide
 from zoo.contract import (
     Block,
     ParallelPlan,
-    State,
-    counter,
     init_linear_,
     linear_flops,
     positions_from,
@@ -54,43 +52,6 @@ from zoo.schema import NonNegativeInt, PositiveFloat, PositiveInt
 from zoo.segments import handed_on
 
 BASE_RATE = 1e-3  # learning rate of a token where lr_proj says 0
-
-
-@dataclass
-class LaCTState(State):
-    """near: cache of the window. w0, w1, w2: what training has added to the fast weights, [B, H, ., .]; m0, m1, m2:
-    the last step, where there is momentum. k, v [B, C, H, d], rates [B, C, n]: token j of the stream in slot j mod C.
-    pending: upper bound over rows of the tokens in the open chunk."""
-
-    near: RingKVCache
-    w0: Tensor
-    w1: Tensor
-    w2: Tensor
-    m0: Tensor | None
-    m1: Tensor | None
-    m2: Tensor | None
-    k: Tensor
-    v: Tensor
-    rates: Tensor
-    pending: int = counter()
-
-    @property
-    def moved(self) -> Weights:
-        """w0, w1, w2."""
-        return self.w0, self.w1, self.w2
-
-    @property
-    def step(self) -> Weights:
-        """m0, m1, m2, nothing without momentum."""
-        return tuple(m for m in (self.m0, self.m1, self.m2) if m is not None)
-
-    def keep(self, k: Tensor, v: Tensor, rates: Tensor, length: Tensor) -> None:
-        """Write the last tokens [B, T, ...] of a segment into their slots; length [B]: tokens before it."""
-        slots = self.k.shape[1]
-        slot = segment_index(length, k.shape[1])[:, -slots:] % slots
-        row = torch.arange(k.shape[0], device=k.device)[:, None]
-        for kept, new in ((self.k, k), (self.v, v), (self.rates, rates)):
-            kept.index_put_((row, slot), handed_on(new[:, -slots:]).to(kept.dtype))
 
 
 @register(
@@ -203,7 +164,7 @@ class LaCT(Block):
         self,
         x: Tensor,
         *,
-        state: LaCTState | None = None,
+        state: FastWeightsState | None = None,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
     ) -> Tensor:
@@ -231,7 +192,7 @@ class LaCT(Block):
         return self.o_proj(near + far.flatten(2))
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: LaCTState | None, doc_ids: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: FastWeightsState | None, doc_ids: Tensor | None
     ) -> Tensor:
         q, k, v = (h.unflatten(-1, (self.num_heads, self.head_dim)) for h in (q, k, v))
         q, k = (rope(h, positions, base=self.rope_base) for h in (q, k))
@@ -318,7 +279,9 @@ class LaCT(Block):
             out = out.index_put((row, torch.where(taught, reader, T)), read(weights, q[row, reader]))
         return out[:, :T]
 
-    def _stream(self, q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: LaCTState, length: Tensor) -> Tensor:
+    def _stream(
+        self, q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: FastWeightsState, length: Tensor
+    ) -> Tensor:
         """Pieces that end no later than the first open chunk of any row: in each, every row has one set of weights.
         Inside the segment gradients flow; what the state holds from before has none."""
         (B, T), C = q.shape[:2], self.chunk_size
@@ -356,7 +319,7 @@ class LaCT(Block):
         return torch.cat(outputs, 1)
 
     # ------------------------------------------------------------------------------------ state and cost
-    def init_state(self, batch_size: int, max_len: int | None = None) -> LaCTState:
+    def init_state(self, batch_size: int, max_len: int | None = None) -> FastWeightsState:
         like = self.o_proj.weight.detach()
         near = (batch_size, max_len, self.num_heads, self.head_dim)
         kept = like.new_zeros(0, dtype=state_dtype(like.dtype))
@@ -365,7 +328,7 @@ class LaCT(Block):
         def weights() -> Iterator[Tensor]:
             return (kept.new_zeros(batch_size, H, *shape) for shape in ((h, d), (d, h), (h, d)))
 
-        return LaCTState(
+        return FastWeightsState(
             RingKVCache.create(*near, window=self.window, like=like),
             *weights(),
             *(weights() if self.momentum_proj is not None else (None,) * 3),
@@ -394,8 +357,7 @@ class LaCT(Block):
         return near + batch_size * (weights + chunk)
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
-        C, H, d, h = self.chunk_size, self.num_fast_heads, self.fast_dim, self.hidden_dim
-        keys = context_len + seq_len
+        C, keys = self.chunk_size, context_len + seq_len
         if context_len:
             slots = ring_slots(None, self.window)
             keys = min(keys, slots) if seq_len == 1 else min(context_len, slots) + seq_len
@@ -404,21 +366,21 @@ class LaCT(Block):
             fused=self.kernel in ("auto", "sdpa"),
         )  # fmt: skip
         learnt = (context_len + seq_len) // C - context_len // C if streaming else (seq_len - 1) // C
-        chunk = ascent_flops(C, d, h) + (3 * orthogonalise_flops(d, h) if self.muon else 0)
+        return near + self._flops_apart_from_window(batch_size, seq_len, learnt)
+
+    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
+        pairs = work.window_pairs(seq_len, context_len, self.window)
+        near = batch_size * work.attention_work(self.num_heads, pairs, self.head_dim, self.head_dim)
+        learnt = self._learnt(seq_len, context_len)
+        return near + self._flops_apart_from_window(batch_size, seq_len, learnt)
+
+    def _flops_apart_from_window(self, batch_size: int, seq_len: int, learnt: int) -> int:
+        H, d, h = self.num_fast_heads, self.fast_dim, self.hidden_dim
+        chunk = ascent_flops(self.chunk_size, d, h) + (3 * orthogonalise_flops(d, h) if self.muon else 0)
         far = batch_size * H * (read_flops(seq_len, d, h) + learnt * chunk)
         if isinstance(self.w0, LowRank):
             far += 2 * H * 2 * d * h * self.w0.w_left.shape[-1]
-        return linear_flops(batch_size * seq_len, *self.projections()) + near + far
-
-    def useful_flops(self, batch_size: int, seq_len: int, context_len: int = 0) -> int:
-        C, H, d, h = self.chunk_size, self.num_fast_heads, self.fast_dim, self.hidden_dim
-        pairs = work.window_pairs(seq_len, context_len, self.window)
-        near = batch_size * work.attention_work(self.num_heads, pairs, self.head_dim, self.head_dim)
-        chunk = ascent_flops(C, d, h) + (3 * orthogonalise_flops(d, h) if self.muon else 0)
-        far = batch_size * H * (read_flops(seq_len, d, h) + self._learnt(seq_len, context_len) * chunk)
-        if isinstance(self.w0, LowRank):
-            far += 2 * H * 2 * d * h * self.w0.w_left.shape[-1]
-        return linear_flops(batch_size * seq_len, *self.projections()) + near + far
+        return linear_flops(batch_size * seq_len, *self.projections()) + far
 
     def _learnt(self, seq_len: int, context_len: int) -> int:
         """Chunks whose step a later token reads, or could."""

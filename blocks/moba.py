@@ -9,7 +9,7 @@ mean key it likes best. Lu et al. 2025, arXiv:2502.13189; short convolution on t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ class MoBA(Block):
         check_backend("sparse_attention", kernel)
         self.block_size, self.top_k, self.kernel = block_size, top_k, kernel
         self.rope_base = rope_base if rope else None
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = Linear(dim, q_width, bias=False, **factory)
         self.k_proj = Linear(dim, kv_width, bias=False, **factory)
@@ -153,7 +153,7 @@ class MoBA(Block):
                 k, v, index, k_index, k_doc_ids = attention_keys(part, q, k, v, True, None, None, doc_ids)
             pooled, start = pool_blocks(k.detach(), self.block_size, doc_ids=k_doc_ids)
             end = torch.where(start >= 0, start + self.block_size - 1, -1)
-            masks = {} if part is None else {"q_index": index, "k_index": k_index}
+            masks: dict[str, Any] = {} if part is None else {"q_index": index, "k_index": k_index}
             if doc_ids is None:
                 blocks = self._route(q, pooled, end, index, own=index // self.block_size)
             else:
@@ -182,7 +182,7 @@ class MoBA(Block):
             if state is not None:
                 state.tail.copy_(handed_on(new_tail))
         q, k, v = (h.unflatten(-1, (-1, self.head_dim)) for h in (self.q_proj(x), k, self.v_proj(x)))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_base is not None:
             q, k = (rope(h, positions, base=self.rope_base) for h in (q, k))

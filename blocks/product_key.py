@@ -6,7 +6,7 @@ m = sum over heads and chosen slots of w V; y = W_o m, times a gate sigmoid(w_g 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class ProductKeyMemory(Block):
         if top_k > num_keys**2:
             raise ValueError(f"top_k={top_k} is more than the num_keys^2 = {num_keys**2} slots; lower top_k")
         check_backend("product_key_lookup", kernel)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_keys, self.key_dim, self.top_k, self.num_heads = num_keys, key_dim, top_k, num_heads
         self.value_dim, self.gate_bias, self.kernel = value_dim or dim, gate_bias, kernel
         self.q_proj = Linear(dim, num_heads * 2 * key_dim, bias=False, **factory)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,7 +171,7 @@ class WindowGlobal(Block):
         B, T = order.shape
         need, part = self.num_globals > 0, current()
         rotated = self._rotate(q, positions), self._rotate(k, positions)
-        docs = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids}
+        docs: dict[str, Any] = {"q_doc_ids": doc_ids, "k_doc_ids": doc_ids}
         o, lse = attention(*rotated, v, window=self.window, **docs, need_lse=need, backend=self.kernel)
         if not need:
             return o
@@ -182,7 +183,11 @@ class WindowGlobal(Block):
             score, tile = part.gather(score)[:, : k.shape[1]], math.gcd(T, size)
         chosen = prefix_topk(score, self._listed(k.shape[1]), size, doc_ids=k_doc_ids)
         chunk = index[0, ::tile] // size  # of each tile of queries, which lies in one
-        outside = {"q_index": index - self.window, "k_index": k_index, "k_bias": F.logsigmoid(score)[..., None]}
+        outside: dict[str, Any] = {
+            "q_index": index - self.window,
+            "k_index": k_index,
+            "k_bias": F.logsigmoid(score)[..., None],
+        }
         # the slot of prefix_topk that a token reads: that of the complete chunk before its own
         slot = torch.where(order >= size, (index - order % size) // size - 1, -1)
         outputs, lses = [o], [lse]
@@ -190,7 +195,7 @@ class WindowGlobal(Block):
         for back in (1,) if doc_ids is None else (1, 2):
             if back == 1 or chosen.shape[1] > 1:
                 idx = F.pad(chosen, (0, 0, back, 0), value=-1)[:, None, chunk]
-                mine = {}
+                mine: dict[str, Any] = {}
                 if doc_ids is not None:
                     mine = {"q_doc_ids": (slot == index // size - back).long(), "k_doc_ids": torch.ones_like(k_index)}
                 blocks = BlockList(idx, q_tile=tile)
@@ -264,7 +269,7 @@ class WindowGlobal(Block):
             idx = (index >= border).long()
         bias = F.logsigmoid(torch.where(g["global_index"] >= 0, g["global_score"], 0))[..., None]
         blocks = BlockList(idx.int()[:, None, :, None], kv_block=self.num_globals)
-        masks = {"q_index": index - self.window, "k_index": g["global_index"], "k_bias": bias}
+        masks: dict[str, Any] = {"q_index": index - self.window, "k_index": g["global_index"], "k_bias": bias}
         return sparse_attention(q, g["global_k"], g["global_v"], blocks, **masks, backend=self.kernel)
 
     @property

@@ -10,6 +10,7 @@ Write: m = mean of the chunk; (keep, write) = softmax(W_c m); the `active` slots
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class WorkspaceMemory(Block):
             raise ValueError(f"active={active} is more than slots={slots}; lower active")
         self.num_slots, self.active, self.rank = slots, active, rank
         self.chunk_size, self.gate_bias = chunk_size, gate_bias
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.slots = nn.Parameter(torch.empty(slots, dim, **factory))
         self.q_proj = Linear(dim, rank, bias=False, **factory)
         self.k_proj = Linear(dim, rank, bias=False, **factory)

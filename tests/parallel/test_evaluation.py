@@ -1,12 +1,9 @@
 """What a run learns of its held-out rows while it trains does not depend on the processes."""
 
 import pytest
-from omegaconf import OmegaConf
+from jobs import job_of
 from test_layouts import DEEP, HYBRID, MIXTURE, TRAIN, VISION
 from tiny_runs import texts
-
-import zoo
-from zoo.sections import DataSection, ParallelSection, TrainSection
 
 DIFFUSION = {**MIXTURE, "vocab_size": 258, "diffusion": {"block_size": 8, "search_clip": True}}
 
@@ -14,27 +11,12 @@ DIFFUSION = {**MIXTURE, "vocab_size": 258, "diffusion": {"block_size": 8, "searc
 def heldout(config, layout, recipe, source=None, folder=None):
     """The losses and the held-out figures of each step of a short run, on text where it has a `source`."""
     from zoo.train import titan
-    from zoo.train.job import Job
-    from zoo.train.prepare import prepare
 
     data = {"source": "mqar", "num_pairs": 4} if source is None else {"source": str(source), "doc_ids": True}
     given = {"data": data, **config, "parallel": layout}
     given["train"] = {**TRAIN, "eval_every": 2, "eval_batches": 2, **recipe}
-    document = OmegaConf.to_container(zoo.load_config(given), resolve=True)
-    section = TrainSection.from_mapping(document["train"])
-    found = prepare(DataSection.from_mapping(document["data"]), section, document, None)
     records = []
-    titan.fit(
-        Job(
-            build=lambda device: zoo.build(document, device=device),
-            train=section,
-            parallel=ParallelSection.from_mapping(document["parallel"]),
-            rows=found.rows,
-            folder=folder,
-            evaluate=found.glance,
-            on_step=records.append,
-        )
-    )
+    titan.fit(job_of(given, evaluated=True, folder=folder, on_step=records.append))
     told = [{k: v for k, v in r.items() if k == "loss" or k.startswith(("heldout", "clip"))} for r in records]
     assert ["heldout_loss" in r for r in told] == [False, True, False, True]
     return told

@@ -3,10 +3,7 @@
 import math
 
 import pytest
-from omegaconf import OmegaConf
-
-import zoo
-from zoo.sections import DataSection, ParallelSection, TrainSection
+from jobs import job_of
 
 CONFIG = {
     "dim": 32,
@@ -28,12 +25,8 @@ def watched(layout, folder, accumulation=1):
 
     from zoo.train import titan
     from zoo.train.checkpoints import fault, newest_checkpoint
-    from zoo.train.job import Job
-    from zoo.train.prepare import prepare
 
     given = {**CONFIG, "train": {**TRAIN, "accumulation": accumulation}, "parallel": layout}
-    document = OmegaConf.to_container(zoo.load_config(given), resolve=True)
-    train = TrainSection.from_mapping(document["train"])
     take = titan._Trainer.train_step
 
     def train_step(self, batches):
@@ -49,11 +42,8 @@ def watched(layout, folder, accumulation=1):
     titan._Trainer.train_step = train_step
     try:
         titan.fit(
-            Job(
-                build=lambda device: zoo.build(document, device=device),
-                train=train,
-                parallel=ParallelSection.from_mapping(document["parallel"]),
-                rows=prepare(DataSection.from_mapping(document["data"]), train, document, None).rows,
+            job_of(
+                given,
                 folder=folder,
                 on_step=lambda record: losses.append((record["step"], record["loss"])),
                 on_incident=lambda incident: incidents.append((incident.step, incident.kind, incident.node)),

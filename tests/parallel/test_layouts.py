@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from jobs import job_of
 
 import zoo
 from zoo.errors import ConfigError
 from zoo.parallel import pipeline
 from zoo.parallel.layout import check, pieces
-from zoo.sections import DataSection, ParallelSection, TrainSection
+from zoo.sections import ParallelSection, TrainSection
 
 MIXTURE = {
     "dim": 32,
@@ -49,8 +49,6 @@ TRAIN = {"steps": 4, "batch_size": 8, "seq_len": 32, "lr": 1e-3, "eval_every": 0
 def losses(config, layout, accumulation=1):
     """Of each step of a short run; what every rank sees must agree."""
     from zoo.train import titan
-    from zoo.train.job import Job
-    from zoo.train.prepare import prepare
 
     document = {
         "data": TASK,
@@ -58,20 +56,10 @@ def losses(config, layout, accumulation=1):
         "train": {**TRAIN, **config.get("train", {}), "accumulation": accumulation},
         "parallel": layout,
     }
-    document = OmegaConf.to_container(zoo.load_config(document), resolve=True)
-    train = TrainSection.from_mapping(document["train"])
-    parallel = ParallelSection.from_mapping(document["parallel"])
-    check(zoo.build(document, device="meta"), parallel, train.seq_len)
     found = []
-    done = titan.fit(
-        Job(
-            build=lambda device: zoo.build(document, device=device),
-            train=train,
-            parallel=parallel,
-            rows=prepare(DataSection.from_mapping(document["data"]), train, document, None).rows,
-            on_step=lambda record: found.append((record["loss"], record["grad_norm"])),
-        )
-    )
+    job = job_of(document, on_step=lambda record: found.append((record["loss"], record["grad_norm"])))
+    check(job.build("meta"), job.parallel, job.train.seq_len)
+    done = titan.fit(job)
     return found, done.parameters, {name: t.double().sum().item() for name, t in done.state.items()}
 
 

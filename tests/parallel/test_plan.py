@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from jobs import job_of
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
@@ -18,7 +18,7 @@ from zoo.plan.propose import propose
 from zoo.plan.spread import resolve
 from zoo.plan.subject import At, Subject, share
 from zoo.predict.roofline import Assumed
-from zoo.sections import DataSection, ParallelSection, TrainSection
+from zoo.sections import ParallelSection, TrainSection
 
 MIXTURE = {
     "dim": 32,
@@ -63,18 +63,9 @@ def held_by_a_run(config, layout, recipe):
     """Elements, bytes of gradients and of optimizer state on this rank after two steps."""
     from zoo.train import titan
     from zoo.train.device import process_group, quiet
-    from zoo.train.job import Job
-    from zoo.train.prepare import prepare
 
     document = {"data": TASK, **config, "train": {**TRAIN, **recipe}, "parallel": layout}
-    document = OmegaConf.to_container(zoo.load_config(document), resolve=True)
-    train = TrainSection.from_mapping(document["train"])
-    job = Job(
-        build=lambda device: zoo.build(document, device=device),
-        train=train,
-        parallel=ParallelSection.from_mapping(document["parallel"]),
-        rows=prepare(DataSection.from_mapping(document["data"]), train, document, None).rows,
-    )
+    job = job_of(document)
     with process_group(), quiet():
         trainer = titan._config(job).build()
         trainer.train()

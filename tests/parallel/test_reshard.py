@@ -1,29 +1,19 @@
 """A checkpoint of one layout is gone on from in another."""
 
 import pytest
-from omegaconf import OmegaConf
+from jobs import job_of
 from test_guard import CONFIG, TRAIN
-
-import zoo
-from zoo.sections import DataSection, ParallelSection, TrainSection
 
 
 def go_on(layout, folder, resume_from, until):
     """The losses of a run from a checkpoint to another, of four steps in all."""
     from zoo.train import titan
-    from zoo.train.job import Job
-    from zoo.train.prepare import prepare
 
     given = {**CONFIG, "train": {**TRAIN, "health_every": 0}, "parallel": layout}
-    document = OmegaConf.to_container(zoo.load_config(given), resolve=True)
-    train = TrainSection.from_mapping(document["train"])
     losses = []
     titan.fit(
-        Job(
-            build=lambda device: zoo.build(document, device=device),
-            train=train,
-            parallel=ParallelSection.from_mapping(document["parallel"]),
-            rows=prepare(DataSection.from_mapping(document["data"]), train, document, None).rows,
+        job_of(
+            given,
             folder=folder,
             resume_from=resume_from,
             on_step=lambda record: losses.append(record["loss"]),

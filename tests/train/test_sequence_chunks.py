@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_runs import config, history, texts
+from tiny_runs import config, history
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,9 +15,10 @@ import zoo
 from zoo.conformance.subject import stir
 from zoo.errors import ConfigError
 from zoo.sections import DataSection, ParallelSection, TrainSection
-from zoo.train import prepare
 from zoo.train.run import train
 from zoo.train.sequence_chunks import backward, check, cut, draw, new_state
+
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 ATTENTION = {"attention": {"num_heads": 4, "num_kv_heads": 2}}
 WINDOW = {"attention": {"num_heads": 4, "window": 12, "sinks": 2}}
@@ -163,18 +164,6 @@ def test_experts_count_each_token_once():
 
 
 # ------------------------------------------------------------------------------------------------ training
-@pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SAMPLE_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return texts(tmp_path_factory.mktemp("data"))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_runs_learn_the_same(source, tmp_path, dtype):
     runs = {}

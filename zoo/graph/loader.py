@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from zoo import registry
 from zoo.errors import ConfigError, Problem, did_you_mean, one_of
-from zoo.graph.parse import Parser, graph_of
+from zoo.graph.document import graph_of
+from zoo.graph.parse import Parser
 from zoo.graph.reading import MAX_VALUES, Source, read_file, read_text, scalar
 from zoo.graph.spec import Graph
 from zoo.schema import PositiveFloat, PositiveInt, check_type

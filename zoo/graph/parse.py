@@ -1,4 +1,4 @@
-"""Plain values -> `Graph`, or every problem at once.
+"""Plain values -> nodes, or every problem at once.
 
 A list is a sequence; a name is a definition or a block; a mapping holds one block or combinator with its
 options, and beside it the attributes `norm`, `residual` and `share`. Each combinator parses its own fields.
@@ -14,10 +14,10 @@ from typing import Any
 
 from zoo import registry
 from zoo.errors import did_you_mean, one_of
+from zoo.graph.fields import Fields
 from zoo.graph.reading import Path_, Source
-from zoo.graph.spec import Graph, Residual, Spec
+from zoo.graph.spec import Residual, Spec
 from zoo.schema import accepts_list, check_type
-from zoo.sections import VisionSection
 
 BLOCK_KINDS = ("mixer", "ffn", "memory")
 ATTRIBUTES = ("norm", "residual", "share")
@@ -303,52 +303,6 @@ class Parser:
             self.copy = before
 
 
-class Fields:
-    """The fields of one combinator; what is not taken is checked against its signature."""
-
-    def __init__(self, parser: Parser, name: str, values: dict, places: Mapping[Any, Path_], path: Path_):
-        self.parser, self.name, self.values, self.places, self.path = parser, name, dict(values), places, path
-        self.taken: set[str] = set()
-
-    def at(self, key: Any) -> Path_:
-        """Where a field stands."""
-        return self.places.get(key, (*self.path, key))
-
-    def take(self, key: str, default: Any = None, required: bool = False) -> Any:
-        """A field that the combinator parses by itself."""
-        self.taken.add(key)
-        if required and key not in self.values:
-            self.parser.complain(self.path, f"{self.name} needs the field {key}")
-        return self.values.get(key, default)
-
-    def body(self, key: str = "of") -> Spec | None:
-        """A required field that holds a node."""
-        value = self.take(key, required=True)
-        return None if key not in self.values else self.parser.sequence(value, self.at(key))
-
-    def router(self, default: str) -> Spec | None:
-        """The field `router`: a name or {name: options}."""
-        return self.component("router", self.take("router", default))
-
-    def component(self, kind: str, value: Any) -> Spec | None:
-        """The value of the field called `kind`: a name of that kind or {name: options}."""
-        name, options = value, {}
-        if isinstance(value, Mapping) and len(value) == 1:
-            name, options = next(iter(value.items()))
-        return self.parser.component(name, options, kind, self.at(kind))
-
-    def options(self) -> dict[str, Any]:
-        """Everything else, checked. Call last."""
-        rest = {k: v for k, v in self.values.items() if k not in self.taken}
-        values, complaints = registry.check_options(self.name, rest)
-        for key, why in complaints:
-            if why.startswith("unknown option"):
-                known = [*self.taken, *registry.options(self.name)]
-                why = f"unknown field of {self.name}{did_you_mean(key, known) or '; ' + one_of(known)}"
-            self.parser.complain(self.at(key) if key in rest else self.path, why)
-        return values
-
-
 def _same(a: Spec, b: Spec) -> bool:
     return (
         (a.name, dict(a.options), a.order, a.residual) == (b.name, dict(b.options), b.order, b.residual)
@@ -358,58 +312,4 @@ def _same(a: Spec, b: Spec) -> bool:
             (x is None) == (y is None) and (x is None or y is None or _same(x, y))
             for x, y in ((a.norm, b.norm), (a.router, b.router))
         )
-    )
-
-
-def flatten(spec: Spec) -> Iterator[Spec]:
-    """The layers of a trunk item: nested plain sequences are opened until each holds only blocks."""
-    if spec.name == "sequence" and not spec.is_layer and not spec.share:
-        for child in spec.children:
-            yield from flatten(child)
-    else:
-        yield spec
-
-
-def graph_of(parser: Parser, top: Mapping[str, Any], document: Mapping[str, Any]) -> Graph:
-    """The graph of a document whose top-level keys were checked into `top`."""
-    parser.define = top.get("define") or {}
-    if not isinstance(parser.define, Mapping):
-        parser.complain(("define",), f"must be a mapping of names to nodes, got {parser.define!r}")
-        parser.define = {}
-    for name in parser.define:
-        if not isinstance(name, str) or name in {*parser.blocks, *parser.combinators, *ATTRIBUTES, "skip"}:
-            parser.complain(("define", name), f"the name {name!r} is taken; choose another")
-    parser.default_norm = parser.norm(top.get("norm", "rms"), ("norm",))
-    final_norm = parser.default_norm
-    if "final_norm" in top:
-        final_norm = parser.norm(top["final_norm"], ("final_norm",))
-    parser.default_residual = parser.residual(top.get("residual", "pre"), ("residual",))
-    trunk = top.get("trunk")
-    items: list[Spec] = []
-    if not isinstance(trunk, list) or not trunk:
-        parser.complain(("trunk",), "the trunk must be a list with at least one node")
-    else:
-        parsed = [parser.node(v, ("trunk", i)) for i, v in enumerate(trunk)]
-        # blocks that stand directly in the trunk form one layer each with their neighbours' definitions kept
-        items = [layer for spec in parsed if spec for layer in flatten(spec)]
-    for name in parser.define:  # unused definitions are checked too
-        if isinstance(name, str) and name not in parser.expanded:
-            parser.expand(name, ("define", name))
-    vision = None
-    if top.get("architecture") == "vision" and not parser.problems:
-        vision = VisionSection.from_mapping(top.get("vision"))
-    return Graph(
-        name=top.get("name", "model"),
-        architecture=top.get("architecture", "causal_lm"),
-        dim=top.get("dim", 1),
-        vocab_size=top.get("vocab_size", 0),
-        trunk=tuple(items),
-        norm=final_norm,
-        tie_embeddings=top.get("tie_embeddings", True),
-        embedding_scale=top.get("embedding_scale", 1.0),
-        logit_scale=top.get("logit_scale", 1.0),
-        logit_cap=top.get("logit_cap"),
-        num_layers=max(1, sum(s.kind == "mixer" for i in items for s in i.walk())),
-        vision=vision,
-        document=document,
     )

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from zoo import registry
 from zoo.contract import StateList, init_linear_, part_cost
 from zoo.graph.nodes import Builder, Composite, Leaf
-from zoo.graph.parse import flatten
 from zoo.graph.repeat import chosen
-from zoo.graph.spec import Spec
+from zoo.graph.spec import Spec, flatten
 from zoo.kernels import work
 from zoo.kernels.linear import Linear
 from zoo.registry import register

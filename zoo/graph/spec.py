@@ -113,3 +113,12 @@ class Graph:
         """Every node of the trunk."""
         for item in self.trunk:
             yield from item.walk()
+
+
+def flatten(spec: Spec) -> Iterator[Spec]:
+    """The layers of a trunk item: nested plain sequences are opened until each holds only blocks."""
+    if spec.name == "sequence" and not spec.is_layer and not spec.share:
+        for child in spec.children:
+            yield from flatten(child)
+    else:
+        yield spec

@@ -12,8 +12,7 @@ from torch import nn
 from zoo import registry
 from zoo.contract import StateList, linear_flops, part_cost
 from zoo.graph.nodes import Builder, Composite, Leaf, ResidualBlock
-from zoo.graph.parse import flatten
-from zoo.graph.spec import Spec
+from zoo.graph.spec import Spec, flatten
 from zoo.registry import register
 
 
