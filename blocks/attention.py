@@ -27,7 +27,7 @@ from zoo.contract import (
     refuse_packed_streaming,
 )
 from zoo.kernels import work
-from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
+from zoo.kernels.attention import QUERY_TILE, attention, attention_flops, two_copies_kept
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.rope import check_scaling, rope
@@ -395,6 +395,10 @@ class Attention(Block):
         if self.kernel in ("chunked", "reference") and seq_len <= QUERY_TILE:  # longer ones recompute their scores
             kept += 4 * tokens * self.num_heads * seq_len
         return kept
+
+    def copies_elements(self, batch_size: int, seq_len: int, causal: bool) -> tuple[int, int]:
+        tokens, width = batch_size * seq_len, self.head_dim
+        return two_copies_kept(tokens, self.num_heads, width, causal), tokens * self.num_heads * (width + 1)
 
     def parallel_plan(self) -> ParallelPlan:
         if self.select is not None and self.select.by_head:

@@ -235,6 +235,11 @@ class Block(nn.Module, metaclass=DrawsItself):
         states = 0 if grows else size // state_dtype(self.reference_parameter.dtype).itemsize
         return batch_size * (seq_len * token + states * (-(-seq_len // self.interval) + 1))
 
+    def copies_elements(self, batch_size: int, seq_len: int, causal: bool) -> tuple[int, int]:
+        """What a training forward over a noisy and a clean copy of rows of `seq_len` tokens (`TwoCopies`) keeps beyond
+        that of a row twice as long: elements in all, and of these results of products and attention."""
+        return 0, 0
+
     def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
         """Of the state after `context_len` tokens, what `seq_len` more leave unread because they choose their keys."""
         return 0
