@@ -396,6 +396,13 @@ class Attention(Block):
             kept += 4 * tokens * self.num_heads * seq_len
         return kept
 
+    def key_elements(self, tokens: int) -> int:
+        """Of `activation_elements` those that `write_keys` keeps."""
+        norm = 0
+        if self.k_norm is not None:
+            norm = self.k_norm.activation_elements(tokens * (1 if self.qk_norm == "full" else self.num_kv_heads))
+        return tokens * (2 * self.num_kv_heads * self.head_dim + self.rotary_dim) + norm
+
     def copies_elements(self, batch_size: int, seq_len: int, causal: bool) -> tuple[int, int]:
         tokens, width = batch_size * seq_len, self.head_dim
         return two_copies_kept(tokens, self.num_heads, width, causal), tokens * self.num_heads * (width + 1)
