@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from zoo.architectures.causal_lm import CausalLM, ModelState, check_request, draw
 from zoo.architectures.model import evaluating
 from zoo.blocks.kv_cache import KVCache
-from zoo.contract import Cost, Mode, positions_from
+from zoo.contract import Block, Cost, Mode, positions_from
 from zoo.errors import ConfigError
 from zoo.graph.nodes import Leaf
 from zoo.graph.spec import Graph
@@ -136,7 +136,20 @@ class BlockDiffusionLM(CausalLM):
         where = self._rows(batch_size)
         once, both = (super(BlockDiffusionLM, self).leaves(where, n, 0, mode) for n in (seq_len, 2 * seq_len))
         for one, two in zip(once, both, strict=True):
-            yield replace(two, cost=self._of_copies(one.cost, two.cost, seq_len))
+            cost = self._of_copies(one.cost, two.cost, seq_len)
+            yield replace(two, cost=cost + self._kept_of_copies(two, where, seq_len))
+
+    def _kept_of_copies(self, leaf: Leaf, rows: int, n: int) -> Cost:
+        """What a block keeps of the copies beyond what it would of a row of 2 n tokens, as often as it is called."""
+        block = getattr(leaf.module, "block", None)
+        if not isinstance(block, Block):
+            return Cost()
+        once = next(iter(leaf.module.leaves(rows, 2 * n, 0, "train"))).cost  # type: ignore[operator]
+        calls = leaf.cost.activation_bytes / once.activation_bytes
+        kept, products = (
+            round(calls * more * block.itemsize) for more in block.copies_elements(rows, n, self.recipe.causal_context)
+        )
+        return Cost(bytes_read=kept, bytes_written=kept, activation_bytes=kept, product_bytes=products)
 
     def _of_copies(self, one: Cost, two: Cost, n: int) -> Cost:
         """From what a causal row of n tokens takes, and one of 2 n. What grows with the square are pairs: executed are

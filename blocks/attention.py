@@ -27,7 +27,7 @@ from zoo.contract import (
     refuse_packed_streaming,
 )
 from zoo.kernels import work
-from zoo.kernels.attention import QUERY_TILE, attention, attention_flops
+from zoo.kernels.attention import QUERY_TILE, attention, attention_flops, two_copies_kept
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.rope import check_scaling, rope
@@ -395,6 +395,17 @@ class Attention(Block):
         if self.kernel in ("chunked", "reference") and seq_len <= QUERY_TILE:  # longer ones recompute their scores
             kept += 4 * tokens * self.num_heads * seq_len
         return kept
+
+    def key_elements(self, tokens: int) -> int:
+        """Of `activation_elements` those that `write_keys` keeps."""
+        norm = 0
+        if self.k_norm is not None:
+            norm = self.k_norm.activation_elements(tokens * (1 if self.qk_norm == "full" else self.num_kv_heads))
+        return tokens * (2 * self.num_kv_heads * self.head_dim + self.rotary_dim) + norm
+
+    def copies_elements(self, batch_size: int, seq_len: int, causal: bool) -> tuple[int, int]:
+        tokens, width = batch_size * seq_len, self.head_dim
+        return two_copies_kept(tokens, self.num_heads, width, causal), tokens * self.num_heads * (width + 1)
 
     def parallel_plan(self) -> ParallelPlan:
         if self.select is not None and self.select.by_head:

@@ -19,7 +19,7 @@ from zoo.blocks.kv_cache import KVCache, kv_cache_bytes, segment_index
 from zoo.blocks.norms import RMSNorm
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, positions_from, refuse_packed_streaming
 from zoo.kernels import work
-from zoo.kernels.attention import attention, attention_flops
+from zoo.kernels.attention import attention, attention_flops, two_copies_kept
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
 from zoo.kernels.rope import check_scaling, rope, yarn_mscale
@@ -277,6 +277,10 @@ class MultiHeadLatentAttention(Block):
     def _attention_elements(self, seq_len: int) -> int:
         """Elements of a token kept for attention: q, k, v, o and its denominators."""
         return self.num_heads * (2 * self.qk_head_dim + 2 * self.v_head_dim + 1)
+
+    def copies_elements(self, batch_size: int, seq_len: int, causal: bool) -> tuple[int, int]:
+        tokens, width = batch_size * seq_len, self.v_head_dim
+        return two_copies_kept(tokens, self.num_heads, width, causal), tokens * self.num_heads * (width + 1)
 
     def parallel_plan(self) -> ParallelPlan:
         whole = ("kv_a_proj_with_mqa", "kv_a_layernorm", "q_a_proj", "q_a_layernorm")

@@ -60,7 +60,6 @@ class AdaptiveComputationTime(Router):
     (its code).
     """
 
-    weighs = True
     takes_all = True  # and the mean of the ponder loss over slices is that over the row
     segmented = True
 
@@ -125,6 +124,10 @@ class AdaptiveComputationTime(Router):
 
     def step_flops(self, tokens):
         return self.steps * super().step_flops(tokens)  # asked before every step
+
+    def activation_elements(self, tokens, entered=False):
+        # the stream behind each step that is not the next step's input as well; p, weight, masks of each step
+        return tokens * (self.dim * (self.steps if entered else 1) + 5 * self.steps // 2)
 
 
 @register(

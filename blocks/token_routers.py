@@ -64,8 +64,6 @@ class ExpertChoiceRouter(Router):
     With capacity 1 and activation one: a plain loop.
     """
 
-    weighs = True
-
     steps_done: Tensor | None
 
     def __init__(
@@ -181,6 +179,11 @@ class ExpertChoiceRouter(Router):
     def share(self, step):
         return self.capacity[step]
 
+    def activation_elements(self, tokens, entered=False):
+        # increments that are weighted; score, weight, guess and choice of each step
+        weighted = self.dim if self.activation != "one" else 0
+        return self.steps * tokens * (weighted + 4)
+
     def step_flops(self, tokens):
         flops = 2 * tokens * self.score.weight.numel()
         if self.predictor is not None:  # its first layer runs before every step
@@ -244,7 +247,6 @@ class TokenChoiceRouter(Router):
     moves b by bias_update_rate * sign(mean load - load) at each `update_bias()`. And z_coef * mean(logsumexp^2).
     """
 
-    weighs = True
     segmented = True
     selection_bias: Tensor | None
     counts: Tensor | None
@@ -318,6 +320,10 @@ class TokenChoiceRouter(Router):
     def share(self, step):
         return (self.steps - step) / self.steps if self.nested else 1 / self.steps
 
+    def activation_elements(self, tokens, entered=False):
+        # what the chosen step or body has added; logits and their softmax, the choice and its weight, a logsumexp
+        return tokens * (self.dim + 2 * self.steps + 5)
+
 
 @register("skip_layer", kind="router", paper="arXiv:2311.15436")
 class SkipLayerRouter(Router):
@@ -330,7 +336,6 @@ class SkipLayerRouter(Router):
     alone. Reconstructed: no code was published, and the form of the loss is ours.
     """
 
-    weighs = True
     reads_all = True
 
     def __init__(
@@ -374,3 +379,6 @@ class SkipLayerRouter(Router):
 
     def share(self, step):
         return self.density
+
+    def activation_elements(self, tokens, entered=False):
+        return tokens * (self.dim + 4)  # the increment that is weighted, the softmax of two scores, the weight

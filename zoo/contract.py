@@ -235,6 +235,11 @@ class Block(nn.Module, metaclass=DrawsItself):
         states = 0 if grows else size // state_dtype(self.reference_parameter.dtype).itemsize
         return batch_size * (seq_len * token + states * (-(-seq_len // self.interval) + 1))
 
+    def copies_elements(self, batch_size: int, seq_len: int, causal: bool) -> tuple[int, int]:
+        """What a training forward over a noisy and a clean copy of rows of `seq_len` tokens (`TwoCopies`) keeps beyond
+        that of a row twice as long: elements in all, and of these results of products and attention."""
+        return 0, 0
+
     def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
         """Of the state after `context_len` tokens, what `seq_len` more leave unread because they choose their keys."""
         return 0
@@ -334,7 +339,6 @@ class Router(nn.Module, metaclass=DrawsItself):
 
     causal: bool = True
     reads_all: bool = False  # tokens that do not take a body leave it their keys all the same
-    weighs: bool = False  # what a step adds, or the stream after it, is multiplied by weights that are learnt
     # whether every token of a row takes the same steps, and nothing is learnt or drawn that depends on the row
     takes_all: bool = False
     segmented: bool = False  # whether training chooses for a row in segments what it chooses for the whole row
@@ -378,6 +382,11 @@ class Router(nn.Module, metaclass=DrawsItself):
     def step_flops(self, tokens: int) -> int:
         """Matrix FLOPs of all decisions for `tokens` tokens."""
         return sum(2 * tokens * p.numel() for n, p in self.named_parameters() if n.endswith("weight"))
+
+    def activation_elements(self, tokens: int, entered: bool = False) -> int:
+        """Elements that all decisions and the weights of increments keep for backward. `entered`: something is added to
+        the stream in front of each step, so that a step does not keep the stream as the step before left it."""
+        return 0
 
     def step_vector_flops(self, tokens: int) -> int:
         """Work outside matrix products of all decisions and of the weights of increments: by default the activation of

@@ -12,7 +12,7 @@ from zoo import row
 from zoo.kernels import flash_attn, gpu, slices, xformers
 from zoo.kernels import native as native_core
 from zoo.kernels.attention import chunked, flex, native, reference, sdpa
-from zoo.kernels.attention.cost import attention_flops
+from zoo.kernels.attention.cost import attention_flops, two_copies_kept
 from zoo.kernels.attention.mask import QUERY_TILE, Mask, TwoCopies
 from zoo.kernels.dispatch import call, register_row
 from zoo.kernels.merge_lse import merge_lse
@@ -100,9 +100,12 @@ def _two_copies(
     n = T // 2
     if T % 2 or n % block:
         raise ValueError(f"{T} tokens are not two copies of whole blocks of {block}")
-    index = torch.arange(n, device=q.device).expand(B, n)
+    index = torch.arange(n, device=q.device).repeat(B, 1)
     start = index // block * block
-    (q_noisy, q_clean), (k_noisy, k_clean), (v_noisy, v_clean) = (x.split(n, 1) for x in (q, k, v))
+    # laid out once, not by each call that keeps them for backward
+    (q_noisy, q_clean), (k_noisy, k_clean), (v_noisy, v_clean) = (
+        (half.contiguous() for half in x.split(n, 1)) for x in (q, k, v)
+    )
 
     def past(q: Tensor, last: Tensor | None, sinks: Tensor | None, need_lse: bool):
         k_index = None if last is None else index
@@ -125,4 +128,4 @@ def _two_copies(
     return torch.cat([noisy, clean], 1), None if clean_lse is None else torch.cat([noisy_lse, clean_lse], 1)
 
 
-__all__ = ["QUERY_TILE", "TwoCopies", "attention", "attention_flops"]
+__all__ = ["QUERY_TILE", "TwoCopies", "attention", "attention_flops", "two_copies_kept"]

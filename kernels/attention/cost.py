@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zoo.kernels.attention.mask import tiles
+from zoo.kernels.merge_lse import kept as merged
 
 
 def attention_flops(
@@ -31,3 +32,11 @@ def attention_flops(
         cuts = tiles(num_queries, num_keys, causal, window, sinks, plain, fused)
         pairs = sum((t.stop - t.start) * t.num_keys for t in cuts)
     return 2 * batch_size * num_heads * pairs * width
+
+
+def two_copies_kept(tokens: int, heads: int, value_dim: int, causal: bool) -> int:
+    """Elements that attention over `TwoCopies` of so many tokens keeps for backward beyond what it keeps of a row of
+    twice as many: a noisy token has two outputs with denominators, which are merged, and all are copied into one row;
+    places in the row are int64, those of the queries and of the keys."""
+    outputs = heads * (3 * value_dim + 1) + merged(2, heads, value_dim)
+    return tokens * (outputs + 2 * (2 if causal else 3))

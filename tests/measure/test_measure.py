@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+import zoo.kernels.flops  # formulas that torch lacks
 from zoo.measure import compiled
 from zoo.measure.memory import memory_of
 from zoo.measure.passes import Pass, pass_of
@@ -92,6 +94,21 @@ def test_vision_has_a_backward_of_the_embedding():
     found = measure_model(model, report, "cpu", enough=0.0)
     assert set(found.phases["backward"]) == {n.path for n in report.nodes}
     assert all(found.phases["backward"].values()) and found.backward > 0
+
+
+def test_block_diffusion_is_measured_as_it_is_trained():
+    """On two copies: the measured pass does the work that is predicted."""
+    model = zoo.build({
+        "dim": 32, "vocab_size": 24, "trunk": [{"attention": {"num_heads": 2}}, "swiglu"],
+        "diffusion": {"recipe": "nbdiff", "block_size": 8},
+    })  # fmt: skip
+    report, found = measured(model, tokens=32)
+    assert set(found.phases["backward"]) == {n.path for n in report.nodes}
+    with FlopCounterMode(display=False) as counter:
+        pass_of(model, report, "cpu").forward()
+    assert 3 * counter.get_total_flops() == report.flops
+    with pytest.raises(zoo.ConfigError, match="whole blocks of 8 tokens"):
+        measured(model, tokens=20)
 
 
 def test_a_gpu_is_waited_for_at_the_ends_only(monkeypatch, llama):

@@ -288,7 +288,9 @@ class Loop(Composite):
         yield from total
         backward = self.steps if self.grad_last is None else min(self.grad_last, self.steps)
         runs = self.steps + (2 * backward if mode == "train" else 0)
-        yield routing_leaf(self, self.router, batch_size, seq_len, mode, path, self.inject_proj, runs, backward)
+        entered = self.inject != "none" or self.step_signal is not None or self.sinusoid or self.coordinate
+        where = (batch_size, seq_len, mode, path)
+        yield routing_leaf(self, self.router, *where, self.inject_proj, runs, backward, entered)
 
     def _ring_leaves(self, share, batch_size, seq_len, context_len, path) -> list[Leaf]:
         run: list[Leaf] = []

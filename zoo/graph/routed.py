@@ -59,6 +59,9 @@ def picked_leaves(body, share, batch_size, seq_len, context_len, mode, path) -> 
     everything = list(body.leaves(batch_size, seq_len, context_len, mode, path))
     if share == 1:
         return everything
+    if share == 0:
+        idle = [(e, e.cost.of_share(0).replace(activation_bytes=0, product_bytes=0)) for e in everything]
+        return [Leaf(e.path, e.block, cost, e.module) for e, cost in idle]
     if seq_len == 1:  # decoding: a share of the steps does the work
         return [Leaf(e.path, e.block, e.cost.of_share(share), e.module) for e in everything]
     part = body.leaves(batch_size, max(1, int(share * seq_len)), round(share * context_len), mode, path)
@@ -69,16 +72,23 @@ def picked_leaves(body, share, batch_size, seq_len, context_len, mode, path) -> 
 
 
 def reading_leaves(body, share, batch_size, seq_len, context_len, mode, path) -> list[Leaf]:
-    """Costs of a body that a `share` of the tokens takes over keys that are written already."""
+    """Costs of a body that a `share` of the tokens takes over keys that are written already, and kept."""
+    train = mode == "train"
     queries = seq_len if seq_len == 1 or share == 1 else max(1, int(share * seq_len))
     often = share if seq_len == 1 else 1
     run = []
     for leaf in picked_leaves(body, share, batch_size, seq_len, context_len, mode, path):
         block, cost = getattr(leaf.module, "block", None), leaf.cost
         if getattr(block, "shares_keys", False):
-            given, passes = (batch_size, queries, seq_len, context_len), often * (3 if mode == "train" else 1)
+            given, passes = (batch_size, queries, seq_len, context_len), often * (3 if train else 1)
             flops, useful = block.query_flops(*given), block.useful_query_flops(*given)  # type: ignore[union-attr]
             cost = cost.replace(flops=round(passes * flops), useful_flops=round(passes * useful))
+            if train:
+                spared = block.key_elements(batch_size * queries)  # type: ignore[union-attr]
+                # where only some ask, places of queries and keys are int64
+                spared -= 0 if queries == seq_len else 2 * batch_size * (queries + seq_len)
+                spared *= block.itemsize  # type: ignore[union-attr]
+                cost += Cost(bytes_read=-spared, bytes_written=-spared, activation_bytes=-spared)
         run.append(Leaf(leaf.path, leaf.block, cost, leaf.module))
     return run
 
@@ -98,9 +108,11 @@ def stateless(leaf: Leaf) -> Leaf:
     return Leaf(leaf.path, leaf.block, leaf.cost.replace(state_bytes=0), leaf.module)
 
 
-def routing_leaf(node, router, batch_size, seq_len, mode, path, extra=None, runs=0, trained=0) -> Leaf:
-    """Cost of a combinator's own parameters: its router, and a map `extra` that runs so often (backward is two), and
-    `trained` times with a gradient."""
+def routing_leaf(
+    node, router, batch_size, seq_len, mode, path, extra=None, runs=0, trained=0, entered=False
+) -> Leaf:  # fmt: skip
+    """Cost of a combinator's own parameters: its router (`entered`: see its `activation_elements`), and a map `extra`
+    that runs so often (backward is two), and `trained` times with a gradient."""
     inside = {id(p) for name, child in node.named_children() if name in ("body", "bodies") for p in child.parameters()}
     own = sum(p.numel() for p in node.parameters() if id(p) not in inside)
     tokens, item = batch_size * seq_len, next(node.parameters()).element_size()
@@ -108,10 +120,11 @@ def routing_leaf(node, router, batch_size, seq_len, mode, path, extra=None, runs
     # a step that some tokens take gathers them, and adds to them what it says
     moved = tokens * router.dim * sum(2 * share for share in shares if share < 1)
     scored = tokens * router.dim * len(shares) if own else 0
-    # the map's input; what is weighted, the stream that tokens are taken from, and a few numbers for each decision
-    kept = 0 if extra is None else trained * tokens * extra.in_features
-    taken = [share < 1 and not router.reads_all for share in shares]
-    kept += sum(tokens * (router.dim * (1 + some) + 8) for some in taken) if router.weighs else 0
+    # the map's input; the streams that tokens are taken from (a loop has one a step), int64 places of those taken
+    kept = router.activation_elements(tokens, entered)
+    kept += 0 if extra is None else trained * tokens * extra.in_features
+    some = [share for share in shares if 0 < share < 1 and not router.reads_all]
+    kept += tokens * router.dim * (len(some) if router.nested else bool(some)) + round(2 * tokens * sum(some))
     cost = part_cost(
         mode, item, params=own, flops=router.step_flops(tokens), vector=router.step_vector_flops(tokens),
         read=round(scored + moved), written=round(moved), kept=kept,

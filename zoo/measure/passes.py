@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.architectures.block_diffusion import BlockDiffusionLM
 from zoo.architectures.causal_lm import CausalLM
 from zoo.architectures.vision import VisionModel
+from zoo.errors import ConfigError
 
 if TYPE_CHECKING:
     from zoo.cost import CostReport
@@ -46,6 +48,8 @@ def pass_of(model: CausalLM | VisionModel, report: CostReport, device: str) -> P
     shape = (report.batch_size, report.context_len + report.seq_len + 1)
     tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
     if train:
+        if isinstance(model, BlockDiffusionLM) and report.seq_len % model.block_size:
+            raise ConfigError(f"--seq {report.seq_len}: the model learns whole blocks of {model.block_size} tokens")
         return Pass(lambda: model.zero_grad(set_to_none=True), lambda: _learn(model, tokens), held)
     before, after = tokens[:, : report.context_len], tokens[:, report.context_len : -1]
     with torch.no_grad():
@@ -66,6 +70,10 @@ def _tensors(model: torch.nn.Module) -> list[Tensor]:
 
 
 def _learn(model: CausalLM, tokens: Tensor) -> Tensor:
+    if isinstance(model, BlockDiffusionLM):
+        row = tokens[:, :-1]
+        rate = torch.full(row.shape, 0.5, device=row.device)
+        return model.losses(row, rate * (row % 2)).mean()  # about every other token is masked
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
