@@ -80,7 +80,7 @@ def grouped_heads(
         {"num_heads": 4, "head_dim": 8, "qk_norm": "full", "norm_zero_centered": True, "rope_interleaved": True},
         {"num_heads": 4, "num_kv_heads": 2, "softcap": 5.0, "sink_logits": True, "window": 16},
         {"num_heads": 4, "rope": False, "scale": 0.3},
-        {"num_heads": 4, "bias": "qk"},
+        {"num_heads": 4, "bias": "qk", "rotary_dim": 4, "rope_scaling": {"rope_type": "longrope", "factors": [1, 4]}},
     ),
 )
 class Attention(Block):
@@ -95,7 +95,7 @@ class Attention(Block):
     o * sigmoid(W_g x), rows of W_g beside those of q head by head (Qwen3-Next); `bias` of all four maps or of q and
     k alone (`qk`, Huginn), `out_bias` of W_o where it differs; `causal=False` sees the whole
     document and cannot be streamed. Rotary options: `rotary_dim` channels of each head, `rope_interleaved`
-    pairs (2i, 2i+1), `rope_scaling` as in Hugging Face (rope_type linear, llama3 or yarn).
+    pairs (2i, 2i+1), `rope_scaling` as in Hugging Face (rope_type linear, llama3, yarn; longrope of one length).
     `select`: a policy that says which keys a query reads, by its name or as {name: options}; `zoo list --kind select`
     names them, and `kernel` is then one of sparse_attention. `cache`: a policy that says what is kept, and how.
     State: keys and values, 2 G d a token, or of sinks + window tokens. 4 H d T^2 FLOPs a sequence (causal half
@@ -139,7 +139,6 @@ class Attention(Block):
     ):
         super().__init__(dim)
         check_backend("attention" if select is None else "sparse_attention", kernel)
-        check_scaling(rope_scaling)
         self.num_heads, self.num_kv_heads, self.head_dim = grouped_heads(dim, num_heads, num_kv_heads, head_dim)
         self.rotary_dim = (self.head_dim if rotary_dim is None else rotary_dim) if rope else 0
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
@@ -147,6 +146,7 @@ class Attention(Block):
                 f"rotary_dim={self.rotary_dim} must be even and at most head_dim={self.head_dim}; give another "
                 "rotary_dim or head_dim, or rope: false"
             )
+        check_scaling(rope_scaling, self.rotary_dim)
         if sinks and window is None:
             raise ValueError(f"sinks={sinks} keeps tokens that a window drops: give a window, or sinks=0")
         self.select: Policy | None = None

@@ -87,7 +87,6 @@ class MultiHeadLatentAttention(Block):
     ):
         super().__init__(dim)
         check_backend("attention", kernel)
-        check_scaling(rope_scaling)
         H = self.num_heads = num_heads or default_num_heads(dim)
         self.q_lora_rank, self.kv_lora_rank = q_lora_rank, kv_lora_rank or max(dim // 4, 1)
         self.nope = qk_nope_head_dim or max(dim // H, 1)
@@ -95,6 +94,7 @@ class MultiHeadLatentAttention(Block):
         self.v_head_dim = v_head_dim or self.nope
         if rope and self.rope_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.rope_dim} must be even; give an even one, or rope: false")
+        check_scaling(rope_scaling, self.rope_dim)
         self.rope, self.kernel = rope, kernel
         self.rope_options = {"base": rope_base, "interleaved": rope_interleaved, "scaling": rope_scaling}
         self.qk_head_dim = self.nope + self.rope_dim

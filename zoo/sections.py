@@ -383,9 +383,11 @@ class DistillSection(_Section):
 @dataclass(frozen=True)
 class OriginSection(_Section):
     """Where a converted model came from: the `config` of the library that made it (its `model_type` names the family),
-    the `source` of the weights and their `license`."""
+    the `source` of the weights and their `license`; the `context`, in tokens, that it was converted for, where the
+    original is another function at another length."""
 
     where: typing.ClassVar[str] = "origin"
     config: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     license: str = ""
+    context: PositiveInt | None = None

@@ -45,10 +45,14 @@ def rope(
     if rotary_dim == 0:
         return x
     if x.is_cpu and native_core.watched(x) is None:
-        frequencies, amplitude = _kept_frequencies(rotary_dim, base, scaling and tuple(sorted(scaling.items())))
+        frequencies, amplitude = _kept_frequencies(rotary_dim, base, scaling and _hashable(scaling))
     else:
         frequencies, amplitude = rope_frequencies(rotary_dim, base, scaling, x.device)
     return call("rope", backend, x, positions, frequencies, amplitude, interleaved, inverse)
+
+
+def _hashable(scaling: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((key, tuple(v) if isinstance(v, list) else v) for key, v in scaling.items()))
 
 
 @functools.lru_cache(maxsize=64)

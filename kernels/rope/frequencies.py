@@ -16,16 +16,19 @@ _KEYS = {
         "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
         "mscale_all_dim", "truncate",
     },
+    "longrope": {"factors", "attention_factor"},
 }  # fmt: skip
 _REQUIRED = {
     "linear": {"factor"},
     "llama3": _KEYS["llama3"],
     "yarn": {"factor", "original_max_position_embeddings"},
+    "longrope": {"factors"},
 }
 
 
-def check_scaling(scaling: Mapping[str, Any] | None) -> None:
-    """Raise ValueError where `scaling` has an unknown type, an unknown key or lacks one."""
+def check_scaling(scaling: Mapping[str, Any] | None, rotary_dim: int) -> None:
+    """Raise ValueError where `scaling` has an unknown type, an unknown key or lacks one, or where its factors are not
+    those of `rotary_dim` channels."""
     if scaling is None:
         return
     kind, keys = scaling.get("rope_type"), set(scaling) - {"rope_type"}
@@ -37,6 +40,10 @@ def check_scaling(scaling: Mapping[str, Any] | None) -> None:
         )
     if lacking := _REQUIRED[kind] - keys:
         raise ValueError(f"rope scaling {kind} needs {', '.join(sorted(lacking))}")
+    if kind == "longrope":
+        factors = scaling["factors"]
+        if not isinstance(factors, (list, tuple)) or len(factors) != rotary_dim // 2:
+            raise ValueError(f"rope scaling longrope needs {rotary_dim // 2} factors, one a pair; got {factors}")
 
 
 def rope_frequencies(
@@ -45,15 +52,20 @@ def rope_frequencies(
     """Frequencies [rotary_dim / 2] in fp64 and the factor by which cos and sin are multiplied.
 
     `scaling` names its method in `rope_type`, with the keys Hugging Face uses: `linear` (factor), `llama3`
-    (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) or `yarn` (factor,
+    (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings), `yarn` (factor,
     original_max_position_embeddings, beta_fast=32, beta_slow=1, attention_factor, mscale, mscale_all_dim,
-    truncate=True; arXiv:2309.00071).
+    truncate=True; arXiv:2309.00071) or `longrope` (factors, one for each pair of channels, attention_factor=1;
+    arXiv:2402.13753). Hugging Face has two lists of factors for longrope and chooses by the length of the text, so
+    that an angle depends on tokens behind it; here it is one.
     """
     exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
     plain = float(base) ** -exponent
-    check_scaling(scaling)
+    check_scaling(scaling, rotary_dim)
     if scaling is None:
         return plain, 1.0
+    if scaling["rope_type"] == "longrope":
+        factors = torch.tensor(scaling["factors"], dtype=torch.float64, device=device)
+        return plain / factors, float(scaling.get("attention_factor", 1.0))
     factor = float(scaling["factor"])
     if scaling["rope_type"] == "linear":
         return plain / factor, 1.0

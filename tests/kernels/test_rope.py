@@ -60,6 +60,30 @@ def test_frequencies_of_hugging_face(scaling):
     assert factor == pytest.approx(amplitude)
 
 
+@pytest.mark.parametrize(("length", "which"), [(4096, "short_factor"), (4097, "long_factor")])
+def test_longrope_of_hugging_face(length, which):
+    from transformers import Phi3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    lists = {"short_factor": [1 + 0.01 * i for i in range(32)], "long_factor": [1.0 + i for i in range(32)]}
+    config = Phi3Config(
+        hidden_size=128, num_attention_heads=2, max_position_embeddings=131072, original_max_position_embeddings=4096,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "longrope", **lists},
+    )  # fmt: skip
+    want, amplitude = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=length)
+    have, factor = rope_frequencies(
+        64, 10000.0, {"rope_type": "longrope", "factors": lists[which], "attention_factor": amplitude}
+    )
+    torch.testing.assert_close(have.float(), want, rtol=1e-5, atol=1e-9)
+    assert factor == amplitude
+    x, at = torch.randn(1, 3, 2, 64, dtype=torch.float64), torch.tensor([[0, 7, 5000]])
+    scaling = {"rope_type": "longrope", "factors": lists[which]}
+    plain = rope(x, at, base=10000.0, scaling=scaling | {"factors": [1.0] * 32})
+    torch.testing.assert_close(plain, rope(x, at, base=10000.0))
+    turned = rope(x, at, scaling=scaling)
+    torch.testing.assert_close(turned, rope(x, at, scaling=scaling, backend="reference"), rtol=0, atol=1e-12)
+
+
 def test_refusals():
     x, p = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="rotary_dim must be even"):
@@ -68,3 +92,5 @@ def test_refusals():
         rope(x, p, scaling={"rope_type": "yarn", "facto": 2.0})
     with pytest.raises(ValueError, match="needs factor"):
         rope(x, p, scaling={"rope_type": "linear"})
+    with pytest.raises(ValueError, match=r"needs 4 factors, one a pair; got"):
+        rope(x, p, scaling={"rope_type": "longrope", "factors": [1.0]})

@@ -24,6 +24,10 @@ def command(
     license: Annotated[
         str, typer.Option("--license", help="Of the weights, where README.md names none.", show_default=False)
     ] = "",
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="Tokens to be read, where rotary angles depend on it (Phi-3 128k)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert a pretrained model: the same logits from our blocks, as config.yaml and safetensors.
@@ -47,6 +51,7 @@ def command(
             folder,
             dtype=None if dtype is None else getattr(torch, dtype),
             license=license,
+            context=context,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         model.save_pretrained(out)

@@ -21,11 +21,13 @@ from zoo.graph.loader import load_graph
 __all__ = ["from_folder", "from_hf", "save_hf", "to_hf", "to_hf_model"]
 
 
-def from_hf(hf_model: nn.Module) -> Any:
+def from_hf(hf_model: nn.Module, *, context: int | None = None) -> Any:
     """The same function in our blocks: a model of transformers as a `zoo.Model`, with its weights, device and dtype.
 
-    Evaluated logits and cached generation are the original's. ConfigError, before any weight is touched, names what
-    the graph cannot represent. `model.config["origin"]` keeps the configuration it came from.
+    Evaluated logits and cached generation are the original's. context: how many tokens are to be read, needed where
+    the original's angles depend on it (rope_type longrope, dynamic) and refused elsewhere. ConfigError, before any
+    weight is touched, names what the graph cannot represent. `model.config["origin"]` keeps the configuration it came
+    from.
     """
     config = getattr(hf_model, "config", None)
     if not hasattr(config, "to_dict"):
@@ -33,7 +35,7 @@ def from_hf(hf_model: nn.Module) -> Any:
     tensors = hf_model.state_dict(keep_vars=True)
     some = next(hf_model.parameters())
     values = config.to_dict() | {"architectures": [type(hf_model).__name__]}  # type: ignore[union-attr]
-    model, rules = plan(values, dtype=some.dtype)
+    model, rules = plan(values, dtype=some.dtype, context=context)
     used = {id(tensors[name]) for rule in rules for name in rule.theirs if name in tensors}
     if left := [name for name, tensor in tensors.items() if id(tensor) not in used]:
         raise ConfigError(f"{type(hf_model).__name__} has weights that the graph has no place for: {few(left)}")
@@ -47,12 +49,13 @@ def from_folder(
     dtype: torch.dtype | None = None,
     device: Any = "cpu",
     license: str = "",
+    context: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
     """The same from a folder of the Hub on disk: config.json and safetensors, in one file or sharded.
 
     Weights are streamed: beside the model, only what one of its tensors is made of is in memory. dtype: that of the
-    files by default. license: where README.md names none. progress: called with the tensors that are done and all of
+    files by default. license: where README.md names none. context: see `from_hf`. progress: called with the tensors that are done and all of
     them. ConfigError names what is missing, damaged, pickled or unknown; no code of the folder is run.
     """
     folder = Path(folder)
@@ -61,7 +64,7 @@ def from_folder(
         config = hf.configuration(values)
         weights = Weights(folder)
         origin = {"source": str(folder), "license": license or license_of(folder)}
-        model, rules = plan(config.to_dict(), dtype=dtype or weights.dtype(), origin=origin)
+        model, rules = plan(config.to_dict(), dtype=dtype or weights.dtype(), context=context, origin=origin)
         names = hf.Names(config, weights.names)
         _check(folder, names, weights, [name for rule in rules for name in rule.theirs])
         fill(model, rules, lambda name: names.make(name, weights), device, progress)
@@ -88,15 +91,20 @@ def _check(folder: Path, names: hf.Names, weights: Weights, wanted: list[str]) -
 
 
 def plan(
-    config: Mapping[str, Any], *, dtype: torch.dtype, origin: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    context: int | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> tuple[Model, list[Rule]]:
-    """The model of a configuration of theirs on the meta device, and what its tensors are in theirs. `origin`: more
-    to keep beside the configuration, such as the licence."""
-    settings = Settings(config)
+    """The model of a configuration of theirs on the meta device, and what its tensors are in theirs. `context`: see
+    `from_hf`. `origin`: more to keep beside the configuration, such as the licence."""
+    settings = Settings(config, context)
     family = families.load(str(config.get("model_type")))
     document = family.document(settings)
     settings.check_unread()
-    document = {"name": settings.model_type, **document, "origin": {"config": _kept(settings), **(origin or {})}}
+    origin = {"config": _kept(settings), **(origin or {})} | ({} if context is None else {"context": context})
+    document = {"name": settings.model_type, **document, "origin": origin}
     model = assemble(load_graph(document), dtype=dtype)
     rules = list(family.rules(settings, model))
     names = [n for rule in rules for n in rule.ours]
@@ -150,7 +158,7 @@ def to_hf(model: Model) -> dict[str, Tensor]:
     origin = model.config.get("origin")
     if not (origin and origin.get("config")):
         raise ConfigError("the model did not come from another library (its configuration has no origin)")
-    expected, rules = plan(origin["config"], dtype=torch.float32)
+    expected, rules = plan(origin["config"], dtype=torch.float32, context=origin.get("context"))
     other = {"name", "description", "origin", "train", "data", "parallel"}  # say nothing of the function
     for key in (expected.config.keys() | model.config.keys()) - other:
         if expected.config.get(key) != model.config.get(key):

@@ -24,11 +24,15 @@ NEUTRAL = frozenset(
 
 
 class Settings:
-    """Values of a configuration as attributes. `unread` names those that nobody asked for and that are not neutral."""
+    """Values of a configuration as attributes; `check_unread` refuses those that nobody asked for.
 
-    def __init__(self, values: Mapping[str, Any]):
+    context: how many tokens the importer wants to read, for models whose angles depend on it.
+    """
+
+    def __init__(self, values: Mapping[str, Any], context: int | None = None):
         self._values = json.loads(json.dumps(values, default=str))  # plain, as a file would hold them
         self._read: set[str] = set()
+        self._context, self._context_read = context, False
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._values:
@@ -51,6 +55,14 @@ class Settings:
             if self.get(name) not in allowed:
                 raise self.refused(f"{name}: {self.get(name)!r}", "can be " + " or ".join(map(repr, allowed)))
 
+    def context(self, feature: str, choices: str) -> int:
+        """The length that the importer named, for a feature that depends on the length of the text."""
+        if self._context is None:
+            why = "its angles depend on the length of the text. Name one by context=N (zoo import --context N)"
+            raise self.refused(f"{feature} of any length", f"{why}: {choices}")
+        self._context_read = True
+        return self._context
+
     def refused(self, feature: str, why: str) -> ConfigError:
         """The error for a feature that the graph cannot represent."""
         return ConfigError(
@@ -58,7 +70,10 @@ class Settings:
         )
 
     def check_unread(self) -> None:
-        """Refuse settings that the family does not know, so that none is dropped silently."""
+        """Refuse settings that the family does not know, and a context it does not need: nothing is dropped
+        silently."""
+        if self._context is not None and not self._context_read:
+            raise self.refused(f"context={self._context}", "the model is the same at every length: leave it out")
         unknown = sorted(k for k in self._values.keys() - self._read - NEUTRAL if self._values[k] is not None)
         if unknown:
             raise self.refused(", ".join(f"{k}: {self._values[k]!r}" for k in unknown), "the mapping does not know it")

@@ -7,29 +7,9 @@ from typing import Any
 
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers
+from zoo.convert.families._rope import head_dim, rope
 from zoo.convert.rules import Rule, alike, residual_blocks, same
 from zoo.convert.settings import Settings
-
-
-def rope(s: Settings, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Rotary options of attention; `given` where layers differ in them."""
-    _layers.idle(s, "original_max_position_embeddings", "partial_rotary_factor", "rope_theta")  # they are in these:
-    parameters = {k: v for k, v in (given or s.rope_parameters).items() if v is not None and k != "type"}
-    options: dict[str, Any] = {"rope_base": float(parameters.pop("rope_theta"))}
-    if (share := parameters.pop("partial_rotary_factor", 1.0)) != 1.0:
-        options["rotary_dim"] = int(share * head_dim(s))
-    kind = parameters["rope_type"]
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        why = "its angles depend on the length of the text" if kind in ("dynamic", "longrope") else ""
-        raise s.refused(f"rope_type: {kind!r}", (why and f"{why}; ") + "can be default, linear, llama3 or yarn")
-    if kind != "default":
-        options["rope_scaling"] = parameters
-    return options
-
-
-def head_dim(s: Settings) -> int:
-    """Channels of a head."""
-    return s.get("head_dim") or s.hidden_size // s.num_attention_heads
 
 
 def attention(
