@@ -15,7 +15,8 @@ from zoo.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import torch
 
-    from zoo.graft import Pair, Plan
+    from zoo.graft import Pair
+    from zoo.graft.plan import Plan
 
 LR, SEQ, BATCH = 1e-3, 256, 8
 Lr = Annotated[
@@ -103,7 +104,7 @@ def teach(
     import torch
 
     from zoo.architectures.block_diffusion import BlockDiffusionLM
-    from zoo.graft import distill
+    from zoo.graft import Plan, distill
     from zoo.graft.lesson import Lesson, tokenizer_beside
     from zoo.train.stopping import stopping
 
@@ -116,7 +117,7 @@ def teach(
     dtype, where = next(model.parameters()).dtype, device_of(device)
     wide = torch.promote_types(dtype, torch.float32)
     model.to(device=where, dtype=wide)
-    if not pair.applied:
+    if isinstance(pair, Plan):
         pair.apply()
     with pair.original() as original:
         before = lesson.heldout_loss(original.to(device=where, dtype=wide))
