@@ -317,6 +317,33 @@ def test_mistakes_of_value_residual(trunk, words):
         zoo.build({"dim": DIM, "vocab_size": VOCAB, "trunk": trunk})
 
 
+def test_a_stitch_is_what_its_body_adds_mapped_back():
+    node, x = build({"stitch": 16, "of": [LAYER, {"stitch": 8, "of": "swiglu"}]}).layers[0], stream()
+    assert {p.shape for p in (node.in_proj.weight, node.body.items[1].out_proj.weight)} == {(16, DIM), (16, 8)}
+    h = x @ node.in_proj.weight.T + node.in_proj.bias
+    torch.testing.assert_close(node(x), x + node.out_proj(node.body(h) - h), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        node.out_proj.weight.zero_()
+    assert torch.equal(node(x), x + node.out_proj.bias)
+
+
+@pytest.mark.parametrize(
+    ("stitch", "words"),
+    [
+        ({"stitch": 16}, "stitch needs the field of"),
+        ({"stitch": {"of": LAYER}}, "stitch needs this option"),
+        ({"stitch": "wide", "of": LAYER}, "must be an integer"),
+        ({"stitch": 0, "of": LAYER}, "must be at least 1"),
+        ({"stitch": 16, "of": LAYER, "depth": 1}, "unknown field of stitch"),
+        ({"stitch": 15, "of": LAYER}, "attention"),
+        ([{"sequence": LAYER, "share": "a"}, {"stitch": 16, "of": [{"share": "a"}]}], "different widths"),
+    ],
+)
+def test_mistakes_of_stitch(stitch, words):
+    with pytest.raises(zoo.ConfigError, match=words):
+        zoo.build({"dim": DIM, "vocab_size": VOCAB, "trunk": [stitch]})
+
+
 MODELS = {
     "fixed": [loop(steps=3, step_signal="learned")],
     "act": [loop(steps=3, router={"act": {"copy_halted": True}})],
@@ -339,6 +366,11 @@ MODELS = {
     "share": [{"sequence": LAYER, "share": "s"}, "swiglu", {"share": "s"}],
     "parallel": [{"parallel": [{"attention": {"num_heads": 4}}, "swiglu"], "merge": "concat", "norm": "layer"}],
     "revisit": [revisit(copies=2, rank=4, attention_rank=3)],
+    "stitch": [LAYER, {"stitch": 16, "of": [LAYER, "gla"]}, {"parallel": [{"stitch": 48, "of": LAYER}, "swiglu"]}],
+    "stitch_routed": [
+        {"route": [{"stitch": 16, "of": LAYER}], "router": "mod"},
+        loop(steps=2, of=[{"stitch": 16, "of": "gla"}]),
+    ],
     "value_residual": [{"value_residual": [["rwkv7", "swiglu"], {"repeat": 2, "of": [{"rwkv7": {"num_heads": 2}}]}]}],
     "value_residual_routed": ["swiglu", {"route": [{"value_residual": ["rwkv7", LAYER, "rwkv7"]}], "router": "mod"}],
     "revisit_bare": [{**revisit(at=-1, of=["gla", "swiglu"]), "norm": "none"}, loop(steps=2, of=revisit(at=0))],

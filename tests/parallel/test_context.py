@@ -153,6 +153,7 @@ MODELS = {
         {"feedback": {"inner": 1, "outer": 2}, "of": ["rg_lru", "mlp"]},
         {"revisit": {"at": "0", "hidden_dim": 32}, "of": [["mamba", "mlp"]]},
         {"value_residual": [["rwkv7", "rwkv7_ffn"], ["rwkv7", "rwkv7_ffn"]]},
+        {"stitch": 32, "of": [["attention", "mlp"], "gla"]},
     ),
 }
 

@@ -28,7 +28,13 @@ MODELS = {
     "window": [WINDOW, {"attention": {"num_heads": 4, "window": 50}}, "mla"],
     "mamba2": [{"repeat": 2, "of": [{"mamba2": {"state_dim": 16, "chunk_size": 16}}]}, "mamba"],
     "hybrid": [["gated_deltanet", "swiglu"], LAYER, ["kda", "swiglu"]],
-    "recurrent": ["rg_lru", "gla", "retention", {"value_residual": {"of": ["rwkv7", "rwkv7_ffn", "rwkv7"]}}],
+    "recurrent": [
+        "rg_lru",
+        "gla",
+        "retention",
+        {"stitch": 32, "of": ["gla", "mlp"]},
+        {"value_residual": {"of": ["rwkv7", "rwkv7_ffn", "rwkv7"]}},
+    ],
     "parallel": [{"parallel": [ATTENTION, "mamba2"], "merge": "gated"}, {"stage": 2, "first": 1, "of": LAYER}],
     "loops": [
         {"loop": 3, "inject": "concat", "step_signal": "learned", "of": LAYER},

@@ -15,6 +15,7 @@ from zoo.cli import (
     build,
     calibrate,
     data,
+    distill,
     doctor,
     eval,
     export,
@@ -139,6 +140,7 @@ app.add_typer(data.app, name="data")
 app.command("watch")(watch.command)
 app.command("import")(import_hf.command)
 app.command("graft")(graft.command)
+app.command("distill")(distill.command)
 app.add_typer(store.app, name="store")
 app.command("push")(hub.push)
 app.command("pull")(hub.pull)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zoo.cli import output
+from zoo.cli import output, teaching
 from zoo.cli.options import Json
-from zoo.errors import ConfigError, DataError, did_you_mean
+from zoo.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from zoo.graft import Plan
@@ -41,19 +41,11 @@ def command(
         int | None,
         typer.Option("--distill", metavar="N", min=1, help="Teach the new blocks: N steps each alone, N together."),
     ] = None,
-    lr: Annotated[
-        float | None, typer.Option("--lr", metavar="X", help="Learning rate of --distill. [1e-3]", show_default=False)
-    ] = None,
-    seq: Annotated[
-        int | None, typer.Option("--seq", min=2, help="Tokens of its rows. [256]", show_default=False)
-    ] = None,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Rows of a step. [8]", show_default=False)] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data", metavar="FILE", help="Its text: a file, or a folder. [python-stdlib]", show_default=False
-        ),
-    ] = None,
+    lr: teaching.Lr = None,
+    seq: teaching.Seq = None,
+    batch: teaching.Batch = None,
+    data: teaching.Data = None,
+    device: teaching.Device = None,
     as_json: Json = False,
 ) -> None:
     """Replace blocks of a trained model; without --out, tell what would become of each tensor.
@@ -62,55 +54,49 @@ def command(
     blocks, and nothing else, what the replaced ones computed and what the model said; it shows the held-out loss
     before, after grafting and after teaching. Text is read by the tokenizer beside the model, as bytes where none is.
     """
-    teaching = {"lr": lr, "seq": seq, "batch": batch, "data": data}
-    if distill is None and (given := [k for k, v in teaching.items() if v is not None]):
+    settings = {"lr": lr, "seq": seq, "batch": batch, "data": data, "device": device}
+    if distill is None and (given := [k for k, v in settings.items() if v]):
         raise ConfigError(f"--{given[0]} goes with --distill")
     if distill is not None and out is None:
         raise ConfigError("--distill goes with --out: what is taught has to be saved")
-    if lr is not None and not 0 < lr < 1:
-        raise ConfigError(f"--lr: must be above 0 and below 1, got {lr:g}")
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not an empty folder: give another --out")
+    teaching.checked(out, lr)
     with output.stdout_kept_for_json(as_json):
         with output.working("loading"):
             from zoo import graft
             from zoo.convert.folder import copy_beside
 
             chosen = _options(block, options or ())
-            host = _loaded(model)
+            host = teaching.loaded(model)
             plan = graft.plan(host, pattern, block, **chosen)
         document: dict[str, Any] = _told(plan) | {"saved": None}
         if not as_json:
             _print(document)
         if out is not None:
             if distill is not None:
-                document["loss"] = _taught(plan, model, distill, **{k: v for k, v in teaching.items() if v is not None})
-            plan.apply()
+                taught = teaching.teach(plan, model, distill, **settings)
+                document |= {
+                    "loss": {
+                        "before": taught.original,
+                        "after_grafting": taught.begun,
+                        "after_distillation": taught.taught,
+                    },
+                    "steps": taught.steps,
+                    "interrupted": taught.interrupted,
+                }
+            else:
+                plan.apply()
             host.save_pretrained(out)
             inner = model / "model" if (model / "model").is_dir() else model
             document |= {"copied": copy_beside(inner, out), "saved": str(out)}
     if as_json:
-        return output.emit(document)
-    if "loss" in document:
-        print()
-        output.facts({f"held-out loss, {k.replace('_', ' ')}": f"{v:.4f}" for k, v in document["loss"].items()})
-    print(f"\nsaved in {out}" if out else "\nnothing is changed; --out DIR grafts and saves")
-
-
-def _loaded(folder: Path) -> Any:
-    """A model as the graph of its blocks, from what wrote it here or elsewhere."""
-    import zoo
-    from zoo.architectures.model import Model
-    from zoo.convert import from_folder
-
-    ours = any((folder / name).is_file() for name in ("config.yaml", "model/config.yaml"))
-    theirs = not ours and (folder / "config.json").is_file()
-    if not ours and not theirs:
-        raise ConfigError(f"{folder}: is no saved model, no finished run and no folder of the Hub")
-    model = from_folder(folder) if theirs else zoo.from_pretrained(folder)
-    if not isinstance(model, Model):
-        raise ConfigError(f"{folder}: holds a {type(model).__name__}, whose blocks cannot be replaced")
-    return model
+        output.emit(document)
+    else:
+        if "loss" in document:
+            print()
+            teaching.show(document)
+        print(f"\nsaved in {out}" if out else "\nnothing is changed; --out DIR grafts and saves")
+    if document.get("interrupted"):
+        raise typer.Exit(130)
 
 
 def _options(block: str, given: Sequence[str]) -> dict[str, Any]:
@@ -162,39 +148,3 @@ def _print(document: Mapping[str, Any]) -> None:
     for name, total in document["totals"].items():
         tensors = f"{total['tensors']:>5} tensors, " if "tensors" in total else " " * 15
         print(f"{name:<10}{tensors}{output.count(total['numbers']):>6} numbers")
-
-
-def _taught(
-    plan: Plan, folder: Path, steps: int, *, lr: float = 1e-3, seq: int = 256, batch: int = 8, data: str = ""
-) -> dict[str, float]:
-    """Apply the plan and teach its blocks; held-out losses. Half precision would lose small steps."""
-    import torch
-
-    from zoo.architectures.block_diffusion import BlockDiffusionLM
-    from zoo.graft import distill
-    from zoo.graft.lesson import Lesson, tokenizer_beside
-    from zoo.sections import STDLIB
-
-    host: Any = plan.model
-    if "decode" not in host.modes or isinstance(host, BlockDiffusionLM):
-        raise DataError(f"{folder}: --distill needs a model that tells one token after the other")
-    with output.working("reading text"):
-        lesson = Lesson(tokenizer_beside(folder, host.vocab_size), data or STDLIB, seq_len=seq, size=batch)
-    dtype = next(host.parameters()).dtype
-    if dtype in (torch.bfloat16, torch.float16):
-        host.float()
-    losses = {"before": lesson.heldout_loss(host)}
-    plan.apply()
-    losses["after_grafting"] = lesson.heldout_loss(host)
-    with output.progress("loss") as bar:
-        tasks = {name: bar.add_task(name, total=steps, loss="") for name in ("layers", "model")}
-        distill(
-            plan,
-            lesson.batches(),
-            layer_steps=steps,
-            model_steps=steps,
-            lr=lr,
-            progress=lambda stage, step, loss: bar.update(tasks[stage], completed=step + 1, loss=f"{loss:.3f}"),
-        )
-    host.to(dtype)
-    return losses | {"after_distillation": lesson.heldout_loss(host)}

@@ -13,7 +13,7 @@ from zoo.conformance.subject import DIM, Subject, same, stir
 
 LAYER = [{"attention": {"num_heads": 4}}, {"swiglu": {"hidden_dim": 96}}]
 VOCAB, LENGTH = 40, 70
-ADDED = (".router.", ".visits.", ".transformers.")  # what a combinator has beside its body
+ADDED = (".router.", ".visits.", ".transformers.", ".in_proj.", ".out_proj.")  # what a combinator has beside its body
 
 
 def _model(name: str, fields: dict) -> nn.Module:

@@ -7,6 +7,7 @@ plan.undo()
 """
 
 from zoo.graft.distill import distill
+from zoo.graft.pair import Pair, pair
 from zoo.graft.plan import Entry, Plan, plan, replace
 
-__all__ = ["Entry", "Plan", "distill", "plan", "replace"]
+__all__ = ["Entry", "Pair", "Plan", "distill", "pair", "plan", "replace"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -87,6 +88,15 @@ class Plan:
             _put(self.model, site, original)
         if self.documents:
             self.model.config = self.documents[0]  # type: ignore[assignment]
+
+    @contextmanager
+    def original(self) -> Iterator[nn.Module]:
+        """The model as it was, while inside."""
+        self.undo()
+        try:
+            yield self.model
+        finally:
+            self.apply()
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters of the blocks that were put in."""

@@ -16,11 +16,8 @@ sample.txt          a continuation of held-out text, an answered task, or labell
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +41,7 @@ from zoo.train.job import Job
 from zoo.train.prepare import Data, prepare
 from zoo.train.progress import Reporter, step_text
 from zoo.train.speed import peak_memory, speed_of
+from zoo.train.stopping import stopping
 from zoo.train.trackers import Tracker, check_trackers, scalars, trackers
 
 
@@ -160,7 +158,7 @@ def _run(
             health = stack.enter_context(MetricsFile(folder / "health.jsonl", at or 0))
             name = str(document.get("name", "model"))
             told = stack.enter_context(trackers(section, folder, name, document, at or 0))
-        stop = stack.enter_context(_stopping())
+        stop = stack.enter_context(stopping())
         heldout = ""
         devices = world_size()
 
@@ -253,25 +251,3 @@ def _run(
         model=model,
         unit=data.unit,
     )
-
-
-@contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM asks for an orderly end; the second Ctrl-C is not caught."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    for n in before:
-        signal.signal(n, ask)
-    try:
-        yield asked.is_set
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
