@@ -11,14 +11,17 @@ from zoo.convert.rules import Rule, alike, residual_blocks, same
 from zoo.convert.settings import Settings
 
 
-def rope(s: Settings, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Rotary options of attention; `given` where layers differ in them."""
+def rope(s: Settings, given: Mapping[str, Any] | None = None, *, partial: bool = False) -> dict[str, Any]:
+    """Rotary options of attention; `given` where layers differ in them. `partial`: of the families whose code reads
+    partial_rotary_factor; the others rotate every channel whatever it says."""
     _layers.idle(s, "original_max_position_embeddings", "partial_rotary_factor", "rope_theta")  # they are in these:
     parameters = {k: v for k, v in (given or s.rope_parameters).items() if v is not None and k != "type"}
     options: dict[str, Any] = {"rope_base": float(parameters.pop("rope_theta"))}
-    if (share := parameters.pop("partial_rotary_factor", 1.0)) != 1.0:
+    kind, share = parameters["rope_type"], parameters.pop("partial_rotary_factor", 1.0)
+    if share != 1.0 and partial:
         options["rotary_dim"] = int(share * head_dim(s))
-    kind = parameters["rope_type"]
+    elif share != 1.0 and kind != "default":
+        raise s.refused(f"partial_rotary_factor: {share} with rope_type: {kind!r}", "the original cannot run it")
     if kind not in ("default", "linear", "llama3", "yarn"):
         why = "its angles depend on the length of the text" if kind in ("dynamic", "longrope") else ""
         raise s.refused(f"rope_type: {kind!r}", (why and f"{why}; ") + "can be default, linear, llama3 or yarn")
@@ -33,13 +36,18 @@ def head_dim(s: Settings) -> int:
 
 
 def attention(
-    s: Settings, window: int | None = None, given_rope: Mapping[str, Any] | None = None, **more: Any
+    s: Settings,
+    window: int | None = None,
+    given_rope: Mapping[str, Any] | None = None,
+    *,
+    partial: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Grouped attention as Llama has it, with a window, and `more` options."""
+    """Grouped attention as Llama has it, with a window, and `more` options; `partial` as in `rope`."""
     heads = s.num_attention_heads
     options = {"num_heads": heads, "num_kv_heads": s.get("num_key_value_heads", heads), "head_dim": head_dim(s)}
     options |= _layers.given(bias=(bool(s.get("attention_bias", False)), False), window=(window, None))
-    return options | rope(s, given_rope) | more
+    return options | rope(s, given_rope, partial=partial) | more
 
 
 def swiglu(s: Settings) -> dict[str, Any]:
