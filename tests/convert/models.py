@@ -67,6 +67,8 @@ MODELS: dict[str, Callable[[], Any]] = {
         ("llama.llama3", "Llama", LLAMA3),
         ("llama.linear", "Llama", rope("linear", factor=3.0)),
         ("llama.yarn", "Llama", YARN),
+        # a share that the original's code does not read: it rotates every channel
+        ("llama.partial", "Llama", rope("default", partial_rotary_factor=0.5)),
         ("mistral", "Mistral", {"sliding_window": 6}),
         ("mistral.full", "Mistral", {"sliding_window": None, "head_dim": 24, "tie_word_embeddings": True}),
         ("qwen2", "Qwen2", {}),
@@ -92,6 +94,7 @@ MODELS: dict[str, Callable[[], Any]] = {
             **QWEN_MOE, **BIASES, "mlp_only_layers": [0], "norm_topk_prob": True, "use_sliding_window": True,
             "sliding_window": 6, "head_dim": 8,
         }),
+        ("qwen3_moe.dense", "Qwen3Moe", {**QWEN_MOE, "mlp_only_layers": [0, 1, 2]}),
         ("qwen3_moe.step", "Qwen3Moe", {**QWEN_MOE, "decoder_sparse_step": 2, "num_hidden_layers": 4}),
         ("deepseek_v3", "DeepseekV3", DEEPSEEK),
         ("deepseek_v3.yarn", "DeepseekV3", {

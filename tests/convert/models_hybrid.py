@@ -160,6 +160,10 @@ MODELS: dict[str, Callable[[], Any]] = {
         mlp_only_layers=[0], decoder_sparse_step=2, norm_topk_prob=False, attention_bias=True,
         tie_word_embeddings=True, rms_norm_eps=1e-3,
     ),
+    "qwen3_next.no_experts": lambda: made(
+        "Qwen3Next", **HYBRID, **DELTA, head_dim=16, num_hidden_layers=2, num_experts=0, num_experts_per_tok=2,
+        layer_types=["full_attention", "linear_attention"],
+    ),
     "recurrent_gemma": lambda: made(
         "RecurrentGemma", **HYBRID | {"hidden_size": 48}, num_hidden_layers=4, attention_window_size=5,
     ),

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from models import MODELS, made
+from models import LLAMA3, MODELS, made
 from parity import measure
 
 import zoo
@@ -48,6 +48,7 @@ def test_what_cannot_be_represented_is_refused_before_weights_are_touched(monkey
         plan({"model_type": "lama"}, dtype=torch.float32)
 
 
+LLAMA3_HALF = {"rope_parameters": LLAMA3["rope_parameters"] | {"partial_rotary_factor": 0.5}}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
@@ -56,6 +57,7 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "
     [
         ("phi3", {"rope_parameters": LONG | {"partial_rotary_factor": 1.0}}, "'longrope' .* depend on the length"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ("llama", LLAMA3_HALF, "partial_rotary_factor: 0.5 with rope_type: 'llama3' cannot be represented"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
         ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha: 1.0 cannot be represented; can be 1.702"),

@@ -17,15 +17,18 @@ def head_dim(s: Settings) -> int:
     return s.get("head_dim") or s.hidden_size // s.num_attention_heads
 
 
-def rope(s: Settings, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Rotary options of attention; `given` where layers differ in them."""
+def rope(s: Settings, given: Mapping[str, Any] | None = None, *, partial: bool = False) -> dict[str, Any]:
+    """Rotary options of attention; `given` where layers differ in them. `partial`: of the families whose code reads
+    partial_rotary_factor; the others rotate every channel whatever it says."""
     _layers.idle(s, "original_max_position_embeddings", "partial_rotary_factor", "rope_theta")  # they are in these:
     parameters = {k: v for k, v in (given or s.rope_parameters).items() if v is not None and k != "type"}
     options: dict[str, Any] = {"rope_base": float(parameters.pop("rope_theta"))}
-    width = head_dim(s)
-    if (share := parameters.pop("partial_rotary_factor", 1.0)) != 1.0:
+    kind, width, share = parameters["rope_type"], head_dim(s), parameters.pop("partial_rotary_factor", 1.0)
+    if share != 1.0 and partial:
         width = options["rotary_dim"] = int(share * width)
-    match kind := parameters["rope_type"]:
+    elif share != 1.0 and kind != "default":
+        raise s.refused(f"partial_rotary_factor: {share} with rope_type: {kind!r}", "the original cannot run it")
+    match kind:
         case "default":
             pass
         case "linear" | "llama3" | "yarn":

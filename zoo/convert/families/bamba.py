@@ -21,7 +21,7 @@ def document(s: Settings) -> dict[str, Any]:
     _layers.idle(s, "z_loss_coefficient", "partial_rotary_factor", "attn_rotary_emb")
     define = {
         "ssm": {"mamba2": _layers.mamba2(s, s.mamba_expand * s.hidden_size)},
-        "full": {"attention": llama.attention(s)},
+        "full": {"attention": llama.attention(s, partial=True)},
         "dense": {"swiglu": llama.swiglu(s)},
         "m": ["ssm", "dense"],
         "a": ["full", "dense"],

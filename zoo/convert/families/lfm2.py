@@ -26,7 +26,6 @@ def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
     _layers.idle(s, "full_attn_idxs", "num_hidden_layers", *UNUSED)
     attention = llama.attention(s) | {"qk_norm": "head", "norm_eps": s.norm_eps}
-    attention.pop("rotary_dim", None)  # the original rotates every channel
     define = {
         "conv": {"gated_conv": {"conv_size": s.conv_L_cache, "bias": s.conv_bias}},
         "full": {"attention": attention},

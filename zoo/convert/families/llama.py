@@ -13,13 +13,18 @@ from zoo.convert.settings import Settings
 
 
 def attention(
-    s: Settings, window: int | None = None, given_rope: Mapping[str, Any] | None = None, **more: Any
+    s: Settings,
+    window: int | None = None,
+    given_rope: Mapping[str, Any] | None = None,
+    *,
+    partial: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Grouped attention as Llama has it, with a window, and `more` options."""
+    """Grouped attention as Llama has it, with a window, and `more` options; `partial` as in `rope`."""
     heads = s.num_attention_heads
     options = {"num_heads": heads, "num_kv_heads": s.get("num_key_value_heads", heads), "head_dim": head_dim(s)}
     options |= _layers.given(bias=(bool(s.get("attention_bias", False)), False), window=(window, None))
-    return options | rope(s, given_rope) | more
+    return options | rope(s, given_rope, partial=partial) | more
 
 
 def swiglu(s: Settings) -> dict[str, Any]:

@@ -26,7 +26,6 @@ def document(s: Settings) -> dict[str, Any]:
     if heads & (heads - 1) and "linear_attention" in s.layer_types:
         raise s.refused(f"num_attention_heads: {heads}", "decays of lightning attention are those of a power of two")
     attention = llama.attention(s) | _layers.given(window=(s.get("sliding_window"), None))
-    attention.pop("rotary_dim", None)  # the original rotates every channel
     moe = {
         "num_experts": s.num_local_experts, "top_k": s.num_experts_per_tok, "hidden_dim": s.intermediate_size,
         "aux_coef": s.router_aux_loss_coef,

@@ -14,7 +14,7 @@ from zoo.convert.settings import Settings
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
     s.expect(attention_bias=(False, None))
-    return llama.by_window(s, llama.one_window(s), {"swiglu": llama.swiglu(s)})
+    return llama.by_window(s, llama.one_window(s), {"swiglu": llama.swiglu(s)}, partial=True)
 
 
 def rules(s: Settings, model: Model) -> Iterator[Rule]:

@@ -19,9 +19,11 @@ def document(s: Settings) -> dict[str, Any]:
     }  # fmt: skip
     attention = llama.attention(s, s.get("sliding_window"), qk_norm="head", norm_eps=s.rms_norm_eps)
     kinds = {"sparse": {"moe": moe}, "dense": {"swiglu": llama.swiglu(s)}}
-    layers = []
-    for i in range(s.num_hidden_layers):
-        is_dense = i in s.mlp_only_layers or (i + 1) % s.decoder_sparse_step
-        name = "dense" if is_dense or not s.num_local_experts else "sparse"
-        layers.append((name, [{"attention": attention}, kinds[name]]))
-    return llama.stack(s, layers)
+    names = ["sparse" if sparse else "dense" for sparse in has_experts(s, s.num_local_experts)]
+    return llama.stack(s, [(name, [{"attention": attention}, kinds[name]]) for name in names])
+
+
+def has_experts(s: Settings, experts: int) -> list[bool]:
+    """Which layers have a mixture in the place of the feed-forward layer."""
+    dense, step = s.mlp_only_layers, s.decoder_sparse_step
+    return [i not in dense and experts > 0 and (i + 1) % step == 0 for i in range(s.num_hidden_layers)]

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from zoo.architectures.model import Model
-from zoo.convert.families import _layers, llama
+from zoo.convert.families import _layers, llama, qwen3_moe
 from zoo.convert.rules import Rule, alike, divided, residual_blocks, same
 from zoo.convert.settings import Settings
-
-
-def _has_experts(s: Settings, i: int) -> bool:
-    return i not in s.mlp_only_layers and s.num_experts > 0 and (i + 1) % s.decoder_sparse_step == 0
 
 
 def document(s: Settings) -> dict[str, Any]:
@@ -27,7 +23,7 @@ def document(s: Settings) -> dict[str, Any]:
         "head_dim": s.linear_key_head_dim, "expand_v": s.linear_value_head_dim / s.linear_key_head_dim,
         "conv_size": s.linear_conv_kernel_dim, "norm_eps": s.rms_norm_eps,
     }  # fmt: skip
-    attention = llama.attention(s) | {
+    attention = llama.attention(s, partial=True) | {
         "qk_norm": "head", "norm_eps": s.rms_norm_eps, "norm_zero_centered": True, "output_gate": True,
     }  # fmt: skip
     moe = {
@@ -41,8 +37,8 @@ def document(s: Settings) -> dict[str, Any]:
         "fe": ["full", "experts"], "fd": ["full", "dense"],
     }  # fmt: skip
     layers = [
-        ("d" if kind == "linear_attention" else "f") + ("e" if _has_experts(s, i) else "d")
-        for i, kind in enumerate(s.layer_types)
+        ("d" if kind == "linear_attention" else "f") + ("e" if sparse else "d")
+        for kind, sparse in zip(s.layer_types, qwen3_moe.has_experts(s, s.num_experts), strict=True)
     ]
     return _layers.body(s, s.rms_norm_eps, define, layers, zero_centered=True)
 

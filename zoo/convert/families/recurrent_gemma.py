@@ -23,7 +23,7 @@ def document(s: Settings) -> dict[str, Any]:
     if s.rope_parameters["rope_type"] != "default":
         raise s.refused(f"rope_type: {s.rope_parameters['rope_type']!r}", "can be default")
     _layers.idle(s, "w_init_variance_scale", "final_w_init_variance_scale", "partial_rotary_factor", "_block_types")
-    attention = llama.attention(s) | {"window": s.attention_window_size, "out_bias": True}
+    attention = llama.attention(s, partial=True) | {"window": s.attention_window_size, "out_bias": True}
     recurrent = {"lru_width": s.lru_width, "num_heads": s.num_attention_heads, "conv_size": s.conv1d_width}
     define = {
         "mlp_": {"geglu": {"hidden_dim": s.intermediate_size // 2, "bias": True}},

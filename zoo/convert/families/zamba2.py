@@ -38,7 +38,6 @@ def document(s: Settings) -> dict[str, Any]:
         "scale": (s.attention_head_dim / 2) ** -0.5,
     }  # fmt: skip
     positions = llama.rope(s)
-    positions.pop("rotary_dim", None)  # the original rotates every channel
     attention |= positions if s.use_mem_rope else {"rope": False}
     revisit = {
         "at": ",".join(map(str, s.hybrid_layer_ids)), "attention": attention, "hidden_dim": s.intermediate_size,
