@@ -51,6 +51,8 @@ class Anchor(Policy):
     The sets are disjoint, as the paper writes them; its kernel counts some keys twice and leaves 128 out.
     T (init + block_size step) + T^2 / block_size work for anchors and scores; the key lists are written out, T numbers
     a query. State: mean query and anchor of every row, the last row's queries. A large theta is attention.
+    Useful: 4 H d FLOPs a causal pair, as if no key were left out, and the products that find anchors; how many keys
+    are left out is the text's affair.
     """
 
     expectation = "anchor: every query reads all keys that it may"

@@ -261,7 +261,8 @@ class Attention(Block):
 
     @property
     def expectation(self) -> str:
-        return "" if self.select is None else self.select.expectation
+        policy = self.select or self.cache
+        return "" if policy is None else policy.expectation
 
     def write_keys(
         self, x: Tensor, keys: SharedKeys, *, positions: Tensor | None = None, doc_ids: Tensor | None = None

@@ -91,6 +91,7 @@ class BlockFFN(Block):
     `forward` computes every expert: 2 D E + 4 D E d_e FLOPs a token. inference='union': a call of at most chunk_size
     tokens with a state (decoding, the drafts of speculative decoding) reads only the experts that some of them use, as
     `forward_union` does; its predicted cost remains that of all. A constant router makes it a plain MLP.
+    Useful: 2 D E + 4 D E d_e FLOPs a token, as if every expert fired: no number is known beforehand.
     """
 
     def __init__(

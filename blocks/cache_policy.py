@@ -21,6 +21,7 @@ class CachePolicy:
     """Base of cache policies: the state, and attention to what it holds."""
 
     cuts_gradient: str = ""  # as of a block
+    expectation: str = ""  # likewise
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -45,6 +45,7 @@ class DiagonalSSM(Block):
     alpha = exp(-softplus(delta) * lambda) with lambda = exp(log_lambda) > 0 a channel; delta, B, C, U: the rows of
     param_proj, in this order. readout `pre` (as published) reads the state before the token is written, `post`
     after it. x: [B, T, D] -> y: [B, T, D]; 5 D^2 + D parameters, O(T D^2) time, D numbers of state.
+    Useful: 10 D^2 FLOPs a token, of its maps; the state takes elementwise work alone.
     With alpha = B = 1 the state is the running sum of U; with C = 0 the block is the linear map W_skip.
     """
 

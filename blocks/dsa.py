@@ -308,6 +308,12 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             total += self.indexer.vector_flops(batch_size * seq_len, batch_size * pairs)
         return total
 
+    @property
+    def expectation(self) -> str:
+        return (
+            f"dsa: a token reads {self.top_k} keys, no two tokens of a call the same; the indexer's loss is not counted"
+        )
+
     def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
         token = (self.kv_lora_rank + self.rope_dim) * self.itemsize
         return batch_size * work.unread_keys(seq_len, context_len, self.top_k) * token

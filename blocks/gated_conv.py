@@ -39,9 +39,10 @@ class GatedConvState(State):
 class GatedConv(Block):
     """Gated short convolution: y = W_out (C * conv(B * u)), [B; C; u] = W_in x.
 
-    x: [B, T, D] -> y: [B, T, D]; rows of in_proj are [B; C; u], the convolution has conv_size = W taps for each channel
-    and no activation. 8 D^2 FLOPs a token, O(T), state (W - 1) D numbers. A token sees the W - 1 before it and nothing
-    else, so a model of such layers alone reaches as far as all their windows together.
+    x: [B, T, D] -> y: [B, T, D]; rows of in_proj are [B; C; u], the convolution has conv_size = W taps for each
+    channel and no activation. Useful: all 8 D^2 FLOPs a token, of its maps. O(T), state (W - 1) D numbers. A token
+    sees the W - 1 before it and nothing else, so a model of such layers alone reaches as far as all their windows
+    together.
     With one tap it is y = W_out (w * B * C * u), a third-order polynomial of the token alone.
     Parameters and layouts are those of Lfm2ShortConv in Hugging Face.
     """

@@ -254,6 +254,10 @@ class HierarchicalSparseAttention(Block):
         weights = 3 * self.num_retrieval_heads * chosen  # softplus, sum of the newer, exponential
         return batch_size * (seq_len * token + work.SOFTMAX * H * self.chunk_size * chosen + weights)
 
+    @property
+    def expectation(self) -> str:
+        return f"hsa: a token reads {self.top_k} chunks of {self.chunk_size} keys, no two tokens of a call the same"
+
     def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
         token = 2 * self.num_kv_heads * self.head_dim * self.itemsize
         return batch_size * work.unread_keys(seq_len, context_len, self.top_k * self.chunk_size) * token

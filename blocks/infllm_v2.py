@@ -251,6 +251,11 @@ class InfLLMV2(Block):
         token += Hkv * D * self.rule.kernel_size // self.rule.kernel_stride  # sums of the means
         return batch_size * (seq_len * token + work.SOFTMAX * H * sum(self._pairs(seq_len, context_len)))
 
+    @property
+    def expectation(self) -> str:
+        blocks = f"{self.rule.top_k} blocks of {self.block_size} keys"
+        return f"infllm_v2: beyond dense_len a group reads {blocks}, no two tokens of a call the same"
+
     def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
         if context_len < self.dense_len:
             return 0

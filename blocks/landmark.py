@@ -211,6 +211,14 @@ class LandmarkAttention(Block):
         scores = H * (work.block_pairs(seq_len, context_len, size, 1) + size * chosen)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
+    @property
+    def expectation(self) -> str:
+        if self.top_k is None:
+            return ""
+        return (
+            f"landmark: a query head reads {self.top_k} sections of {self.block_size} keys, no two of a call the same"
+        )
+
     def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
         if self.top_k is None:
             return 0

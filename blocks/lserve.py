@@ -47,6 +47,8 @@ class LServe(Policy):
     the paper selects in decoding alone and keeps a choice for four tokens.
     State: 2 / page_size of the cache; the cache holds the keys of streaming heads too. No head that streams, or a
     window of T, and top_k of all pages is attention.
+    Useful: 4 d FLOPs for each key of the pages that a query head reads, and 4 d for each bound of the heads that
+    choose.
     """
 
     by_head = True
@@ -80,6 +82,12 @@ class LServe(Policy):
         self.dense = [h for h in range(num_kv_heads) if h not in streaming]
         group = num_heads // num_kv_heads
         self.dense_queries = [h * group + i for h in self.dense for i in range(group)]
+
+    @property
+    def expectation(self) -> str:
+        if not self.dense:
+            return ""
+        return f"lserve: a query head reads {self.top_k} pages of {self.block_size} keys, no two of a call the same"
 
     def prepare(self, whole: Part, k: Tensor, state: SelectState | None) -> tuple[KeyBlocks, Tensor]:
         def summary(keys: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class MLP(Block):
     x: [B, T, D] -> y: [B, T, D]; no state; 4 D F FLOPs a token with F = hidden_dim (default 4 D). `relu2` is
     relu(x)^2 (Primer, arXiv:2109.08668), `gelu_tanh` GPT-2's approximation. A linear f would make it a
     low-rank linear map.
+    Useful: all 4 D F FLOPs a token.
     """
 
     def __init__(

@@ -266,6 +266,10 @@ class MoBA(Block):
         scores = H * work.block_pairs(seq_len, context_len, self.block_size, self.top_k)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
+    @property
+    def expectation(self) -> str:
+        return f"moba: a query head reads {self.top_k} blocks of {self.block_size} keys, no two of a call the same"
+
     def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
         chosen = self.num_heads // self.num_kv_heads * self.top_k * self.block_size  # heads of a group differ
         token = 2 * self.num_kv_heads * self.head_dim * self.itemsize

@@ -189,6 +189,8 @@ class MixtureOfExperts(Block):
     An `activation` f other than swiglu makes every expert an MLP W_down f(W_up x) (Nemotron 3). Active parameters and
     FLOPs a token: (top_k + num_shared_experts) 3 D hidden_dim + D E, twice that; 2 for 3 without a gate (hypersphere:
     (D + E) router_dim for D E, router_dim E / 2 by default). With one expert: SwiGLU.
+    Useful: 6 D hidden_dim FLOPs a token for each chosen expert, 2 D E for the choice; weights that are read are
+    those of the experts that tokens choose if they do so evenly.
     """
 
     expert_counts: Tensor

@@ -312,6 +312,12 @@ class NativeSparseAttention(Block):
         scores = H * self._pairs(seq_len, context_len)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
 
+    @property
+    def expectation(self) -> str:
+        return (
+            f"nsa: a group reads {self.rule.top_k} blocks of {self.block_size} keys, no two tokens of a call the same"
+        )
+
     def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
         token = self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.itemsize
         return batch_size * work.unread_keys(seq_len, context_len, self.rule.top_k * self.block_size) * token

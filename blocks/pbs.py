@@ -57,6 +57,8 @@ class PermutedBlockSparse(Policy):
     in their order. Sorting changes nothing where all blocks are read: tau > 1 is attention, as is one segment.
     T^2 / block_size work for scores; keys and values are copied in their order for each query head, so decoding one
     token at a time costs more than dense attention. State: the permutations, and the queries of the last block.
+    Useful: 4 H d FLOPs a causal pair, as if no block were left out, and scores of the blocks; how many are left out
+    is the text's affair.
     """
 
     expectation = "pbs: every query reads all keys that it may"

@@ -278,9 +278,12 @@ class PrefixTree(CachePolicy):
     than the plain cache where much is shared, and slower where nothing is.
     State: 2 Hkv D a token, in whole chunks, once for rows that share it. It grows with use; `state_bytes` and
     predicted costs are those of rows that share nothing. A row that ends a chunk waits for the device.
+    Useful: 4 H d FLOPs a causal pair, shared or not.
     """
 
     cuts_gradient = "pages are shared by rows and hold no gradient"
+
+    expectation = "prefix_tree: rows share nothing"
 
     def __init__(self, *, chunk_size: PositiveInt = 32):
         self.chunk_size = chunk_size

@@ -45,6 +45,8 @@ class ProductKeyMemory(Block):
     x: [B, T, D] -> y: [B, T, D]; no state. With key width k = 2 key_dim, parameters n^2 v + H 2 n key_dim +
     D H k (+ v D); FLOPs a token 2 D H k + 4 H n key_dim (+ 2 v D). Gradient reaches only the slots and half keys
     that were read. With top_k = n^2 it is soft attention over the whole table.
+    Useful: 2 D H k + 4 H n key_dim (+ 2 v D) FLOPs a token; values that are read are weighted and summed
+    elementwise.
     """
 
     def __init__(
@@ -151,6 +153,10 @@ class ProductKeyMemory(Block):
         unread = slots - min(slots, batch_size * seq_len * self.num_heads * self.top_k)
         passes = 3 if mode == "train" else 1
         return cost.replace(bytes_read=cost.bytes_read - passes * unread * self.value_dim * self.itemsize)
+
+    @property
+    def expectation(self) -> str:
+        return f"product_key: a head reads {self.top_k} values a token, no two of a call the same"
 
     def parallel_plan(self) -> ParallelPlan:
         names = ("q_proj", "q_norm", "sub_keys", "values", "o_proj", "gate_proj")

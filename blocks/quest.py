@@ -43,10 +43,16 @@ class Quest(Policy):
     reached where one key has them all. The paper selects in decoding alone; here every token is selected for as if it
     were decoded, so that prefill and decoding agree. State: 2 / block_size of the cache. 2 T^2 / block_size work for
     bounds, T top_k block_size for attention. top_k of all pages is attention.
+    Useful: 4 d FLOPs for each key of the pages that a query head reads, and 4 d for the bound of each page before
+    it.
     """
 
     def __init__(self, *, block_size: PositiveInt = 16, top_k: PositiveInt = 128):
         self.block_size, self.top_k = block_size, top_k
+
+    @property
+    def expectation(self) -> str:
+        return f"quest: a query head reads {self.top_k} pages of {self.block_size} keys, no two of a call the same"
 
     def prepare(self, whole: Part, k: Tensor, state: SelectState | None) -> tuple[KeyBlocks, Tensor]:
         return self.block_table(whole, k, self.block_size, state, lambda keys: bounds(keys, 2))

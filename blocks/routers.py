@@ -15,7 +15,10 @@ from zoo.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
 @register("fixed", kind="router", relations=("loop(steps=3, router='fixed') == loop(steps=3)",))
 class FixedRouter(Router):
-    """Every token takes every step of a loop, or the body `body` of a route; no parameters."""
+    """Every token takes every step of a loop, or the body `body` of a route; no parameters.
+
+    Useful: no work of its own.
+    """
 
     takes_all = True
     segmented = True
@@ -58,6 +61,7 @@ class AdaptiveComputationTime(Router):
     All steps are computed for every token, because later tokens may read its keys at every step; `copy_halted` makes
     these the keys of the state in which it halted, which is copied forward (the paper), instead of one that goes on
     (its code).
+    Useful: 2 D FLOPs a token and step; the body runs all steps on all tokens, halted or not.
     """
 
     takes_all = True  # and the mean of the ponder loss over slices is that over the row
@@ -122,6 +126,10 @@ class AdaptiveComputationTime(Router):
             output = add_auxiliary_loss(output, self.ponder_coef * carry["ponder"].mean())
         return output
 
+    @property
+    def assumption(self):
+        return "every token takes every step"
+
     def step_flops(self, tokens):
         return self.steps * super().step_flops(tokens)  # asked before every step
 
@@ -142,6 +150,7 @@ class EarlyExit(Router):
     latent: |s_n - s_{n-1}| < threshold * |s_n|; kl: KL(p_n || p_{n-1}) < threshold, p_n the distribution that the
     model's final norm and head read off s_n. (Huginn reads it through the coda too, whose cache would have to be
     taken back at every step.) Usual thresholds: 0.03 and 1e-3. Training takes all steps. No parameters.
+    Useful: no matrix products; the body is counted with all steps, as if no token left.
     """
 
     def __init__(

@@ -43,6 +43,7 @@ class RWKV7FeedForward(Block):
     x: [B, T, D] -> y: [B, T, D]; state: the last token; 4 D F FLOPs a token with F = hidden_dim (default 4 D).
     Names and shapes are those of flash-linear-attention. W_value starts at zero; layer_index (mixers before it) of
     num_layers only sets the initial x_k. With x_k = 0 it is the squared-ReLU network `mlp`.
+    Useful: all 4 D F FLOPs a token.
     """
 
     def __init__(

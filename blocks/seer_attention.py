@@ -84,7 +84,8 @@ class SeerAttention(Block):
     This is the gate of SeerAttention-R; the first paper's also pools queries over blocks, which is not causal.
     x: [B, T, D] -> y: [B, T, D]. T^2 / block_size work for the gate, T top_k block_size for attention. State: KV cache,
     one gate key a block, a block of keys. A sequence of at most top_k blocks is attention.
-    Useful: 4 H d FLOPs for each key that is read, 2 gate_dim a group for each past block.
+    Useful: 4 H d FLOPs for each key that is read, 2 gate_dim a group for each past block, 2 H d gate_dim a
+    token and 6 G d gate_dim a block to make the gate's queries and keys.
     """
 
     def __init__(
@@ -297,6 +298,13 @@ class SeerAttention(Block):
             token += 0 if self.rope_base is None else work.ROPE * Hkv * self.gate_dim
         scores = H * work.block_pairs(seq_len, context_len, self.block_size, self.top_k)
         return batch_size * (seq_len * token + work.SOFTMAX * scores)
+
+    @property
+    def expectation(self) -> str:
+        blocks = f"{self.top_k} blocks of {self.block_size} keys"
+        return (
+            f"seer_attention: a group reads {blocks}, no two tokens of a call the same; the gate's loss is not counted"
+        )
 
     def unread_bytes(self, batch_size: int, seq_len: int, context_len: int) -> int:
         token = 2 * self.num_kv_heads * self.head_dim * self.itemsize

@@ -153,7 +153,9 @@ class Policy:
     memory: int = 0  # earlier queries that a choice depends on
     table_dtype: torch.dtype | None = None  # of what it keeps of keys; None: that of the keys
     by_head: bool = False  # whether it tells heads apart by their numbers
-    expectation: str = ""  # in words, what useful work takes for granted where the text decides how many keys are read
+    expectation: str = (
+        ""  # in words, what costs take for granted where the text decides which and how many keys are read
+    )
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -44,6 +44,7 @@ class StreamingLLM(CachePolicy):
     A token's distance to another of its window is the true one; to a sink outside, it is less by the number of tokens
     that were dropped between, so no distance is larger than the cache: `window` and `sinks` of attention itself keep
     true distances, which is the same without rope. State: sinks + window tokens. A window of T is attention.
+    Useful: 4 H d FLOPs for each token of the window, and each sink.
     """
 
     def __init__(self, *, sinks: PositiveInt = 4, window: PositiveInt = 1020):

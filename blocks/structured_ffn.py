@@ -79,6 +79,7 @@ class StructuredFFN(Block):
     g W x + (1 - g) A x. The buffer `guide` holds g, which falls to 0 along a cosine within `guide_steps` optimiser
     steps (the paper: half of training) or, at 0, where a recipe sets it (`set_guide`, `guide_schedule`). At g = 1 this
     is SwiGLU; at 0 `merge()` drops the companions and changes nothing. `dense()` multiplies out.
+    Useful: two FLOPs a token for each parameter; companions that guide it count as well.
     """
 
     guide: Tensor | None

@@ -62,6 +62,7 @@ class ExpertChoiceRouter(Router):
     Losses: aux_coef * the binary cross-entropy of g against the top k, which makes them agree; z_coef * mean(z^2).
     `warmup_steps`: so many optimiser steps in which training's capacity falls from 1 by a cosine.
     With capacity 1 and activation one: a plain loop.
+    Useful: 2 D FLOPs a token and step, and a predictor's; a step is counted on its capacity of the tokens.
     """
 
     steps_done: Tensor | None
@@ -205,6 +206,7 @@ class MixtureOfDepthsRouter(ExpertChoiceRouter):
     Expert choice with one step whose weight is the raw score (Raposo et al. 2024). Decoding takes tokens with
     sigmoid(g) > 0.5; aux_coef * a binary cross-entropy against the top k trains g: the score r itself (`threshold`;
     then it is also a loss of the stream) or a small network on the detached stream (`predictor`).
+    Useful: 2 D FLOPs a token; the body is counted on its capacity of the tokens.
     """
 
     def __init__(
@@ -245,6 +247,8 @@ class TokenChoiceRouter(Router):
     p = softmax(W x) over the steps or bodies, i = argmax (p + b); output x + p_i * (f(x) - x), where f is i + 1 steps
     or body i. Balance in training: `aux` adds balance_coef * R sum_i mean(p_i) * share_i and keeps b = 0; `bias`
     moves b by bias_update_rate * sign(mean load - load) at each `update_bias()`. And z_coef * mean(logsumexp^2).
+    Useful: 2 D FLOPs a token for each step or body; step r of R is counted on (R - r) / R of the tokens, a body on
+    1 / R.
     """
 
     segmented = True
@@ -334,6 +338,7 @@ class SkipLayerRouter(Router):
     Unlike in Mixture-of-Depths a skipped token leaves its keys and values; only queries, attention and what follows
     are saved, and the choice is causal by itself. The body is an attention block, then blocks without state, or those
     alone. Reconstructed: no code was published, and the form of the loss is ours.
+    Useful: 4 D FLOPs a token; in training the body counts on all tokens, else its queries on `density` of them.
     """
 
     reads_all = True

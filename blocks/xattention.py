@@ -48,6 +48,8 @@ class XAttention(Policy):
     T^2 / stride work for scores, the same for each of block_size / stride decoded groups: cheap in prefill, dearer than
     dense attention in decoding one token at a time. State: the queries of the last block and stride. tau > 1 is
     attention.
+    Useful: 4 H d FLOPs a causal pair, as if no block were left out, and the antidiagonal sums; how many are left
+    out is the text's affair.
     """
 
     expectation = "xattention: every query reads all keys that it may"

@@ -119,8 +119,10 @@ ROUTERS = {
         {"steps": 3, "step_signal": "sinusoid", "router": {"act": {"copy_halted": True}}},
         *({"steps": 3, "kv": kv, "router": router} for router in ROUTERS.values() for kv in ("own", "first")),
     ],
-    ids=("plain", "injected", "last two steps", "first keys", "signalled")
-    + tuple(f"{name}, {kv} keys" for name in ROUTERS for kv in ("own", "first")),
+    ids=[
+        *("plain", "injected", "last two steps", "first keys", "signalled"),
+        *(f"{name}, {kv} keys" for name in ROUTERS for kv in ("own", "first")),
+    ],
 )
 def test_loops(monkeypatch, loop):
     model = zoo.build({"dim": 64, "vocab_size": 16, "trunk": [{"loop": loop, "of": LAYER}]}).train()

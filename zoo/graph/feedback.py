@@ -42,6 +42,8 @@ class Feedback(Composite):
     trained, and q not at all. Every call of f keeps its own state, in which halted tokens are missing. The paper's
     f sees whole puzzles, f here is as causal as its blocks, and q is read at every token instead of the first.
     `feedback(inner=1, outer=1)` is f(y + f(x + y + z)).
+    Useful: the network's segments * outer * (inner + 1) times, of which training sends the last cycle back; `halt`
+    is read between segments, and no token is counted as halted.
     """
 
     def __init__(

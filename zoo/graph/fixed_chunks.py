@@ -49,6 +49,8 @@ class FixedChunks(Chunker):
     tokens the decoder sees, and no others. The first block has a learned context where the released code pads
     prompts on the left. Each document begins with a block of its own. Streaming, the main network moves on when
     a block is complete; its state holds 1 / length of the tokens, the decoder's one block.
+    Useful: the embedder on the tokens of whole blocks, a context's map for each block and one before the first; the
+    main network on T / length blocks, the decoder on prefixes + length - 1 tokens for each.
     """
 
     def __init__(
@@ -173,6 +175,10 @@ class FixedChunks(Chunker):
             like.new_zeros(batch_size, self.length, self.dim),
             torch.zeros(batch_size, dtype=torch.int64, device=like.device),
         )
+
+    @property
+    def assumption(self) -> str:
+        return f"a decoded token does 1 / {self.length} of the work for a block of tokens"
 
     def calls(self, batch_size, seq_len, context_len, decode):
         inside = self.prefixes + self.length - 1

@@ -121,6 +121,7 @@ class Hierarchy(Composite):
     chunker's `width`; `encoder` (may be left out); `of`: the main network, which may hold a hierarchy itself;
     `decoder`. Encoder and main network end with the norm of their blocks; the decoder's end is normed by what
     stands around it: the main network's norm of an outer hierarchy, or the model's final norm.
+    Useful: encoder and decoder on all tokens, the main network on as many chunks as the chunker expects.
     """
 
     def __init__(self, encoder: Node | None, main: Node, decoder: Node, chunker: Chunker, norms: list):

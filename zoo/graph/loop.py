@@ -66,6 +66,8 @@ class Loop(Composite):
 
     `on_step(number, s)`, if set, is called in training after every step that keeps gradients and can put a loss on s:
     looped transformers are trained on the mean over their last steps.
+    Useful: the body's once for every step, on the share of tokens that the router expects there; of the steps
+    before `grad_last` forward alone; the map of inject: concat 4 D^2 FLOPs a token and step.
     """
 
     main_field = "steps"

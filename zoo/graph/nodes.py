@@ -237,6 +237,7 @@ class Sequence(Composite):
 
     Fields: `of`, a list of nodes; a plain YAML list means the same. A list of blocks is a layer:
     `[attention, swiglu]` is x += attention(norm(x)); x += swiglu(norm(x)).
+    Useful: the sum of its nodes.
     """
 
     sees_blocks = True

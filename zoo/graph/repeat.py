@@ -66,6 +66,7 @@ class Repeat(Sequence):
     Fields: `repeat` (or `times`): how many; `of`: the node; `tie`: none, all (one set of weights), cycle,
     sequence, middle_cycle, middle_sequence over `unique` sets; `at`: {copies: node} puts other nodes in some
     places (`7`, `-1`, `"3,5"`, `odd`, `"2::6"`). A number given as a list in an option follows the depth.
+    Useful: the sum of its copies; the weights of tied ones count once.
     """
 
     main_field = "times"

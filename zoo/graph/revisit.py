@@ -117,6 +117,7 @@ class Revisit(Composite):
     and values by ones of `attention_rank`. What T says reaches the stream through f_i alone. Fields: `of`: the nodes;
     `at`: the sites (`6`, `"6,11"`, `"6::6"`); `attention`: options of the attention block, whose heads are by default
     those of a width of 2 D. Norms are the default norm.
+    Useful: the sum of its nodes and at each site a transformer, its changes of low rank and W_i.
     """
 
     sees_blocks = True

@@ -39,6 +39,7 @@ class Route(Composite):
     or expert_choice (one body takes its best tokens), token_choice (each token takes one of the bodies), skip_layer
     (each token takes the body or not), fixed. A body sees only the tokens it got, at their own positions, and keeps
     state for those only; with skip_layer its attention sees the others too, as they stood before it.
+    Useful: each body on the share of tokens that the router expects there, and the router's.
     """
 
     main_field = "of"

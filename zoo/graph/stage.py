@@ -36,6 +36,7 @@ class Stage(Composite):
     the branches of the layer and its output (Raptor). Fields: `steps`; `first`: the first depth, counted from 1;
     `hidden`: width of the small network; `of`: a layer, which is a list of blocks. Every step keeps its own state.
     Where W_2 and b_2 are zero it is `loop(steps)`.
+    Useful: the layer's once for every step, and 2 hidden (1 + (n + 1) D) FLOPs a step for the network of the depth.
     """
 
     main_field = "steps"

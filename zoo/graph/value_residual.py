@@ -32,6 +32,7 @@ class ValueResidual(Composite):
     travels beside the stream, from the first block to the last, and no state holds it. Fields: `of`: the nodes; at
     least two are blocks with a value, `rwkv7`. Blocks inside other combinators than sequences and repeats take no
     part. The first block's value is computed once more, which costs its projection.
+    Useful: the sum of its nodes, with the gates of those that mix, and once more the projection of the first value.
     """
 
     sees_blocks = False
