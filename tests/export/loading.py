@@ -14,7 +14,7 @@ class NoZoo:
 
 sys.meta_path.insert(0, NoZoo())
 
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
 
 
 def look(folder: Path) -> dict:
@@ -39,11 +39,25 @@ def look(folder: Path) -> dict:
         logits = model(padded, attention_mask=mask).logits
         found["padded"] = torch.stack([logits[0, 3:], logits[1, :-3]])
         found["refused"] = [refusal(model, padded, mask, True), refusal(model, padded, mask.roll(5, 1), False)]
+        # rows of two lengths
+        padded[1], mask[1] = padded[1].roll(3), 1
+        mask[1, :5] = 0
+        found["left"] = model.generate(padded, attention_mask=mask, **how)
+        found["left_beams"] = model.generate(padded, attention_mask=mask, num_beams=3, **how)
+        found["left_beams_alone"] = torch.stack(
+            [model.generate(row[m == 1][None], num_beams=3, **how)[0, -8:] for row, m in zip(padded, mask, strict=True)]
+        )
+        found["reloaded"] = again(model, folder.parent.parent / "again" / folder.name)(tokens).logits
     loss = model(tokens, labels=tokens).loss
     loss.backward()
     found["loss"] = loss.item()
     found["without_gradient"] = [n for n, p in model.named_parameters() if p.grad is None]
     return found
+
+
+def again(model, folder):
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
 def refusal(model, tokens, mask, use_cache):
@@ -56,7 +70,10 @@ def refusal(model, tokens, mask, use_cache):
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     found = {folder.name: look(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
-    tokenizer = AutoTokenizer.from_pretrained(root / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(root / "llama", trust_remote_code=True)
     ids = tokenizer("Ünder\n two  words").input_ids
     found["ids"], found["text"], found["end"] = ids, tokenizer.decode(ids), tokenizer.eos_token_id
+    write = pipeline("text-generation", str(root / "llama"), trust_remote_code=True)
+    written = write(["Once upon", "A"], batch_size=2, max_new_tokens=4, do_sample=False, return_tensors=True)
+    found["written"] = [row[0]["generated_token_ids"] for row in written]
     torch.save(found, root / "found.pt")

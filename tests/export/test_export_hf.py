@@ -56,6 +56,7 @@ def test_a_stranger_computes_the_same(exported, name):
     close(found["second"], logits[:, -1:])
     assert found["length"] == tokens.shape[1]
     assert found["several"] == (4, tokens.shape[1] + 8)
+    close(found["reloaded"], logits)
     want = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert found["loss"] == pytest.approx(want.item(), rel=1e-4)
 
@@ -66,9 +67,12 @@ def test_padding(exported, name):
     tokens, found = torch.load(root / f"{name}.pt"), every[name]
     with torch.no_grad():
         close(found["padded"], models[name](tokens))
-    with_cache, inside = found["refused"]
-    assert "rows are padded" in with_cache
+    behind, inside = found["refused"]
+    assert "padding stands in front of a row" in behind
     assert "inside a row" in inside
+    alone = [models[name].generate(t[None], 8)[0, -8:] for t in (tokens[0], tokens[1, 2:])]
+    assert torch.equal(found["left"][:, -8:], torch.stack(alone))
+    assert torch.equal(found["left_beams"][:, -8:], found["left_beams_alone"])
 
 
 def test_gradient_reaches_what_it_reaches_here(exported):
@@ -80,6 +84,13 @@ def test_tokenizer(exported):
     _, _, every = exported
     text = "Ünder\n two  words"
     assert every["ids"] == list(text.encode()) and every["text"] == text and every["end"] == 256
+
+
+def test_pipeline(exported):
+    """Texts of two lengths in one batch, by the tokenizer and the generation settings of the folder."""
+    models, _, every = exported
+    for text, written in zip((b"Once upon", b"A"), every["written"], strict=True):
+        assert written[-4:] == models["llama"].generate(torch.tensor([[*text]]), 4)[0, -4:].tolist()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,9 +13,11 @@ import functools
 import importlib.util
 import keyword
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from zoo.export.names import Use, uses
@@ -25,8 +27,8 @@ from zoo.export.source import Key, Source, Unit, row_parts
 FOREIGN = ("native", "onednn", "loop", "triton", "flex", "fla", "mamba_ssm", "flash_attn", "xformers")
 CALL = ("zoo.kernels.dispatch", "call")
 LOOKED_UP_BY = ("getattr", "hasattr", "methodcaller", "attrgetter")
-# methods that torch calls
-HOOKS = {*dir(nn.Module), "backward", "setup_context", "jvp", "vmap"}
+# what torch calls or reads
+HOOKS = {*dir(nn.Module), *dir(torch.autograd.Function)}
 WIDTH = 120
 
 
@@ -194,11 +196,11 @@ class _Bundler:
         end = [self._table(op, calls) for op, calls in self.ops.items()]
         if self.blocks:
             blocks = "".join(f'    "{name}": {self.names[key]},\n' for name, key in sorted(self.blocks.items()))
-            end.append(f"{self.names[('zoo.registry', 'BLOCKS')]}.update({{\n{blocks}}})\n")
+            end.append(f"{self.names[('zoo.registry', 'BLOCKS')]} |= {{\n{blocks}}}\n")
         imports = {k for k in self.names if len(k) == 3}
         if any_used:
             imports.add(("typing", "Any", "Any"))
-        return "\n".join([header, "from __future__ import annotations\n", *self._imports(imports), *parts, "\n", *end])
+        return "\n".join([header, "from __future__ import annotations\n", *self._imports(imports), *parts, "", *end])
 
     def _edit(self, source: Source, use: Use) -> tuple[int, int, bytes] | None:
         key, depth = self.resolve(source, use.name, use.attributes)
@@ -242,7 +244,8 @@ class _Bundler:
                 values = value
         doc = ast.get_docstring(source.tree)
         title = f"# {'-' * (WIDTH - 4 - len(source.name))} {source.name.removeprefix('zoo.')}\n"
-        told = "".join(f"# {line}".rstrip() + "\n" for line in (doc or "").splitlines())
+        lines = (part for line in (doc or "").splitlines() for part in textwrap.wrap(line, WIDTH - 2) or [""])
+        told = "".join(f"# {line}".rstrip() + "\n" for line in lines)
         return "\n" + title + told + "".join(pieces)
 
     def _order(self) -> list[str]:
@@ -275,7 +278,8 @@ class _Bundler:
                 edits = [e for use in uses(node) if (e := self._edit(source, use))]
                 parts.append(f"{name}=" * (name != "fn") + _edited(source.text, a, b, edits).decode())
             made.append(f"{row}({', '.join(parts)})")
-        return f'{rows}["{op}"] = ({", ".join(made)},)\n'
+        line = f'{rows}["{op}"] = ({", ".join(made)}{"," * (len(made) == 1)})\n'
+        return line if len(line) <= WIDTH else f'{rows}["{op}"] = (\n' + "".join(f"    {m},\n" for m in made) + ")\n"
 
     def _imports(self, imports: set) -> Iterator[str]:
         plain = []

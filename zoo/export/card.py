@@ -30,7 +30,7 @@ def model_card(model: Model, graph: Graph, has_tokenizer: bool, origin: Mapping[
         f" written by Block Zoo {zoo.__version__}.{source} {_licence(origin)}", "",
         f"![the graph]({PICTURE})", "", "## Use", "", "```python", *_use(has_tokenizer, graph), "```", "",
         "`modeling_zoo.py` is all the code that it needs beside torch and transformers 5; `zoo.from_pretrained` reads"
-        " the same folder. Rows may be padded behind the text, and without a cache in front of it. The cache keeps the"
+        " the same folder. Rows may be padded in front of the text, and without a cache behind it. The cache keeps the"
         " state of every block and cannot be cropped.", "",
         "## Costs", "", f"Of one row of {TOKENS} tokens, and of one token after it.", "", *_costs(prefill, decode), "",
     ])  # fmt: skip
@@ -52,7 +52,7 @@ def _use(has_tokenizer: bool, graph: Graph) -> list[str]:
         ]  # fmt: skip
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "", load,
-        'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+        'tokenizer = AutoTokenizer.from_pretrained("DIR", trust_remote_code=True)',
         'tokens = tokenizer("Once", return_tensors="pt").input_ids',
         "print(tokenizer.decode(model.generate(tokens, max_new_tokens=20)[0]))",
     ]  # fmt: skip

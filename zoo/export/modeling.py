@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -129,7 +130,11 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         norm = config.graph["norm"]
         self.norm = builder.component(spec_of(norm)) if norm else None
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        module: Any
+        first = {id(p): name for name, p in self.layers.named_parameters()}
+        every = self.layers.named_parameters(remove_duplicate=False)
+        module: Any = self.layers
+        # further names of weights that layers share, which save_pretrained leaves out
+        module._tied_weights_keys = {f"{name}$": first[id(p)] for name, p in every if name != first[id(p)]}
         for module in self.layers.modules():
             if isinstance(getattr(module, "readout", None), tuple):  # so the head is no submodule of its own layer
                 module.readout = tuple(m for m in (self.norm, self.lm_head) if m is not None)
@@ -172,18 +177,21 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """attention_mask: [B, T], 0 at padding, which may stand behind a row; in front of it only without a cache.
-        past_key_values: the cache of an earlier call. labels: [B, T] as input_ids, -100 where nothing is predicted."""
+        """attention_mask: [B, T], 0 at padding in front of a row, or without a cache behind it; the tokens in a cache
+        come before these. past_key_values: the cache of an earlier call. labels: [B, T] as input_ids, -100 where
+        nothing is predicted."""
         use_cache = past_key_values is not None or bool(use_cache)
-        doc_ids = _documents(attention_mask, use_cache)
+        shown = None if attention_mask is None else _shown(attention_mask, input_ids)
         cache = past_key_values
         if use_cache and not isinstance(cache, ZooCache):
             if cache is not None and cache.get_seq_length():
                 raise ValueError(f"past_key_values is a {type(cache).__name__} that another model began")
             cache = ZooCache(self.init_state(len(input_ids)))
-        hidden = self.hidden(input_ids, cache.state if isinstance(cache, ZooCache) else None, doc_ids)
         if isinstance(cache, ZooCache):
+            hidden = self.read(input_ids, cache.state, shown)
             cache.length += input_ids.shape[1]
+        else:
+            hidden = self.hidden(input_ids, None, None if shown is None else _documents(shown))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(hidden[:, kept])
         loss = None
@@ -208,6 +216,23 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
             state.seen += tokens.shape[1]
         return x if self.norm is None else self.norm(x)
 
+    def read(self, tokens: Tensor, state: ModelState, shown: Tensor | None) -> Tensor:
+        """`hidden` of rows that may be padded in front. No state reads padding: rows go by their lengths."""
+        if shown is None:
+            return self.hidden(tokens, state, None)
+        if not bool(shown[:, -1].all()):
+            raise ValueError("beside a cache padding stands in front of a row: tokenizer.padding_side = 'left'")
+        lengths = shown.sum(1)
+        order, parts = [], []
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            part = state.rows(rows)
+            x = self.hidden(tokens[rows, -length:], part, None)
+            state.put_rows(rows, part)
+            order.append(rows)
+            parts.append(F.pad(x, (0, 0, tokens.shape[1] - length, 0)))
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the normed stream."""
         logits, cap = self.lm_head(hidden), self.config.logit_cap
@@ -230,18 +255,23 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = ZooCache(self.init_state(rows))
 
 
-def _documents(mask: Tensor | None, streaming: bool) -> Tensor | None:
-    """Padding in front of a row as a document of its own; None where there is none in front."""
-    if mask is None:
-        return None
-    if mask.dim() != 2:
+def _shown(mask: Tensor, tokens: Tensor) -> Tensor | None:
+    """Where the tokens [B, T] are none of padding; None where none is. ValueError where padding is inside a row."""
+    if mask.dim() != 2 or mask.shape[1] < tokens.shape[1]:
         raise ValueError(f"attention_mask must be [B, T] with 0 at padding, got {tuple(mask.shape)}")
-    shown = mask.bool()
+    shown = mask[:, -tokens.shape[1] :].bool()
     if bool(shown.all()):
         return None
-    if streaming:
-        raise ValueError("rows are padded, and a state cannot skip padding: generate from rows of one length")
-    begun = shown.long().cummax(1).values
-    if bool((shown.long().diff(dim=1) > 0)[begun[:, :-1] == 1].any()):
+    if bool((shown.long().diff(dim=1) > 0)[_begun(shown)[:, :-1]].any()):
         raise ValueError("attention_mask hides tokens inside a row; it may hide padding at its ends only")
-    return None if bool(begun.all()) else begun
+    return shown
+
+
+def _begun(shown: Tensor) -> Tensor:
+    return shown.long().cummax(1).values.bool()
+
+
+def _documents(shown: Tensor) -> Tensor | None:
+    """Padding in front of a row as a document of its own; None where there is none in front."""
+    begun = _begun(shown)
+    return None if bool(begun.all()) else begun.long()

@@ -18,6 +18,7 @@ STAND_INS = {
     f"zoo.{name}": f"zoo.export.portable.{name.rpartition('.')[2]}"
     for name in (
         "registry",
+        "segments",
         "kernels.dispatch",
         "kernels.linear",
         "kernels.native",
@@ -31,7 +32,8 @@ Key = tuple[str, str]  # module, name
 
 @dataclass
 class Unit:
-    """A statement of the top level with its uses; of a class, those of each method for itself."""
+    """A statement of the top level with its uses; of a class, those of each method for itself, and of each attribute
+    of a class that is no dataclass or the like."""
 
     node: ast.stmt
     shell: list[Use] = field(default_factory=list)
@@ -133,9 +135,12 @@ class Source:
         methods = {}
         if isinstance(node, ast.ClassDef):
             for item in node.body:
-                if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                name = _member(
+                    item, fields=bool(node.decorator_list) or any(_root(b) == "NamedTuple" for b in node.bases)
+                )
+                if name is not None:
                     found: list[Use] = []
-                    unit.methods.setdefault(item.name, []).append((item, found))
+                    unit.methods.setdefault(name, []).append((item, found))
                     methods[self.whole_lines(item)] = found
         kept = node
         decorators = [d for d in getattr(node, "decorator_list", []) if _called(d) not in REGISTRATIONS]
@@ -185,6 +190,16 @@ def _asks_for_slice(node: ast.stmt) -> str | None:
     if isinstance(left, ast.NamedExpr) and _called(left.value) == "current":
         return left.target.id
     return None
+
+
+def _member(item: ast.stmt, fields: bool) -> str | None:
+    """The name of a method; that of an attribute where these are not the fields of the class."""
+    if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return item.name
+    if fields or not isinstance(item, (ast.Assign, ast.AnnAssign)):
+        return None
+    target = item.targets[0] if isinstance(item, ast.Assign) else item.target
+    return target.id if isinstance(target, ast.Name) else None
 
 
 def _called(node: ast.expr) -> str:

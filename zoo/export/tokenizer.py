@@ -26,7 +26,12 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         end = tokenizer.model.id_to_token(tokenizer.end)
     else:
         text, end = json.dumps(_bytes(), ensure_ascii=False, indent=1), END
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    # generation reads padding only in front of a row
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+    }
     if end is not None:
         config |= {"eos_token": end, "bos_token": end, "pad_token": end}
     return {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
