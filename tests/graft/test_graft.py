@@ -142,23 +142,6 @@ def test_linear_attention_and_mamba_take_the_projections(llama):
 
 
 @torch.no_grad()
-def test_padding(llama):
-    """On the right it changes nothing, on the left it is a document of its own, with a cache it is refused."""
-    replace(llama, SITES, "gla")
-    x = tokens(1, 10)
-    want = llama(x, use_cache=False).logits
-    row, mask = torch.zeros(2, 14, dtype=torch.int64), torch.zeros(2, 14, dtype=torch.int64)
-    row[0, :10], mask[0, :10] = x, 1
-    got = llama(row[:1], attention_mask=mask[:1], use_cache=False).logits
-    torch.testing.assert_close(got[:, :10], want, atol=1e-5, rtol=0)
-    row[1, 4:], mask[1, 4:] = x, 1
-    got = llama(row[1:], attention_mask=mask[1:], use_cache=False).logits
-    torch.testing.assert_close(got[:, 4:], want, atol=1e-5, rtol=0)
-    with pytest.raises(zoo.ZooError, match="padded on the left"):
-        llama(row[1:], attention_mask=mask[1:], use_cache=True)
-
-
-@torch.no_grad()
 def test_plain_torch_modules():
     encoder = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
     model = drawn(nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False))
@@ -196,6 +179,7 @@ def test_a_zoo_model_is_saved_as_what_it_became(tmp_path):
         (SITES, "gla", {"num_hed": 4}, "num_hed: unknown option of gla"),
         (SITES, "gla", {"num_heads": 3}, "model.layers.0.self_attn.*num_heads"),
         ("model.norm", "gla", {}, "no weights of this LlamaRMSNorm tell"),
+        (SITES, "expert_choice", {}, "expert_choice is a router, no block that maps x to y"),
     ],
 )
 def test_bad_requests(llama, pattern, block, options, message):

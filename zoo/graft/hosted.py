@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,170 +11,130 @@ from torch import Tensor, nn
 
 from zoo.contract import State
 from zoo.errors import ZooError
+from zoo.graft.cached import CACHES, state_in
+from zoo.graft.returned import returned
 
-CACHES = ("past_key_values", "past_key_value", "cache_params")
+HEARD = (*CACHES, "position_ids", "attention_mask")
+OTHERS = ("key", "value", "key_value_states", "encoder_hidden_states")  # of cross attention
 PLAIN = (bool, int, float, str, type(None))
 
 
 class Hosted(nn.Module):
-    """Calls `block` with what the host passes: x [B, T, D] is its first tensor; position_ids, an attention mask and a
-    cache are understood by the names that transformers and fla use. The output has the form of the original's, with
-    None for what there is not (attention weights).
+    """Calls `block` with what the host passes: x [B, T, D] is its first tensor; position_ids, a mask and a cache are
+    understood by the names that transformers, fla and torch use. The output has the form of the original's, with None
+    for what there is not (attention weights).
 
-    Rows may be padded on the right (the outputs of padding mean nothing). On the left they may where there is no
-    cache. ZooError otherwise, and where a cache was begun by the original.
+    Tokens that the mask hides as padding are not read: the state of a row is that of its other tokens, and the outputs
+    at padding mean nothing. A block with a state in the place of a module that is given no cache, as a feed-forward
+    layer, takes what the modules around it are given. ZooError where a cache was begun by the original.
     """
 
     def __init__(self, block: nn.Module, original: nn.Module, site: str):
         super().__init__()
-        self.block, self.site = block, site
         # hosts look at plain attributes of their parts: layer_idx, is_causal, batch_first, ...
         for name, value in vars(original).items():
             if not name.startswith("_") and isinstance(value, PLAIN) and name != "training":
                 setattr(self, name, value)
-        self.columns = not getattr(original, "batch_first", True) and isinstance(original, nn.MultiheadAttention)
-        if isinstance(original, nn.MultiheadAttention):
+        self.block, self.site = block, site
+        joint = isinstance(original, nn.MultiheadAttention)
+        self.columns = joint and not original.batch_first
+        if joint:
             self.in_proj_bias = None  # nn.TransformerEncoderLayer asks, and then takes its ordinary path
-        self.outputs = _outputs(original)
+        if isinstance(original, Hosted):  # a block that was put there before
+            self.outputs, self.names = original.outputs, original.names
+        else:
+            self.outputs, self.names = returned(original), list(inspect.signature(original.forward).parameters)
+        keeps = block.zoo_registration.state_growth != "none"  # type: ignore[union-attr]
+        self.listens = keeps and not any(name in self.names for name in CACHES)
+        self._heard: list[dict[str, Any]] = []
+        self._undo: list[Any] = []
+
+    def attach(self, around: Iterable[nn.Module]) -> None:
+        """Listen to what the modules around the site are given, where the site itself is given no cache."""
+        self.detach()
+        for module in around:
+            if self.listens:
+                before = module.register_forward_pre_hook(self._hear, with_kwargs=True)
+                self._undo += [before.remove, module.register_forward_hook(self._forget, always_call=True).remove]
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+                module.use_nested_tensor = False  # rows without their padding are no tensor that a block can read
+                self._undo.append(_Again(module))
+
+    def detach(self) -> None:
+        """Stop listening."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def _hear(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._heard.append({n: kwargs[n] for n in HEARD if kwargs.get(n) is not None})
+
+    def _forget(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self._heard.pop()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()), None)
         if x is None or x.dim() != 3:
             raise ZooError(f"{self.site}: a block reads one tensor [B, T, D], the host gave none")
-        if self.columns:
-            x = x.transpose(0, 1)
-        cache = next((kwargs[n] for n in CACHES if kwargs.get(n) is not None), None)
-        doc_ids = self._documents(kwargs.get("attention_mask"), x, cache is not None)
-        state = None if cache is None else self._state(cache, x)
-        positions = kwargs.get("position_ids")
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        if any(isinstance(given.get(name), Tensor) and given[name] is not x for name in OTHERS):
+            raise ZooError(f"{self.site}: the host gave keys or values of another sequence; a block reads one alone")
+        for heard in reversed(self._heard):
+            given |= {name: value for name, value in heard.items() if given.get(name) is None}
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        y = self._streamed(x.transpose(0, 1) if self.columns else x, cache, given)
+        y = y.transpose(0, 1) if self.columns else y
+        return y if self.outputs is None else (y, *(cache if holds else None for holds in self.outputs))
+
+    def _streamed(self, x: Tensor, cache: Any, given: dict[str, Any]) -> Tensor:
+        state, seen = (None, 0) if cache is None else state_in(cache, self, x)
+        positions = given.get("position_ids")
         if positions is not None:
-            positions = positions.expand(x.shape[0], -1) if positions.shape[-1] == x.shape[1] else None
-        y = self.block(x, state=state, positions=positions, doc_ids=doc_ids)
-        if self.columns:
-            y = y.transpose(0, 1)
-        if self.outputs is None:
-            return y
-        return (y, *(cache if holds else None for holds in self.outputs))
+            fits = positions.dim() == 2 and positions.shape[1] == x.shape[1]
+            positions = positions.expand(x.shape[0], -1) if fits else None
+        shown = _shown(given, x, seen)
+        if shown is None or bool(shown.all()):
+            return self.block(x, state=state, positions=positions)
+        if state is not None:
+            return self._without_padding(x, shown, state, positions)
+        if bool(shown[:, 0].all()) and getattr(self.block, "causal", True):
+            return self.block(x, positions=positions)  # what stands behind the text changes nothing
+        return self.block(x, positions=positions, doc_ids=shown.long())  # padding is a document of its own
 
-    def _documents(self, mask: Tensor | None, x: Tensor, streaming: bool) -> Tensor | None:
-        """Padding as a document of its own; None where there is none, or only behind the text."""
-        if mask is None or not isinstance(mask, Tensor):
-            return None
-        shown = mask if mask.dtype == torch.bool or mask.dim() == 2 else mask == 0
-        if shown.dim() == 4:  # a key that no query sees is padding
-            shown = shown.any(1).any(1)
-        shown = shown[:, -x.shape[1] :].bool()
-        if bool(shown.all()):
-            return None
-        padded_left = bool((~shown[:, :1]).any())
-        if streaming:
-            where = "on the left" if padded_left else "on the right"
-            raise ZooError(
-                f"{self.site}: rows are padded {where}, and a state cannot skip padding: give rows of one length"
-            )
-        return shown.long() if padded_left else None
-
-    def _state(self, cache: Any, x: Tensor) -> State:
-        index = getattr(self, "layer_idx", 0) or 0
-        layers = getattr(cache, "layers", None)
-        if layers is None:
-            raise ZooError(f"{self.site}: the host's cache, {type(cache).__name__}, has no layers to keep a state in")
-        while len(layers) <= index:
-            layers.append(cache.layer_class_to_replicate())
-        layer = layers[index]
-        if not isinstance(layer, StateLayer):
-            if getattr(layer, "is_initialized", False):
-                raise ZooError(f"{self.site}: the cache was begun by the module that the block replaced")
-            layer = layers[index] = _with_states(layer)
-        if self.site not in layer.states:
-            layer.states[self.site] = self.block.init_state(x.shape[0])  # type: ignore[operator]
-            layer.seen[self.site] = 0
-        layer.seen[self.site] += x.shape[1]
-        _mark(layer)
-        return layer.states[self.site]
+    def _without_padding(self, x: Tensor, shown: Tensor, state: State, positions: Tensor | None) -> Tensor:
+        """Rows that are padded alike together, each without its padding."""
+        y = torch.zeros_like(x)
+        for pattern in shown.unique(dim=0):
+            rows, columns = (shown == pattern).all(1).nonzero()[:, 0], pattern.nonzero()[:, 0]
+            if len(columns):
+                at = rows[:, None], columns
+                part = state.rows(rows)
+                y[at] = self.block(x[at], state=part, positions=None if positions is None else positions[at])
+                state.put_rows(rows, part)
+        return y
 
 
-class StateLayer:
-    """Mixed into the class of a layer of the host's cache: it also keeps the states of our blocks, and is as long as
-    these are. The host may keep something of its own there, as where a layer has attention beside a recurrence: its
-    methods then see a layer that is as long as that."""
+class _Again:
+    """Lets a torch encoder drop padding again."""
 
-    is_compileable = False
-    is_croppable = False
-    states: dict[str, State]
-    seen: dict[str, int]
+    def __init__(self, encoder: nn.TransformerEncoder):
+        self.encoder = encoder
 
-    def get_seq_length(self, *args: Any) -> int:
-        if self.seen:
-            return max(self.seen.values())
-        own = getattr(super(), "get_seq_length", None)
-        return own(*args) if own else 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(beam_idx)
-        self._of_host("reorder_cache", beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = next((t.shape[0] for state in self.states.values() for t in state.tensors()), 0)
-        self._rows(torch.arange(rows).repeat_interleave(repeats))
-        self._of_host("batch_repeat_interleave", repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(indices)
-        self._of_host("batch_select_indices", indices)
-
-    def reset(self) -> None:
-        for state in self.states.values():
-            state.reset()
-        self.seen = dict.fromkeys(self.seen, 0)
-        self._of_host("reset")
-
-    def _rows(self, index: Tensor) -> None:
-        for state in self.states.values():
-            state.reorder(index.to(next(state.tensors(), index).device))
-
-    def _of_host(self, method: str, *args: Any) -> None:
-        """Have the host do the same to what it keeps here."""
-        mine, self.seen = self.seen, {}
-        try:
-            getattr(super(), method)(*args)
-        finally:
-            self.seen = mine
-
-    def crop(self, *args: Any) -> None:
-        raise ZooError("a cache with states of blocks cannot be cropped: a state does not know its past")
+    def __call__(self) -> None:
+        self.encoder.use_nested_tensor = True
 
 
-def _with_states(layer: Any) -> Any:
-    cls = type(layer)
-    made = object.__new__(type(f"{cls.__name__}WithStates", (StateLayer, cls), {}))
-    made.__dict__.update(vars(layer), states={}, seen={})
-    return made
-
-
-def _mark(layer: Any) -> None:
-    # layers of recurrent hosts tell by this whether a row has begun
-    if isinstance(begun := getattr(layer, "has_previous_state", None), dict):
-        layer.has_previous_state = dict.fromkeys(begun, True)
-
-
-def _outputs(original: nn.Module) -> tuple[bool, ...] | None:
-    """What the original returns beside y, as its annotation says: for each whether it is the cache; None: y alone."""
-    said = inspect.signature(type(original).forward).return_annotation
-    if said is inspect.Signature.empty:
+def _shown(given: dict[str, Any], x: Tensor, seen: int) -> Tensor | None:
+    """Which tokens of x are no padding, [B, T]: 2D masks say it, in others a key that no query sees is padding."""
+    mask, hidden = given.get("attention_mask"), given.get("key_padding_mask")
+    if isinstance(hidden, Tensor):
+        return ~hidden if hidden.dtype == torch.bool else hidden == 0
+    if not isinstance(mask, Tensor):
         return None
-    text = said if isinstance(said, str) else str(said)
-    inside = re.match(r"(?:typing\.)?[Tt]uple\[(.*)\]$", text.strip())
-    if not inside:
-        return None
-    parts, depth = [""], 0
-    for letter in inside[1]:
-        depth += (letter == "[") - (letter == "]")
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return tuple("Cache" in part for part in parts[1:])
+    shown = mask.bool() if mask.dtype == torch.bool or mask.dim() == 2 else mask == 0
+    if shown.dim() == 4:
+        shown = shown.any(1).any(1)
+    # a cache of fixed size has columns for tokens to come, one of a window only some of those before
+    tokens = x.shape[1]
+    first = seen if shown.shape[1] >= seen + tokens else shown.shape[1] - tokens
+    return shown[:, first : first + tokens].expand(x.shape[0], -1)

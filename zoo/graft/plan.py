@@ -77,6 +77,8 @@ class Plan:
                 self.blocks[site] = block if isinstance(original, Block) else Hosted(block, original, site)
             self.blocks[site].train(original.training)
             _put(self.model, site, self.blocks[site])
+            if isinstance(hosted := self.blocks[site], Hosted):
+                hosted.attach(_around(self.model, site))
         if self.documents:
             self.model.config = self.documents[1]  # type: ignore[assignment]
         return self
@@ -84,6 +86,8 @@ class Plan:
     def undo(self) -> None:
         """Put the originals back. `apply` brings the blocks again, as they were left."""
         for site, original in self.originals.items():
+            if isinstance(hosted := self.blocks[site], Hosted):
+                hosted.detach()
             original.train(self.blocks[site].training)
             _put(self.model, site, original)
         if self.documents:
@@ -113,6 +117,12 @@ class Plan:
 def _put(model: nn.Module, site: str, module: nn.Module) -> None:
     parent, _, name = site.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def _around(model: nn.Module, site: str) -> list[nn.Module]:
+    """The modules that a site is in, the model first."""
+    parts = site.split(".")[:-1]
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
 
 
 def matching(model: nn.Module, pattern: str) -> list[str]:
@@ -150,6 +160,8 @@ def plan(model: nn.Module, pattern: str, block: str, **options: Any) -> Plan:
             empty = registry.create(block, donor.dim, **chosen, device="meta")
         except ConfigError as error:
             raise ConfigError([Problem(p.message, p.where, file=site) for p in error.problems]) from None
+        if not isinstance(empty, Block):
+            raise ConfigError(f"{site}: {block} is a {registry.block_card(block).kind}, no block that maps x to y")
         made.options[site], made.donors[site] = chosen, donor
         made.entries += _entries(site, empty, donor)
     if isinstance(model, Model):
