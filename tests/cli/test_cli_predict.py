@@ -68,6 +68,8 @@ def test_calibrate_then_profile(zoo, tiny, monkeypatch):
     probe = calibrate.Probe(32, 64, False, (("prefill", 1, 16, 0), ("train", 1, 16, 0), ("decode", 1, 1, 8)))
     monkeypatch.setattr(calibrate, "usable", lambda probe: [{"swiglu": {}}, {"mlp": {}}])
     monkeypatch.setattr(calibrate, "JOINED", ({"repeat": 2, "of": ["mlp"]},))
+    monkeypatch.setattr(calibrate, "VARIED", ())
+    monkeypatch.setitem(calibrate.LADDERS, "cpu", (32, (1, 2)))
     monkeypatch.setattr(calibrate, "ROUNDS", 1)
     monkeypatch.setitem(calibrate.PROBES, "cpu", (probe,))
     monkeypatch.setitem(calibrate.WIDTHS, "cpu", (32,))

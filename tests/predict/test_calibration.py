@@ -48,6 +48,8 @@ def made():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "usable", lambda probe: [{"swiglu": {}}, {"gla": {}}])
         patch.setattr(calibrate, "JOINED", ({"repeat": 2, "of": ["mlp"]},))
+        patch.setattr(calibrate, "VARIED", ())
+        patch.setitem(calibrate.LADDERS, "cpu", (32, (1, 2)))
         patch.setattr(calibrate, "ROUNDS", 1)
         patch.setattr(calibrate, "_product", lambda device, width: 1e15)
         found = calibrate.calibrate(

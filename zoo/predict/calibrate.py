@@ -1,7 +1,8 @@
 """Measures the device at hand: products, a copy, the smallest call, and models made of every block there is.
 
-A model has one block, and is measured as `zoo profile` measures, so that whatever a node's time has in it (hooks,
-autograd, caches) is in its rates. Sizes go from few tokens to about 1500 and from width 64 to 256.
+Models are measured as `zoo profile` measures, so that whatever a node's time has in it (hooks, autograd, caches) is in
+its rates. Each has some blocks of different kinds, one after another: a block that has the caches for itself is
+quicker than it will ever be. Sizes go from few tokens to about 1500 and from width 64 to 512.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +25,17 @@ from zoo.cost import CostReport, estimate
 from zoo.errors import ConfigError
 from zoo.measure.run import Measured, measure_model
 from zoo.predict.calibration import Calibration, Environment, Rates
+from zoo.predict.distance import Curve, curve, seconds_a_byte
 from zoo.predict.fit import rates
 from zoo.predict.kinds import kind_of, plain
-from zoo.predict.work import around, work_of
+from zoo.predict.work import Around, Work, around, work_of
 
 Shape = tuple[str, int, int, int]  # mode, rows, tokens, tokens before
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Models of width `dim`, one for each block as it comes or for each of its examples; the passes to measure."""
+    """Models of width `dim`, with each block as it comes or with each of its examples; the passes to measure."""
 
     dim: int
     vocab: int
@@ -48,9 +51,10 @@ def _shapes(*sizes: tuple[int, int], decode: Sequence[tuple[int, int]]) -> tuple
 PROBES: dict[str, tuple[Probe, ...]] = {
     "cpu": (
         Probe(64, 512, False, _shapes((2, 64), (4, 384), decode=((1, 256), (4, 512)))),
-        Probe(64, 512, True, _shapes((2, 224), decode=((1, 192),))),
+        Probe(128, 1536, True, _shapes((1, 320), decode=((2, 96),))),
         Probe(128, 1536, False, _shapes((1, 192), (1, 768), decode=((1, 512), (2, 160)))),
         Probe(256, 3072, False, _shapes((1, 160), (2, 320), decode=((1, 384), (4, 256)))),
+        Probe(512, 2048, False, _shapes((1, 224), decode=((1, 128),))),
     ),
     "cuda": (
         Probe(256, 4096, False, _shapes((2, 128), (4, 1024), decode=((1, 512), (16, 1024)))),
@@ -59,7 +63,7 @@ PROBES: dict[str, tuple[Probe, ...]] = {
     ),
 }
 _ROUTER = {"expert_choice": {"capacity": [1.0, 0.5]}}
-# models of several layers, routed and merged: what lies around nodes is fitted to these
+# what blocks as they come do not show: routed and merged layers, many of one kind
 JOINED: tuple[Any, ...] = (
     {"repeat": 8, "of": ["swiglu"]},
     {"repeat": 3, "of": ["attention", "swiglu"]},
@@ -67,9 +71,15 @@ JOINED: tuple[Any, ...] = (
     {"repeat": 3, "of": [{"parallel": ["swiglu", "mlp"], "merge": "gated", "norm": "rms"}]},
     {"repeat": 2, "of": [{"loop": {"steps": 2, "router": _ROUTER}, "of": ["swiglu"]}]},
 )
+# options on which more depends than on the width, of every probe
+VARIED: tuple[Any, ...] = ({"moe": {"num_experts": 24, "top_k": 4, "hidden_dim": 48}},)
+TOGETHER = 5  # blocks in a model
 EXAMPLES = 2  # of a block, at the most
 ROUNDS = 2  # minutes apart, the quicker one counts: others use the machine too
 ENOUGH = 0.02  # seconds for a kind of pass; three passes where one is slow
+# what is measured of `distance`: layers of swiglu of a width, from those that caches hold to those that none does
+LADDERS = {"cpu": (256, (1, 2, 4, 6, 8, 12, 16, 24)), "cuda": (512, (1, 2, 4, 6, 8, 12, 16))}
+STEPS: tuple[Shape, ...] = (("decode", 1, 1, 32), ("prefill", 1, 32, 0))
 WIDTHS = {"cpu": (64, 128, 256, 512, 1024), "cuda": (256, 1024, 4096, 8192)}
 
 
@@ -79,7 +89,7 @@ class Sample:
 
     block: str
     mode: str
-    features: tuple[float, ...]
+    work: Work | Around
     seconds: float
 
 
@@ -92,25 +102,30 @@ def calibrate(
 ) -> Calibration:
     """Measure `probes` on `device` and fit rates to them. `now` tells seconds; `advance` is told what comes next, and
     how many more steps there are."""
-    models = [(probe, node) for probe in probes for node in (*JOINED, *usable(probe))]
-    left = 1 + ROUNDS * len(models)
+    models = [(probe, trunk) for probe in probes for trunk in trunks(probe)]
+    left = 2 + ROUNDS * len(models)
     advance("products and copies", left)
     with torch.no_grad():
         products = {n: _product(device, n) for n in widths}
         bandwidth = machine.peaks(device, torch.float32, width=max(widths), rounds=3).copy
         one = torch.ones(1, device=device)
         launch = 1e-3 * statistics.median(sample(Runner(lambda: one + one), device, 1000) for _ in range(5))
+    calm = machine.Calm(tries=len(models))
+    advance("weights far away", left - 1)
+    distance = _distance(device, calm, now)
     rounds: list[list[Sample]] = []
-    calm = machine.Calm(tries=len(models) // 2)
+    left -= 2
     for _ in range(ROUNDS):
         rounds.append([])
-        for probe, node in models:
+        for probe, trunk in models:
+            advance(f"width {probe.dim}: {', '.join(next(iter(node)) for node in trunk)}", left)
+            rounds[-1] += calm(lambda: list(_probe(probe, trunk, device, now)))  # noqa: B023
             left -= 1
-            advance(f"{next(iter(node))} of width {probe.dim}", left)
-            rounds[-1] += calm(lambda: list(_probe(probe, node, device, now)))  # noqa: B023
     samples = [min(same, key=lambda s: s.seconds) for same in zip(*rounds, strict=True)]
-    blocks, rest, error = fit(samples, max(products.values()))
-    return Calibration(Environment.here(device), products, bandwidth, launch, blocks, rest, reached(samples), error)
+    blocks, rest, error = fit(samples, max(products.values()), distance)
+    return Calibration(
+        Environment.here(device), products, bandwidth, launch, blocks, rest, distance, reached(samples), error
+    )
 
 
 def _product(device: str, n: int) -> float:
@@ -120,49 +135,82 @@ def _product(device: str, n: int) -> float:
     return 2e3 * n**3 / min(sample(run, device, 3) for _ in range(5))
 
 
-def _probe(probe: Probe, node: Any, device: str, now: Callable[[], float]) -> Iterator[Sample]:
-    model = build(_document(probe, [node]), device=device)
-    for mode, rows, tokens, before in probe.shapes:
-        report = estimate(model, batch_size=rows, seq_len=tokens, context_len=before, mode=mode)  # type: ignore[arg-type]
-        yield from samples_of(report, measure_model(model, report, device, ENOUGH, now), node in JOINED)
+def _distance(device: str, calm: machine.Calm, now: Callable[[], float]) -> dict[str, Curve]:
+    """By mode. The middle layer of a pass counts, the quicker pass of `ROUNDS`."""
+    dim, depths = LADDERS[device]
+    found: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    held = 0.0
+    for depth in depths:
+        model = build(_document(Probe(dim, 64, False, STEPS), [{"repeat": depth, "of": ["swiglu"]}]), device=device)
+        for shape in STEPS:
+            report = _report(model, shape)
+            layers = {n.path: work_of(n, report) for n in report.nodes if n.block == "swiglu"}
+            measure = partial(measure_model, model, report, device, ENOUGH, now)
+            passes = [calm(measure).nodes for _ in range(ROUNDS)]
+            middle = min(statistics.median(spent[path] for path in layers) for spent in passes)
+            work = next(iter(layers.values()))
+            found[report.mode].append((work.span, 1e-3 * middle))
+            held = work.held
+    return {mode: curve(points, held) for mode, points in found.items()}
 
 
-def samples_of(report: CostReport, measured: Measured, joined: bool) -> Iterator[Sample]:
-    """What a measured pass says about its nodes, and if it is `joined`, about what lies around them."""
+def _probe(probe: Probe, trunk: list[Any], device: str, now: Callable[[], float]) -> Iterator[Sample]:
+    model = build(_document(probe, trunk), device=device)
+    for shape in probe.shapes:
+        report = _report(model, shape)
+        yield from samples_of(report, measure_model(model, report, device, ENOUGH, now))
+
+
+def _report(model: Any, shape: Shape) -> CostReport:
+    mode, rows, tokens, before = shape
+    return estimate(model, batch_size=rows, seq_len=tokens, context_len=before, mode=mode)  # type: ignore[arg-type]
+
+
+def samples_of(report: CostReport, measured: Measured) -> Iterator[Sample]:
+    """What a measured pass says about its nodes and about what lies around them."""
     for node in report.nodes:
         if node.path in measured.nodes:
             spent = max(measured.nodes[node.path], 1e-4)
-            yield Sample(plain(node.block), report.mode, astuple(work_of(node, report)), 1e-3 * spent)
-    if joined:
-        rest = measured.total - sum(measured.nodes.values())
-        yield Sample("", report.mode, astuple(around(report)), 1e-3 * max(rest, 0.01 * measured.total))
+            yield Sample(plain(node.block), report.mode, work_of(node, report), 1e-3 * spent)
+    rest = measured.total - sum(measured.nodes.values())
+    yield Sample("", report.mode, around(report), 1e-3 * max(rest, 0.01 * measured.total))
 
 
-def fit(samples: Sequence[Sample], peak: float) -> tuple[dict[tuple[str, str], Rates], dict[str, Rates], float]:
+def fit(
+    samples: Sequence[Sample], peak: float, distance: Mapping[str, Curve]
+) -> tuple[dict[tuple[str, str], Rates], dict[str, Rates], float]:
     """Rates by block and mode, of the rest by mode, and the median relative error of the nodes' times. No product is
     done in more than `peak` FLOP/s: the sizes alone do not always tell products from what grows with them."""
-    together: defaultdict[tuple[str, str], list[Sample]] = defaultdict(list)
+    together: defaultdict[tuple[str, str], list[tuple[tuple[float, ...], float]]] = defaultdict(list)
     for s in samples:
-        together[s.block, s.mode].append(s)
-    found = {
-        key: rates([s.features for s in of], [s.seconds for s in of], (0, 1 / peak, 0, 0) if key[0] else ())
-        for key, of in together.items()
-    }
-    errors = [
-        abs(sum(r * x for r, x in zip(found[s.block, s.mode], s.features, strict=True)) / s.seconds - 1)
-        for s in samples
-        if s.block
-    ]
+        together[s.block, s.mode].append((s.work.features, _nearby(s, distance)))
+    found: dict[tuple[str, str], Rates] = {}
+    errors: list[float] = []
+    for (block, mode), of in together.items():
+        least = (0, 1 / peak, 0, 0, 0) if block else ()
+        found[block, mode] = rates([f for f, _ in of], [spent for _, spent in of], least)
+        if block:
+            errors += [
+                abs(sum(r * x for r, x in zip(found[block, mode], f, strict=True)) / spent - 1) for f, spent in of
+            ]
     rest = {mode: found.pop((block, mode)) for block, mode in list(found) if not block}
     return found, rest, statistics.median(errors)
+
+
+def _nearby(s: Sample, distance: Mapping[str, Curve]) -> float:
+    """Seconds that it would have taken with its weights at hand; a third at the least, since they cost no more."""
+    if isinstance(s.work, Around):
+        return s.seconds
+    waited = s.work.held * seconds_a_byte(distance.get(s.mode, ()), s.work.span)
+    return max(s.seconds - waited, s.seconds / 3)
 
 
 def reached(samples: Sequence[Sample]) -> dict[str, dict[str, tuple[float, float]]]:
     """FLOP/s of products that nodes of each kind of work reached, by mode: the middle one and the best."""
     found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for s in samples:
-        if s.block and s.features[1]:
-            found[kind_of(s.block), s.mode].append(s.features[1] / s.seconds)
+        if isinstance(s.work, Work) and s.work.matrix:
+            found[kind_of(s.block), s.mode].append(s.work.matrix / s.seconds)
     kinds: dict[str, dict[str, tuple[float, float]]] = {}
     for (kind, mode), speeds in found.items():
         kinds.setdefault(kind, {})[mode] = (statistics.median(speeds), max(speeds))
@@ -170,6 +218,13 @@ def reached(samples: Sequence[Sample]) -> dict[str, dict[str, tuple[float, float
 
 
 # ---------------------------------------------------------------------------------------------- models
+def trunks(probe: Probe) -> list[list[Any]]:
+    """Of the models of a probe. Neighbours in the list of blocks are relatives: they get models of their own."""
+    nodes = [*usable(probe), *VARIED]
+    count = -(-len(nodes) // TOGETHER)
+    return [*([node] for node in JOINED), *(nodes[i::count] for i in range(count))]
+
+
 def usable(probe: Probe) -> list[Any]:
     """Blocks that can stand in a causal model of this width, with options of their own where examples are wanted."""
     found = []
@@ -183,8 +238,8 @@ def usable(probe: Probe) -> list[Any]:
 def _builds(probe: Probe, node: Any) -> bool:
     try:
         model = build(_document(probe, [node]), device="meta")
-        for mode, rows, tokens, before in probe.shapes:
-            estimate(model, batch_size=rows, seq_len=tokens, context_len=before, mode=mode)  # type: ignore[arg-type]
+        for shape in probe.shapes:
+            _report(model, shape)
         return True
     except (ConfigError, ValueError, NotImplementedError):
         return False

@@ -19,10 +19,11 @@ from zoo.bench.machine import device_name, slug
 from zoo.devices import Device
 from zoo.errors import ZooError
 from zoo.kernels.native import cache_dir
+from zoo.predict.distance import Curve, seconds_a_byte
 from zoo.predict.kinds import KINDS, kind_of
 from zoo.predict.work import Around, Work
 
-VERSION = 1
+VERSION = 2
 Rates = tuple[float, ...]
 
 
@@ -53,10 +54,11 @@ class Environment:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Seconds a call, a FLOP of products, a FLOP of other work and a byte, by block and mode; they add up, because
-    eager operations come one after another. `rest`, by mode: the same of what is `Around` the nodes. `products`:
-    FLOP/s of a square product by its width; `bandwidth` of a copy; `launch`: seconds of the smallest call of torch;
-    `reached`: FLOP/s of products of the middle and of the best node, by kind of work and mode."""
+    """Seconds for each of `Work.features`, by block and mode; they add up, because eager operations come one after
+    another. `rest`, by mode: the same of what is `Around` the nodes. `distance`, by mode: what held bytes cost more
+    where a pass moves many. `products`: FLOP/s of a square product by its width; `bandwidth` of a copy; `launch`:
+    seconds of the smallest call of torch; `reached`: FLOP/s of products of the middle and of the best node, by kind of
+    work and mode."""
 
     environment: Environment
     products: Mapping[int, float]
@@ -64,6 +66,7 @@ class Calibration:
     launch: float
     blocks: Mapping[tuple[str, str], Rates]
     rest: Mapping[str, Rates]
+    distance: Mapping[str, Curve]
     reached: Mapping[str, Mapping[str, tuple[float, float]]]
     error: float  # median relative error of the fit itself
 
@@ -71,11 +74,12 @@ class Calibration:
 
     def seconds(self, block: str, mode: str, work: Work) -> float:
         """Of one node."""
-        return sum(r * x for r, x in zip(self._rates(block, mode), dataclasses.astuple(work), strict=True))
+        spent = sum(r * x for r, x in zip(self._rates(block, mode), work.features, strict=True))
+        return spent + work.held * seconds_a_byte(self.distance.get(mode, ()), work.span)
 
     def rest_seconds(self, mode: str, around: Around) -> float:
         """Of a pass outside its nodes."""
-        return sum(r * x for r, x in zip(self.rest[mode], dataclasses.astuple(around), strict=True))
+        return sum(r * x for r, x in zip(self.rest[mode], around.features, strict=True))
 
     def note(self, block: str) -> str:
         """In words, what the time of a block is taken from if not from its own measurement."""
@@ -98,7 +102,7 @@ class Calibration:
     def _like(self, kind: str, mode: str) -> Rates:
         """Of a middling block of a kind; of any kind, where there is none of it."""
         if kind == "elementwise":  # parts of combinators: their time is in the rest
-            return (0.0, 0.0, 0.0, 0.0)
+            return (0.0,) * len(Work().features)
         like = self.kinds.get(kind, {}).get(mode) or [r for (_, m), r in self.blocks.items() if m == mode]
         return tuple(statistics.median(column) for column in zip(*like, strict=True))
 
@@ -134,9 +138,10 @@ class Calibration:
             "bandwidth": self.bandwidth,
             "launch": self.launch,
             "error": self.error,
-            "rates": ["seconds a call", "a FLOP of products", "a FLOP of other work", "a byte"],
+            "rates": ["seconds a call", "a FLOP of products", "a FLOP of other work", "a byte", "a root of products"],
             "blocks": blocks,
             "rest": dict(self.rest),
+            "distance": dict(self.distance),
             "reached": {kind: dict(modes) for kind, modes in self.reached.items()},
         }
 
@@ -150,7 +155,9 @@ class Calibration:
             Environment(**document["environment"]),
             {int(n): rate for n, rate in document["products"].items()},
             document["bandwidth"], document["launch"], blocks,
-            {mode: tuple(r) for mode, r in document["rest"].items()}, document["reached"], document["error"],
+            {mode: tuple(r) for mode, r in document["rest"].items()},
+            {mode: tuple((span, cost) for span, cost in points) for mode, points in document["distance"].items()},
+            document["reached"], document["error"],
         )  # fmt: skip
 
 

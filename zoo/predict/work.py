@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """Calls of the block, one for each piece; FLOPs of products and of all else; bytes read and written."""
+    """Calls of the block, one for each piece; FLOPs of products and of all else; bytes read and written. Of what is
+    read, `held` are the bytes that were there before the pass, weights and state; `span` bytes are moved until the next
+    pass reads them again. Both are 0 in training, where that is always much."""
 
     calls: float = 0.0
     matrix: float = 0.0
     vector: float = 0.0
     traffic: float = 0.0
+    held: float = 0.0
+    span: float = 0.0
 
-    def __mul__(self, factor: float) -> Work:
-        return Work(*(factor * x for x in astuple(self)))
+    @property
+    def features(self) -> tuple[float, ...]:
+        """What rates of a calibration are for. The root grows slower than the work: small products are slow ones."""
+        return self.calls, self.matrix, self.vector, self.traffic, math.sqrt(self.calls * self.matrix)
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,25 @@ class Around:
     joints: float
     joined: float
 
+    @property
+    def features(self) -> tuple[float, ...]:
+        """What rates of a calibration are for."""
+        return astuple(self)
+
 
 def work_of(node: NodeCost, report: CostReport) -> Work:
-    """Of a head that continues a row only the last token's logits are wanted."""
-    moved = node.bytes_read + node.bytes_written
-    if node.path != "lm_head" or report.mode == "train":
-        return Work(node.pieces, node.flops, node.vector_flops, moved)
-    weights = node.bytes_read - _stream(report)
-    share = 1 / report.seq_len
-    return Work(node.pieces, share * node.flops, share * node.vector_flops, weights + share * (moved - weights))
+    """Of a head that continues a row only the last token's logits are wanted; the gradient of an embedding's table is
+    as large as the table."""
+    moved, stream = node.bytes_read + node.bytes_written, _stream(report)
+    if report.mode == "train":
+        whole = node.path == "tok_embeddings" and report.memory is not None
+        table = node.params * report.memory.parameters // report.params if whole else 0  # type: ignore[union-attr]
+        return Work(node.pieces, node.flops, node.vector_flops, moved + table)
+    before = node.bytes_read if node is report.nodes[0] else max(0, node.bytes_read - round(node.calls * stream))
+    share = 1 / report.seq_len if node.path == "lm_head" else 1.0
+    traffic = before + share * (moved - before)
+    span = report.bytes_read + report.bytes_written
+    return Work(node.pieces, share * node.flops, share * node.vector_flops, traffic, before, span)
 
 
 def _stream(report: CostReport) -> int:
