@@ -33,6 +33,40 @@ def test_store_from_run_to_assembled_model(zoo, trained, tiny, tmp_path):
     assert told["saved"] == str(out) and told["license"] is None
 
 
+def test_blocks_of_another_width_are_stitched_in_and_taught(zoo, tmp_path):
+    """Assembled with fitted maps, its tokenizer beside it; `zoo distill` goes on from there."""
+    layer = [{"attention": {"num_heads": 2}}, "swiglu"]
+    store, text, config = tmp_path / "blocks", tmp_path / "fox.txt", tmp_path / "mixed.yaml"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    for name, dim in (("wide", 32), ("narrow", 16)):
+        model = package.build({"dim": dim, "vocab_size": 257, "trunk": [{"repeat": 2, "of": layer}]}, seed=dim)
+        folder = model.save_pretrained(tmp_path / name)
+        (folder / "LICENSE").write_text("as you like")
+        (folder / "generation_config.json").write_text("{}")
+        zoo("store", "add", store, folder, "--name", name)
+    trunk = [layer, {"stitch": 16, "of": [layer, layer]}]
+    config.write_text(json.dumps({"dim": 32, "vocab_size": 257, "trunk": trunk}))
+    takes = ["--take", "all=wide"]
+    for i in range(2):
+        takes += ["--take", f"layers.1.body.items.{i}=narrow:layers.{i}"]
+    given = ("--data", text, "--seq", 16, "--rows", 20, "--out", tmp_path / "mixed", "--json")
+    told = json.loads(zoo("store", "assemble", store, config, *takes, *given).out)
+    assert told["stitches"].keys() == {"layers.1"} and told["loss"].keys() == {"wide", "assembled"}
+    assert package.from_pretrained(tmp_path / "mixed").layers[1].in_proj.weight.any()
+    assert [(tmp_path / "mixed" / n).exists() for n in ("generation_config.json", "LICENSE")] == [True, False]
+    shown = zoo("store", "assemble", store, config, *takes, *given[:-3], "--out", tmp_path / "shown").out
+    assert "layers.1: explains" in shown and "held-out loss, assembled" in shown
+
+    taught = ("--steps", 2, "--seq", 16, "--batch", 2, "--data", text, "--out", tmp_path / "taught", "--json")
+    told = json.loads(zoo("distill", tmp_path / "wide", tmp_path / "mixed", *taught).out)
+    assert told["taught"] == ["layers.1"] and told["loss"]["after"] != told["loss"]["before"]
+
+    plain = ("assemble", store, tmp_path / "wide", "--take", "all=wide", "--rows", 2, "--out", tmp_path / "x")
+    assert "go with a stitch that is to be fitted" in zoo("store", *plain, code=2).err
+    err = zoo("store", "assemble", store, config, *takes, *given[:-3], "--out", tmp_path / "wide", code=2).err
+    assert "is not an empty folder" in err and len(err.splitlines()) == 1
+
+
 def test_store_errors_are_one_sentence(zoo, tiny, tmp_path):
     for args, said in (
         (("add", tmp_path / "s", tmp_path), "there is no config.yaml"),

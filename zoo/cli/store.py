@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zoo.cli import output
 from zoo.cli.options import Json
+from zoo.cli.teaching import BATCH, SEQ, Data, free
 
 if TYPE_CHECKING:
-    from zoo.store import Saved
+    from zoo.store import Saved, Source, Store
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Keep the blocks of models once each, compare and combine them."
 )
 Folder = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of the store.")]
+ROWS = 128  # on which stitches are fitted
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Save the model here.")]
 
 
@@ -136,21 +139,81 @@ def assemble(
         ),
     ],
     out: Out,
+    data: Data = None,
+    seq: Annotated[
+        int | None, typer.Option("--seq", min=2, help="Tokens of its rows. [256]", show_default=False)
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="How many. [128]", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """Build a model of stored blocks. Widths must be equal: streams are not projected."""
+    """Build a model of stored blocks. Blocks of another width than the stream around them stand in a `stitch` of CFG.
+
+    The maps of a stitch are found by least squares, from the streams of the models on both sides on --data; `zoo
+    distill` teaches them further.
+    """
+    from zoo.errors import ConfigError
     from zoo.store import Store
     from zoo.store.store import write
 
-    kept = Store(store)
-    chosen = kept.take(config, take)
-    made = kept.assemble(config, chosen)
-    write(made, out)
-    license = (made.graph.document.get("origin") or {}).get("license") or None
+    with output.stdout_kept_for_json(as_json):
+        kept = Store(store)
+        sources, chosen = kept.sources(config, take), kept.take(config, take)
+        made = kept.assemble(config, chosen)
+        license = (made.graph.document.get("origin") or {}).get("license") or None
+        document: dict[str, Any] = {"saved": str(out), "nodes": chosen, "license": license}
+        free(out)
+        if made.nodes.keys() - chosen.keys():
+            with output.working("fitting"):
+                made, fitted = _stitched(kept, made, sources, data, seq or SEQ, rows or ROWS)
+            document |= fitted
+        elif data or seq or rows:
+            raise ConfigError("--data, --seq and --rows go with a stitch that is to be fitted; this model has none")
+        write(made, out)
     if as_json:
-        output.emit({"saved": str(out), "nodes": chosen, "license": license})
-    else:
-        print(f"{len(chosen)} stored nodes, licence {license or 'not named'}\nsaved in {out}")
+        return output.emit(document)
+    for path, shares in document.get("stitches", {}).items():
+        print(f"{path}: explains {shares['in']:.1%} of the stream inside, {shares['out']:.1%} of what lacks around it")
+    if "loss" in document:
+        output.facts({f"held-out loss, {name}": f"{loss:.4f}" for name, loss in document["loss"].items()})
+    print(f"{len(chosen)} stored nodes, licence {license or 'not named'}\nsaved in {out}")
+
+
+def _stitched(
+    kept: Store, made: Saved, sources: Mapping[str, Source], data: list[str] | None, seq: int, rows: int
+) -> tuple[Saved, dict[str, Any]]:
+    """The model with fitted stitches and the tokenizer of the model that its embedding is from; how well they fit."""
+    from itertools import islice
+
+    from zoo.errors import ConfigError
+    from zoo.graft.lesson import Lesson
+    from zoo.store import fit
+
+    models = {name: kept.read(name) for name in dict.fromkeys(s.model for s in sources.values())}
+    if "tok_embeddings" not in sources:
+        raise ConfigError("a stitch is fitted on text: this model reads none")
+    home = sources["tok_embeddings"].model
+    lesson = Lesson(_tokenizer(models[home]), *(data or ()), seq_len=seq, size=min(rows, BATCH))
+    batches = list(islice(lesson.batches(), -(-rows // lesson.size)))
+    found = fit(made, sources, models, batches)
+    files = {
+        name: content for name, content in models[home].files.items() if not name.startswith(("LICENSE", "NOTICE"))
+    }
+    explained = {path: dict(zip(("in", "out"), shares)) for path, shares in found.explained.items()}
+    losses = {name: lesson.heldout_loss(m.model()) for name, m in ((home, models[home]), ("assembled", found.saved))}
+    return replace(found.saved, files=files), {"stitches": explained, "loss": losses}
+
+
+def _tokenizer(saved: Saved) -> Any:
+    """By which a model reads text."""
+    from tempfile import TemporaryDirectory
+
+    from zoo.graft.lesson import tokenizer_beside
+
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.yaml").write_text(saved.config, encoding="utf-8")
+        for name, content in saved.files.items():
+            (Path(folder) / name).write_bytes(content)
+        return tokenizer_beside(Path(folder), saved.graph.vocab_size)
 
 
 def _saved(given: str, store: Path | None) -> Saved:
