@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ import typer
 
 from zoo.cli import output
 from zoo.cli.options import Json
-from zoo.cli.teaching import BATCH, SEQ, Data, free
+from zoo.cli.teaching import BATCH, SEQ, Batch, Data, Seq, checked, free
 
 if TYPE_CHECKING:
     from zoo.store import Saved, Source, Store
@@ -176,6 +176,70 @@ def assemble(
     if "loss" in document:
         output.facts({f"held-out loss, {name}": f"{loss:.4f}" for name, loss in document["loss"].items()})
     print(f"{len(chosen)} stored nodes, licence {license or 'not named'}\nsaved in {out}")
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The model that the others were tuned from.")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Tuned models of the same configuration.")],
+    out: Out,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of learning.")] = 100,
+    lr: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate of the coefficients.")] = 0.05,
+    seq: Seq = None,
+    batch: Batch = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Merge tuned models: BASE, and of what each of them added a learned part, one coefficient for each node (aTLAS).
+
+    The coefficients start at zero, which is BASE, and follow the loss on --data. Ctrl-C keeps those learned so far.
+    """
+    checked(lr)
+    free(out)
+    with output.stdout_kept_for_json(as_json):
+        with output.working("loading"):
+            from zoo.errors import DataError
+            from zoo.graft.lesson import Lesson
+            from zoo.store import merge, read_saved
+            from zoo.store.store import write
+            from zoo.train.stopping import stopping
+
+            start, *tuned = [read_saved(path) for path in (base, *models)]
+            if start.graph.architecture != "causal_lm" or start.graph.diffuses:
+                raise DataError(f"{base}: merging learns from text, one token after the other")
+            lesson = Lesson(_tokenizer(start), *(data or ()), seq_len=seq or SEQ, size=batch or BATCH)
+        with output.progress() as bar, stopping() as stop:
+            task = bar.add_task("steps", total=steps)
+
+            def batches() -> Iterator[Any]:
+                for number, tokens in zip(range(steps), lesson.batches()):
+                    if stop():
+                        return
+                    yield tokens
+                    bar.update(task, completed=number + 1)
+
+            found = merge(start, tuned, batches(), lr=lr)
+        write(found.saved, out)
+        losses = [lesson.heldout_loss(m.model()) for m in (start, *tuned, found.saved)]
+        document: dict[str, Any] = {
+            "coefficients": found.coefficients,
+            "loss": {"base": losses[0], "models": losses[1:-1], "merged": losses[-1]},
+            "steps": len(found.losses),
+            "interrupted": len(found.losses) < steps,
+            "license": (found.saved.graph.document.get("origin") or {}).get("license") or None,
+            "saved": str(out),
+        }
+    if as_json:
+        output.emit(document)
+    else:
+        cells = [[node, *(f"{c:.3f}" for c in parts)] for node, parts in found.coefficients.items()]
+        output.table(("node", *(f">{path}" for path in models)), cells)
+        print()
+        names = (str(base), *map(str, models), "merged")
+        output.facts({f"held-out loss, {name}": f"{loss:.4f}" for name, loss in zip(names, losses)})
+        print(f"{document['steps']} steps, licence {document['license'] or 'not named'}\nsaved in {out}")
+    if document["interrupted"]:
+        raise typer.Exit(130)
 
 
 def _stitched(

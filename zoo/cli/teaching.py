@@ -138,8 +138,9 @@ def teach(
             stop=stop,
         )
     done = {stage: len(values) for stage, values in losses.items()}
-    model.to(device="cpu", dtype=dtype)
-    return Taught(before, begun, lesson.heldout_loss(model), done, min(done.values()) < steps)
+    after = lesson.heldout_loss(model.to(dtype=dtype))
+    model.cpu()
+    return Taught(before, begun, after, done, min(done.values()) < steps)
 
 
 def show(document: Mapping[str, Any]) -> None:
