@@ -81,3 +81,16 @@ def test_only_models_of_one_configuration_are_merged(problem, tmp_path):
         merge(base, [wide], [])
     with pytest.raises(ConfigError, match="nothing to merge"):
         merge(base, [base], [])
+
+
+def test_licences_of_all_models_go_along(problem):
+    base, models, _ = problem
+
+    def under(saved, license):
+        document = {**saved.graph.document, "origin": {"license": license}}
+        return replace(saved, graph=replace(saved.graph, document=document))
+
+    batches = list(torch.randint(20, (1, 2, 8)))
+    found = merge(under(base, "mit"), [under(models[0], "mit"), under(models[1], "apache-2.0")], batches).saved
+    assert found.graph.document["origin"]["license"] == "apache-2.0 AND mit" and "apache-2.0 AND mit" in found.config
+    assert merge(base, models, batches).saved.config == base.config

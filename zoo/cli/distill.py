@@ -35,7 +35,8 @@ def command(
     original's computed in its place, then all learn what the original said. Ctrl-C saves what was learned; to go on,
     give the saved model as STUDENT.
     """
-    teaching.checked(out, lr)
+    teaching.checked(lr)
+    teaching.free(out)
     with output.stdout_kept_for_json(as_json):
         with output.working("loading"):
             from zoo.convert.folder import copy_beside

@@ -59,7 +59,9 @@ def command(
         raise ConfigError(f"--{given[0]} goes with --distill")
     if distill is not None and out is None:
         raise ConfigError("--distill goes with --out: what is taught has to be saved")
-    teaching.checked(out, lr)
+    teaching.checked(lr)
+    if out is not None:
+        teaching.free(out)
     with output.stdout_kept_for_json(as_json):
         with output.working("loading"):
             from zoo import graft

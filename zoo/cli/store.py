@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zoo.cli import output
 from zoo.cli.options import Json
+from zoo.cli.teaching import BATCH, SEQ, Batch, Data, Seq, checked, free
 
 if TYPE_CHECKING:
-    from zoo.store import Saved
+    from zoo.store import Saved, Source, Store
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Keep the blocks of models once each, compare and combine them."
 )
 Folder = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of the store.")]
+ROWS = 128  # on which stitches are fitted
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Save the model here.")]
 
 
@@ -136,21 +139,145 @@ def assemble(
         ),
     ],
     out: Out,
+    data: Data = None,
+    seq: Annotated[
+        int | None, typer.Option("--seq", min=2, help="Tokens of its rows. [256]", show_default=False)
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="How many. [128]", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """Build a model of stored blocks. Widths must be equal: streams are not projected."""
+    """Build a model of stored blocks. Blocks of another width than the stream around them stand in a `stitch` of CFG.
+
+    The maps of a stitch are found by least squares, from the streams of the models on both sides on --data; `zoo
+    distill` teaches them further.
+    """
+    from zoo.errors import ConfigError
     from zoo.store import Store
     from zoo.store.store import write
 
-    kept = Store(store)
-    chosen = kept.take(config, take)
-    made = kept.assemble(config, chosen)
-    write(made, out)
-    license = (made.graph.document.get("origin") or {}).get("license") or None
+    with output.stdout_kept_for_json(as_json):
+        kept = Store(store)
+        sources, chosen = kept.sources(config, take), kept.take(config, take)
+        made = kept.assemble(config, chosen)
+        license = (made.graph.document.get("origin") or {}).get("license") or None
+        document: dict[str, Any] = {"saved": str(out), "nodes": chosen, "license": license}
+        free(out)
+        if made.nodes.keys() - chosen.keys():
+            with output.working("fitting"):
+                made, fitted = _stitched(kept, made, sources, data, seq or SEQ, rows or ROWS)
+            document |= fitted
+        elif data or seq or rows:
+            raise ConfigError("--data, --seq and --rows go with a stitch that is to be fitted; this model has none")
+        write(made, out)
     if as_json:
-        output.emit({"saved": str(out), "nodes": chosen, "license": license})
+        return output.emit(document)
+    for path, shares in document.get("stitches", {}).items():
+        print(f"{path}: explains {shares['in']:.1%} of the stream inside, {shares['out']:.1%} of what lacks around it")
+    if "loss" in document:
+        output.facts({f"held-out loss, {name}": f"{loss:.4f}" for name, loss in document["loss"].items()})
+    print(f"{len(chosen)} stored nodes, licence {license or 'not named'}\nsaved in {out}")
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The model that the others were tuned from.")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Tuned models of the same configuration.")],
+    out: Out,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of learning.")] = 100,
+    lr: Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate of the coefficients.")] = 0.05,
+    seq: Seq = None,
+    batch: Batch = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Merge tuned models: BASE, and of what each of them added a learned part, one coefficient for each node (aTLAS).
+
+    The coefficients start at zero, which is BASE, and follow the loss on --data. Ctrl-C keeps those learned so far.
+    """
+    checked(lr)
+    free(out)
+    with output.stdout_kept_for_json(as_json):
+        with output.working("loading"):
+            from zoo.errors import DataError
+            from zoo.graft.lesson import Lesson
+            from zoo.store import merge, read_saved
+            from zoo.store.store import write
+            from zoo.train.stopping import stopping
+
+            start, *tuned = [read_saved(path) for path in (base, *models)]
+            if start.graph.architecture != "causal_lm" or start.graph.diffuses:
+                raise DataError(f"{base}: merging learns from text, one token after the other")
+            lesson = Lesson(_tokenizer(start), *(data or ()), seq_len=seq or SEQ, size=batch or BATCH)
+        with output.progress() as bar, stopping() as stop:
+            task = bar.add_task("steps", total=steps)
+
+            def batches() -> Iterator[Any]:
+                for number, tokens in zip(range(steps), lesson.batches()):
+                    if stop():
+                        return
+                    yield tokens
+                    bar.update(task, completed=number + 1)
+
+            found = merge(start, tuned, batches(), lr=lr)
+        write(found.saved, out)
+        losses = [lesson.heldout_loss(m.model()) for m in (start, *tuned, found.saved)]
+        document: dict[str, Any] = {
+            "coefficients": found.coefficients,
+            "loss": {"base": losses[0], "models": losses[1:-1], "merged": losses[-1]},
+            "steps": len(found.losses),
+            "interrupted": len(found.losses) < steps,
+            "license": (found.saved.graph.document.get("origin") or {}).get("license") or None,
+            "saved": str(out),
+        }
+    if as_json:
+        output.emit(document)
     else:
-        print(f"{len(chosen)} stored nodes, licence {license or 'not named'}\nsaved in {out}")
+        cells = [[node, *(f"{c:.3f}" for c in parts)] for node, parts in found.coefficients.items()]
+        output.table(("node", *(f">{path}" for path in models)), cells)
+        print()
+        names = (str(base), *map(str, models), "merged")
+        output.facts({f"held-out loss, {name}": f"{loss:.4f}" for name, loss in zip(names, losses)})
+        print(f"{document['steps']} steps, licence {document['license'] or 'not named'}\nsaved in {out}")
+    if document["interrupted"]:
+        raise typer.Exit(130)
+
+
+def _stitched(
+    kept: Store, made: Saved, sources: Mapping[str, Source], data: list[str] | None, seq: int, rows: int
+) -> tuple[Saved, dict[str, Any]]:
+    """The model with fitted stitches and the tokenizer of the model that its embedding is from; how well they fit."""
+    from itertools import islice
+
+    from zoo.errors import ConfigError
+    from zoo.graft.lesson import Lesson
+    from zoo.store import fit
+
+    models = {name: kept.read(name) for name in dict.fromkeys(s.model for s in sources.values())}
+    if "tok_embeddings" not in sources:
+        raise ConfigError("a stitch is fitted on text: this model reads none")
+    home = sources["tok_embeddings"].model
+    lesson = Lesson(_tokenizer(models[home]), *(data or ()), seq_len=seq, size=min(rows, BATCH))
+    batches = list(islice(lesson.batches(), -(-rows // lesson.size)))
+    found = fit(made, sources, models, batches)
+    files = {
+        name: content for name, content in models[home].files.items() if not name.startswith(("LICENSE", "NOTICE"))
+    }
+    explained = {path: dict(zip(("in", "out"), shares)) for path, shares in found.explained.items()}
+    losses = {name: lesson.heldout_loss(m.model()) for name, m in ((home, models[home]), ("assembled", found.saved))}
+    return replace(found.saved, files=files), {"stitches": explained, "loss": losses}
+
+
+def _tokenizer(saved: Saved) -> Any:
+    """By which a model reads text."""
+    from tempfile import TemporaryDirectory
+
+    from zoo.graft.lesson import tokenizer_beside
+
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.yaml").write_text(saved.config, encoding="utf-8")
+        for name, content in saved.files.items():
+            (Path(folder) / name).write_bytes(content)
+        return tokenizer_beside(Path(folder), saved.graph.vocab_size)
 
 
 def _saved(given: str, store: Path | None) -> Saved:

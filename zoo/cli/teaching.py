@@ -29,7 +29,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FILE",
-        help="Its text: a file or a folder; several in equal parts. [python-stdlib]",
+        help="The text: a file or a folder; several in equal parts. [python-stdlib]",
         show_default=False,
     ),
 ]
@@ -51,11 +51,15 @@ class Taught:
     interrupted: bool
 
 
-def checked(out: Path | None, lr: float | None) -> None:
-    """ConfigError where these cannot be used."""
+def checked(lr: float | None) -> None:
+    """ConfigError where it is no learning rate."""
     if lr is not None and not 0 < lr < 1:
         raise ConfigError(f"--lr: must be above 0 and below 1, got {lr:g}")
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+
+
+def free(out: Path) -> None:
+    """ConfigError where a model cannot be saved there, before it is made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder: give another --out")
 
 
@@ -134,8 +138,9 @@ def teach(
             stop=stop,
         )
     done = {stage: len(values) for stage, values in losses.items()}
-    model.to(device="cpu", dtype=dtype)
-    return Taught(before, begun, lesson.heldout_loss(model), done, min(done.values()) < steps)
+    after = lesson.heldout_loss(model.to(dtype=dtype))
+    model.cpu()
+    return Taught(before, begun, after, done, min(done.values()) < steps)
 
 
 def show(document: Mapping[str, Any]) -> None:

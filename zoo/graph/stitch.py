@@ -1,7 +1,5 @@
 """A part of the trunk at another width than the stream around it."""
 
-# pyright: reportCallIssue=false
-# (the class of a part is that of its node)
 from __future__ import annotations
 
 from typing import Any
@@ -41,10 +39,9 @@ class Stitch(Composite):
     def __init__(self, body: nn.Module, dim: int, *, width: PositiveInt, device=None, dtype=None):
         super().__init__()
         self.dim, self.width = dim, width
-        factory = {"device": device, "dtype": dtype}
-        self.in_proj = Linear(dim, width, **factory)
+        self.in_proj = Linear(dim, width, device=device, dtype=dtype)
         self.body: Any = body
-        self.out_proj = Linear(width, dim, **factory)
+        self.out_proj = Linear(width, dim, device=device, dtype=dtype)
 
     @staticmethod
     def parse(fields) -> Spec | None:

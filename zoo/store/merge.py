@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.func import functional_call
 
 from zoo.errors import ConfigError, Problem
+from zoo.graph.loader import load_graph
 from zoo.store.nodes import Saved, StoredNode, difference
 
 
@@ -66,7 +68,18 @@ def merge(
             else node
             for path, node in base.nodes.items()
         }
-    return Merged(replace(base, nodes=nodes), {p: tuple(c.tolist()) for p, c in learned.items()}, tuple(losses))
+    made = _licensed(replace(base, nodes=nodes), models)
+    return Merged(made, {p: tuple(c.tolist()) for p, c in learned.items()}, tuple(losses))
+
+
+def _licensed(made: Saved, models: Sequence[Saved]) -> Saved:
+    """Under the licences of all that went in."""
+    origins = [m.graph.document.get("origin") or {} for m in (made, *models)]
+    licenses = " AND ".join(sorted({o["license"] for o in origins if o.get("license")}))
+    if licenses == (origins[0].get("license") or ""):
+        return made
+    document = {**made.graph.document, "origin": {**origins[0], "license": licenses}}
+    return replace(made, config=OmegaConf.to_yaml(OmegaConf.create(document)), graph=load_graph(document))
 
 
 def _same_nodes(base: Saved, models: Sequence[Saved]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
@@ -21,8 +22,10 @@ from zoo.architectures import storage
 from zoo.errors import ConfigError, DataError, Problem, ZooError, did_you_mean, few
 from zoo.graph.loader import load_graph
 from zoo.store.nodes import Saved, StoredNode, canonical, difference, nodes_of, read_saved
+from zoo.store.stitch import Source
 
 FORMAT = 1
+STITCH = "stitch"  # the combinator whose maps are found, where no model has them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -106,12 +109,13 @@ class Store:
         return write(self.read(name), Path(out))
 
     def assemble(self, config: str | Path | Mapping | DictConfig, objects: Mapping[str, str]) -> Saved:
-        """A model of `config` whose nodes are these objects of the store, by path. ConfigError lists the nodes that
-        have none, or one that does not fit; streams are never projected, so widths must be equal."""
+        """A model of `config` whose nodes are these objects of the store, by path. A `stitch` may have none: it adds
+        nothing until `zoo.store.fit` finds its maps. ConfigError lists the nodes that have none, or one that does not
+        fit; streams of different widths are joined by a stitch only."""
         graph = load_graph(config)
         wanted = nodes_of(storage.assemble(graph))
         problems = [Problem("is no node of this configuration", where=p) for p in objects if p not in wanted]
-        if lacking := [p for p in wanted if p not in objects]:
+        if lacking := [p for p, node in wanted.items() if p not in objects and node.block != STITCH]:
             problems.append(Problem(f"no stored block is named for {few(lacking)}"))
         nodes = {p: self.object(objects[p], p) for p in wanted if p in objects}
         for path, node in nodes.items():
@@ -119,29 +123,45 @@ class Store:
                 problems.append(Problem(f"the stored block does not fit: {why}", where=path))
         if problems:
             raise ConfigError(problems)
+        dtype = next(t.dtype for node in nodes.values() for t in node.tensors.values())
+        for path in wanted.keys() - nodes.keys():
+            zeros = {n: torch.zeros(t.shape, dtype=dtype) for n, t in wanted[path].tensors.items()}
+            nodes[path] = StoredNode(wanted[path].description, zeros)
         document = dict(graph.document)
-        licenses = self._licenses({objects[path] for path in wanted})
+        licenses = self._licenses(set(objects.values()))
         if licenses and not (document.get("origin") or {}).get("license"):
             document["origin"] = {**(document.get("origin") or {}), "source": str(self.folder)}
             document["origin"]["license"] = " AND ".join(licenses)
         return Saved(self.folder, OmegaConf.to_yaml(OmegaConf.create(document)), load_graph(document), nodes)
 
-    def take(self, config: str | Path | Mapping | DictConfig, takes: Sequence[str]) -> dict[str, str]:
-        """Objects for `assemble` from lines NODE=MODEL or NODE=MODEL:NODE: for NODE (`all`: every node) and all below
-        it those of a model. Later lines win."""
-        wanted, chosen = nodes_of(storage.assemble(load_graph(config))), {}
+    def sources(self, config: str | Path | Mapping | DictConfig, takes: Sequence[str]) -> dict[str, Source]:
+        """Where nodes of `config` are to be taken from, by lines NODE=MODEL or NODE=MODEL:NODE: for NODE (`all`: every
+        node) and all below it those of a model. Later lines win. A stitch that no model has is left out."""
+        wanted = nodes_of(storage.assemble(load_graph(config)))
+        chosen: dict[str, tuple[str, Source]] = {}
         for line in takes:
             node, equals, source = line.partition("=")
             model, _, place = source.partition(":")
             if not (node and equals and model):
                 raise ConfigError(f"{line!r} is not NODE=MODEL or NODE=MODEL:NODE, such as layers.0=first:layers.2")
-            have = self.manifest(model)["nodes"]
             for path in _below(node, wanted):
                 theirs = path if node == "all" else (place or node) + path[len(node) :]
-                if theirs not in have:
-                    raise ConfigError(f"{line}: {model} has no node {theirs}{did_you_mean(theirs, have)}")
-                chosen[path] = have[theirs]["object"]
-        return chosen
+                chosen[path] = line, Source(model, theirs)
+        made = {}
+        for path, (line, source) in chosen.items():
+            have = self.manifest(source.model)["nodes"]
+            if wanted[path].block == STITCH and have.get(source.node, {}).get("block") != STITCH:
+                continue
+            if source.node not in have:
+                hint = did_you_mean(source.node, have)
+                raise ConfigError(f"{line}: {source.model} has no node {source.node}{hint}")
+            made[path] = source
+        return made
+
+    def take(self, config: str | Path | Mapping | DictConfig, takes: Sequence[str]) -> dict[str, str]:
+        """Objects for `assemble` from lines as `sources` reads them."""
+        found = self.sources(config, takes)
+        return {path: self.manifest(s.model)["nodes"][s.node]["object"] for path, s in found.items()}
 
     def _licenses(self, used: set[str]) -> list[str]:
         """Licences of the models that these objects are from. An object that several models hold may be had under the
