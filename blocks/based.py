@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.blocks.grafting import low_rank, take
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import default_heads, wide
 from zoo.registry import register
@@ -80,6 +81,14 @@ class Based(LinearMixer):
             dtype=dtype,
         )
         self.scale, self.eps = 1.0, 1e-12
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Queries and keys of feature_dim channels a head whose products are nearest to those of attention."""
+        if len(q) % self.num_heads or len(q) != len(k) or len(q) == len(self.q_proj.weight):
+            return ()
+        q, k = low_rank(q, k, self.num_heads, self.key_dim)
+        return take(("q_proj.weight", self.q_proj.weight, q), ("k_proj.weight", self.k_proj.weight, k))
 
     @property
     def memory_dim(self) -> int:

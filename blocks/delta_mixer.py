@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.blocks.gated_deltanet import ConvLinearState
+from zoo.blocks.grafting import inverse_softplus, memories, value_scale
 from zoo.blocks.recurrent import (
     GatedHeadNorm,
     l2_normalise,
@@ -82,6 +83,28 @@ class DeltaMixer(Block):
         self.o_norm.reset_parameters()
         if self.decay == "head":
             reset_softplus_decay_(self.A_log, self.dt_bias, 0.0, 16.0)
+
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """Attention has no gate at its output."""
+        return {"output_gate": False}
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Projections have the names of those of attention. Every update is half of a correction."""
+        if len(v) == self.num_heads * self.value_dim:
+            self.o_norm.weight.copy_(value_scale(v, self.num_heads))
+        self.b_proj.weight.zero_()
+        self.start_convolutions_()
+        if self.decay == "head":
+            self.a_proj.weight.zero_()
+            self.A_log.zero_()
+            self.dt_bias.copy_(inverse_softplus(1 / memories(self.num_heads, self.dt_bias)))
+        return ()
+
+    def start_convolutions_(self) -> None:
+        """Have the convolutions let a token through, small: SiLU is linear there, and all that follows is normed."""
+        raise NotImplementedError
 
     def conv_weight(self) -> Tensor:
         """Weight [C, 1, W] over the channels of q, k and v, where conv_size is not 0."""

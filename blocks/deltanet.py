@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.blocks.delta_mixer import DeltaMixer
+from zoo.blocks.grafting import SMALL, pass_through_
 from zoo.blocks.recurrent import ShortConv, default_heads
 from zoo.contract import ParallelPlan
 from zoo.kernels import work
@@ -97,6 +98,11 @@ class DeltaNet(DeltaMixer):
         if self.conv_size:
             for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d):
                 conv.reset_parameters()
+
+    def start_convolutions_(self) -> None:
+        if self.conv_size:
+            for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d):
+                pass_through_(conv, SMALL)
 
     def conv_weight(self) -> Tensor:
         return torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])

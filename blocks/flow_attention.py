@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.blocks.grafting import take
 from zoo.blocks.recurrent import LinearState, default_heads, previous, wide
 from zoo.contract import (
     Block,
@@ -102,6 +103,15 @@ class FlowAttention(Block):
     def projections(self) -> tuple[nn.Linear, ...]:
         """Every linear layer."""
         return self.query_projection, self.key_projection, self.value_projection, self.out_projection
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take the maps of attention."""
+        names = ("query_projection", "key_projection", "value_projection", "out_projection")
+        for linear in self.projections():
+            linear.bias.zero_()
+        maps = zip(names, self.projections(), (q, k, v, o), strict=True)
+        return take(*((f"{name}.weight", linear.weight, theirs) for name, linear, theirs in maps))
 
     def reset_parameters(self) -> None:
         for linear in self.projections():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.blocks.grafting import SMALL, inverse_softplus, memories, pass_through_, value_scale
 from zoo.blocks.recurrent import (
     GatedHeadNorm,
     LinearState,
@@ -126,6 +127,25 @@ class GatedDeltaNet(Block):
     def convolutions(self) -> tuple[ShortConv, ...]:
         """The convolutions of q, k and v, none where conv_size is 0."""
         return (self.q_conv1d, self.k_conv1d, self.v_conv1d) if self.conv_size else ()
+
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """Attention has no gate at its output."""
+        return {"output_gate": False}
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Projections have the names of those of attention. Every update is half of a correction; what the convolutions
+        let through is small, where SiLU is linear, and all that follows is normed."""
+        if len(v) == self.value_width:
+            self.o_norm.weight.copy_(value_scale(v, self.num_v_heads))
+        for linear in (self.a_proj, self.b_proj):
+            linear.weight.zero_()
+        for conv in self.convolutions():
+            pass_through_(conv, SMALL)
+        self.A_log.zero_()
+        self.dt_bias.copy_(inverse_softplus(1 / memories(self.num_v_heads, self.dt_bias)))
+        return ()
 
     def reset_parameters(self) -> None:
         for linear in self.projections():

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import decay_logit, memories
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import wide
 from zoo.contract import ParallelPlan
@@ -98,6 +99,12 @@ class GatedLinearAttention(LinearMixer):
         super().reset_parameters()
         for linear in (self.q_proj, self.k_proj, *self.gate_layers()):
             nn.init.xavier_uniform_(linear.weight, gain=2**-2.5)
+
+    def start_decay_(self) -> None:
+        for linear in self.gate_layers()[1:]:
+            linear.weight.zero_()
+            logits = decay_logit(-self.gate_logit_normalizer / memories(self.key_dim, linear.bias))
+            linear.bias.copy_(logits.repeat(self.num_heads))
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         if self.gk_proj is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import take, value_scale
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import LinearState, default_heads, previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
@@ -70,10 +71,14 @@ class HGRN2(Block):
 
     @torch.no_grad()
     def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
-        """Take queries, values (the input) and output of attention; keys are 1 - f, so f stays as it is drawn."""
-        for mine, theirs in ((self.q_proj, q), (self.i_proj, v), (self.o_proj, o)):
-            mine.weight.copy_(theirs)
-        return "q_proj.weight", "i_proj.weight", "o_proj.weight"
+        """Take queries, values (the input) and output of attention. Keys are 1 - f, so f takes them with the other
+        sign: a token is written where its key is positive. The norm gives back the size of the values."""
+        if len(v) == self.dim:
+            self.g_norm.weight.copy_(value_scale(v, self.dim))
+        return take(
+            ("q_proj.weight", self.q_proj.weight, q), ("f_proj.weight", self.f_proj.weight, -k),
+            ("i_proj.weight", self.i_proj.weight, v), ("o_proj.weight", self.o_proj.weight, o),
+        )  # fmt: skip
 
     def reset_parameters(self) -> None:
         for linear in (self.q_proj, self.f_proj, self.i_proj, self.o_proj):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import SMALL, pass_through_
 from zoo.blocks.recurrent import ShortConv, previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming
 from zoo.kernels.dispatch import check_backend
@@ -152,6 +153,22 @@ class Hyena(Block):
         self.short_filter = ShortConv((order + 1) * dim, conv_size, bias=True, **factory)
         self.filter_fn = HyenaFilter((order - 1) * dim, filter_len, filter_dim, emb_dim, frequency, **factory)
         self.out_proj = Linear(dim, dim, **factory)
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take values and output. Gates are 1, the short convolutions let a token through, and of each long one only
+        the direct part is there at first; queries and keys have no counterpart."""
+        if len(v) != self.dim:
+            return ()
+        self.in_proj.weight.zero_()[-self.dim :] = v
+        self.in_proj.bias.fill_(1.0)[-self.dim :] = 0
+        pass_through_(self.short_filter)
+        self.short_filter.weight[-self.dim :] *= SMALL  # against out_proj, so that its taps learn as fast as maps do
+        self.filter_fn.linears()[-1].weight.zero_()
+        self.filter_fn.bias.fill_(1.0)
+        self.out_proj.weight.copy_(o / SMALL)
+        self.out_proj.bias.zero_()
+        return "in_proj.weight", "out_proj.weight"
 
     def reset_parameters(self) -> None:
         for linear in (self.in_proj, self.out_proj):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.blocks.based import Based, taylor_features
+from zoo.blocks.grafting import take
 from zoo.blocks.recurrent import previous
 from zoo.contract import ParallelPlan, State, linear_flops, positions_from, refuse_packed_streaming
 from zoo.kernels.linear import Linear
@@ -85,6 +86,16 @@ class JRT(Based):
     def encoder(self) -> tuple[nn.Linear | None, ...]:
         """Linear layers that see the prefix alone."""
         return self.k_e_proj, self.v_e_proj
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """As `based`; the encoder's keys and values are those of the decoder."""
+        taken = super().from_attention(q, k, v, o)
+        if self.k_e_proj is None or self.v_e_proj is None:
+            return taken
+        keys = self.k_proj.weight if "k_proj.weight" in taken else k
+        encoder = ("k_e_proj.weight", self.k_e_proj.weight, keys), ("v_e_proj.weight", self.v_e_proj.weight, v)
+        return taken + take(*encoder)
 
     def projections(self) -> tuple[nn.Linear | None, ...]:
         return *super().projections(), *self.encoder()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.blocks.delta_mixer import DeltaMixer
+from zoo.blocks.grafting import SMALL, inverse_softplus, memories, pass_through_
 from zoo.blocks.recurrent import ShortConv, default_heads, reset_softplus_decay_, softplus_decay, wide
 from zoo.contract import ParallelPlan
 from zoo.kernels import work
@@ -36,6 +37,18 @@ class ForgetGate(nn.Module):
         reset_softplus_decay_(self.A_log, self.dt_bias, 1.0, 16.0)
         if self.lower_bound is not None:
             nn.init.zeros_(self.A_log)
+
+    def start_(self) -> None:
+        """Constant decays, their memories from short to long over the channels of a head."""
+        heads = self.A_log.shape[2]
+        log_decay = 1 / memories(len(self.dt_bias) // heads, self.dt_bias)
+        self.f_b_proj.weight.zero_()
+        self.A_log.zero_()
+        if self.lower_bound is None:
+            bias = inverse_softplus(log_decay)
+        else:
+            bias = torch.logit((-log_decay / self.lower_bound).clamp(max=0.9))
+        self.dt_bias.copy_(bias.repeat(heads))
 
     def forward(self, x: Tensor) -> Tensor:
         heads = (self.A_log.shape[2], -1)
@@ -126,6 +139,17 @@ class KimiDeltaAttention(DeltaMixer):
         if output_gate:
             self.g_a_proj = Linear(dim, width, bias=False, **factory)
             self.g_b_proj = Linear(width, heads * width, bias=False, **factory)
+
+    def start_convolutions_(self) -> None:
+        if self.conv_size:
+            pass_through_(self.conv1d, SMALL)
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """As for every delta rule; the memories of the channels of a head differ."""
+        if self.decay == "channel":
+            self.forget_gate.start_()
+        return super().from_attention(q, k, v, o)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

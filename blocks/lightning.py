@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import SMALL, value_scale
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import LinearState, alibi_slopes, default_heads, previous
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
@@ -76,9 +77,14 @@ class LightningAttention(Block):
 
     @torch.no_grad()
     def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
-        """Take the maps of attention, each with the rows of all heads; rows of qkv_proj are q, k, v of each head."""
-        parts = [w.unflatten(0, (self.num_heads, -1)) for w in (q, k, v)]
+        """Take the maps of attention, each with the rows of all heads; rows of qkv_proj are q, k, v of each head, the
+        values small, where SiLU is linear. The output gate starts as 1/2, which the norm makes up for."""
+        if any(len(w) != len(self.norm.weight) for w in (q, k, v)):
+            return ()
+        parts = [w.unflatten(0, (self.num_heads, -1)) for w in (q, k, SMALL * v)]
         self.qkv_proj.weight.copy_(torch.cat(parts, 1).flatten(0, 1))
+        self.output_gate.weight.zero_()
+        self.norm.weight.copy_(2 * value_scale(v, len(v)))
         self.out_proj.weight.copy_(o)
         return "qkv_proj.weight", "out_proj.weight"
 

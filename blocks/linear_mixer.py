@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import value_scale
 from zoo.blocks.recurrent import GatedHeadNorm, LinearState, previous
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels import work
@@ -69,6 +71,23 @@ class LinearMixer(Block):
                 init_linear_(linear)
         if self.o_norm is not None:
             self.o_norm.reset_parameters()
+
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """Attention has no gate at its output."""
+        return {"output_gate": False}
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Projections have the names of those of attention. The norm gives back the size of the values, of which
+        attention reads a mean."""
+        if self.o_norm is not None and len(v) == self.num_heads * self.value_dim:
+            self.o_norm.weight.copy_(value_scale(v, self.num_heads))
+        self.start_decay_()
+        return ()
+
+    def start_decay_(self) -> None:
+        """Set trained decays to where memories differ from head to head or channel to channel."""
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         """Log-decay in a shape that the op takes."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import SMALL, memories, take
 from zoo.blocks.recurrent import previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels import work
@@ -74,6 +75,27 @@ class LRU(Block):
         self.C_re, self.C_im = (nn.Parameter(torch.empty(dim, N, **factory)) for _ in range(2))
         self.D = nn.Parameter(torch.empty(dim, **factory))
         self.out_proj = Linear(dim, 2 * dim, **factory)
+
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """A state for each channel of the values."""
+        return {"state_dim": num_heads * head_dim}
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """States are decaying means of the values, read by the output of attention, small, where GELU is linear;
+        queries and keys have no counterpart."""
+        if len(v) != self.state_dim:
+            return ()
+        rate = 1 / memories(self.state_dim, self.nu_log)
+        self.nu_log.copy_(rate.log())
+        self.theta_log.fill_(-10.0)
+        self.gamma_log.copy_(torch.log(-torch.expm1(-rate)))
+        for imaginary in (self.B_im, self.C_im, self.D):
+            imaginary.zero_()
+        self.out_proj.weight.zero_()[: self.dim].fill_diagonal_(4 / SMALL)  # GELU and GLU halve it
+        self.out_proj.bias.zero_()
+        return take(("B_re", self.B_re, v), ("C_re", self.C_re, SMALL * o))
 
     def reset_parameters(self) -> None:
         """Uniform over the area of the ring: |lambda|^2 is uniform."""

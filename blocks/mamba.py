@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import OPEN_SILU, SMALL, pass_through_, take
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import ShortConv, previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
@@ -95,6 +96,26 @@ class Mamba(Block):
         self.dt_layernorm = RMSNorm(self.dt_rank, eps=norm_eps, **factory) if bcdt_norm else None
         self.b_layernorm = RMSNorm(state_dim, eps=norm_eps, **factory) if bcdt_norm else None
         self.c_layernorm = RMSNorm(state_dim, eps=norm_eps, **factory) if bcdt_norm else None
+
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """A channel for each channel of the values, where their number is a multiple of dim. With a bias the gate can
+        be open whatever x is."""
+        inner = num_heads * head_dim
+        return {"bias": True} | ({"expand": inner // dim} if inner % dim == 0 else {})
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take x from the values, and the output, before which only the skip D is large. What the convolution lets
+        through is small, where SiLU is linear; the gate is open. B and C, which all channels share and which are made
+        of x alone, stay as they are drawn."""
+        x, z = self.in_proj.weight.chunk(2)
+        pass_through_(self.conv1d, SMALL)
+        if self.in_proj.bias is not None:
+            z.zero_()
+            self.in_proj.bias.zero_()[self.inner :] = OPEN_SILU
+            self.out_proj.bias.zero_()
+        return take(("in_proj.weight", x, v), ("out_proj.weight", self.out_proj.weight, 2 / SMALL * o))  # SiLU halves
 
     def reset_parameters(self) -> None:
         for layer in (self.in_proj, self.x_proj, self.out_proj):

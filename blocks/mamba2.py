@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import OPEN_SILU, SMALL, inverse_softplus, memories, pass_through_, take, value_scale
 from zoo.blocks.mamba import MambaState
 from zoo.blocks.recurrent import ShortConv, previous, reset_softplus_decay_, wide
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
@@ -142,20 +143,33 @@ class Mamba2(Block):
 
     @staticmethod
     def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
-        """Options with which a head's state is its keys times its values (Mamba in the Llama, arXiv:2408.15237)."""
+        """Options with which a head's state is its keys times its values (Mamba in the Llama, arXiv:2408.15237). With a
+        bias the gate can be open whatever x is."""
         inner = {"num_heads": num_heads, "head_dim": head_dim, "expand": num_heads * head_dim / dim}
-        return inner | {"state_dim": head_dim, "num_groups": num_heads}
+        return inner | {"state_dim": head_dim, "num_groups": num_heads, "bias": True}
 
     @torch.no_grad()
     def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
-        """Take C from the queries, B from the keys, x from the values, each with the rows of all heads; at first the
-        convolution lets a token through as it is. z and dt stay as they are drawn."""
-        states = self.num_groups * self.state_dim
-        _, x, B, C, _ = self.in_proj.weight.split([self.inner, self.inner, states, states, self.num_heads])
-        for mine, theirs in ((x, v), (B, k), (C, q), (self.out_proj.weight, o)):
-            mine.copy_(theirs)
-        self.conv1d.weight.zero_()[..., -1] = 1
-        return "in_proj.weight", "out_proj.weight", "conv1d.weight"
+        """Take C from the queries, B from the keys, x from the values, each with the rows of all heads. What the
+        convolution lets through is small, where SiLU is linear; steps are 1 and there is no skip; the gate is open."""
+        widths = [self.inner, self.inner, *[self.num_groups * self.state_dim] * 2, self.num_heads]
+        z, x, B, C, dt = self.in_proj.weight.split(widths)
+        taken = take(
+            ("in_proj.weight", x, v), ("in_proj.weight", B, k), ("in_proj.weight", C, q),
+            ("out_proj.weight", self.out_proj.weight, o),
+        )  # fmt: skip
+        dt.zero_()
+        self.dt_bias.fill_(inverse_softplus(torch.ones(())))
+        self.A_log.copy_(-memories(self.num_heads, self.A_log).log())
+        self.D.zero_()
+        pass_through_(self.conv1d, SMALL)
+        if self.in_proj.bias is not None:
+            z.zero_()
+            self.in_proj.bias.zero_()[: self.inner] = OPEN_SILU
+            self.out_proj.bias.zero_()
+        if self.norm is not None and len(v) == self.inner:
+            self.norm.weight.copy_(value_scale(v, self.inner))
+        return taken
 
     def reset_parameters(self) -> None:
         for linear in (self.in_proj, self.out_proj):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import inverse_softplus, memories, take, value_scale
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
@@ -148,6 +149,32 @@ class Mamba3(Block):
         self.D = nn.Parameter(torch.empty(H, **factory))
         self.norm = RMSNorm(self.inner, eps=norm_eps, **factory) if output_norm else None
         self.out_proj = Linear(self.inner, dim, bias=False, **factory)
+
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """Options with which a head's state is its keys times its values."""
+        inner = num_heads * head_dim
+        made = {"head_dim": head_dim, "state_dim": head_dim, "num_groups": num_heads, "output_norm": True}
+        return made | {"expand": inner // dim} if inner % dim == 0 else {}
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take C from the queries, B from the keys, x from the values, each with the rows of all heads. Nothing is
+        rotated at first, decays are constant, and there is no skip. The gate has no bias with which it could be open: z
+        stays as it is drawn."""
+        _, x, B, C, *gates = self.in_proj.weight.split(self.rows)
+        for rows in gates:
+            rows.zero_()
+        # -A = softplus(0) = log 2
+        self.dt_bias.copy_(inverse_softplus(1 / (math.log(2) * memories(self.num_heads, self.dt_bias))))
+        for bias in (self.B_bias, self.C_bias, self.D):
+            bias.zero_()
+        if self.norm is not None and len(v) == self.inner:
+            self.norm.weight.copy_(value_scale(v, self.inner))
+        return take(
+            ("in_proj.weight", x, v), ("in_proj.weight", B, k), ("in_proj.weight", C, q),
+            ("out_proj.weight", self.out_proj.weight, o),
+        )  # fmt: skip
 
     def reset_parameters(self) -> None:
         init_linear_(self.in_proj)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import decay_logit, memories, take, value_scale
 from zoo.blocks.recurrent import LinearState, default_heads, previous, wide
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels import work
@@ -165,6 +166,26 @@ class MatrixLSTM(Block):
     def projections(self) -> tuple[nn.Linear, ...]:
         """Every linear layer."""
         return self.q, self.k, self.v, self.ogate_preact, self.igate_preact, self.fgate_preact, self.out_proj
+
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """Queries, keys and values as wide as those of attention."""
+        return dict.fromkeys(("qk_dim_factor", "v_dim_factor"), num_heads * head_dim / dim)
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take the maps of attention. Every token is written with weight 1; the output gate starts as 1/2, which the
+        norm of the heads makes up for."""
+        for linear in (self.igate_preact, self.fgate_preact, self.ogate_preact):
+            linear.weight.zero_()
+        self.igate_preact.bias.zero_()
+        self.fgate_preact.bias.copy_(decay_logit(-1 / memories(self.num_heads, self.fgate_preact.bias)))
+        if len(v) == len(self.multihead_norm.weight):
+            self.multihead_norm.weight.copy_(2 * value_scale(v, len(v)))
+        return take(
+            ("q.weight", self.q.weight, q), ("k.weight", self.k.weight, k), ("v.weight", self.v.weight, v),
+            ("out_proj.weight", self.out_proj.weight, o),
+        )  # fmt: skip
 
     def reset_parameters(self) -> None:
         """The gates start constant: i = exp(-10), so that n . q is far below 1 and h small, and slow forgetting, a

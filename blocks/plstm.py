@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import SMALL, memories, pass_through_, value_scale
 from zoo.blocks.recurrent import default_heads, previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels import work
@@ -127,6 +128,31 @@ class ParallelLSTM(Block):
             nn.init.constant_(linear.bias, -5.0)
         nn.init.ones_(self.eigenvalues.bias)
         nn.init.ones_(self.passthrough)
+
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """A head of attention has one value a token."""
+        return {"tracking_dim": 1}
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Projections have the names of those of attention. Gates are open, memories differ from head to head, nothing
+        passes by the heads."""
+        for linear in self.gates():
+            if linear is not None:
+                linear.weight.zero_()
+                linear.bias.zero_()
+        for linear in (self.source, self.mark, self.direct):
+            linear.bias.fill_(5.0)
+        kept = (-1 / memories(self.num_heads, self.passthrough)).exp()
+        self.eigenvalues.bias.copy_((kept.atanh() / 5).repeat_interleave(self.tracking_dim))
+        for linear in (self.q_proj, self.k_proj, self.v_proj):
+            linear.bias.zero_()
+        pass_through_(self.conv, SMALL)
+        self.passthrough.zero_()
+        if len(v) == self.dim:
+            self.mhnorm.weight.copy_(value_scale(v, self.dim))
+        return ()
 
     def transitions(self, c: Tensor) -> Tensor:
         """T [B, T, H, J, J]."""

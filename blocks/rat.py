@@ -9,12 +9,14 @@ y_t = W_o (sigmoid(z_t) * o_t)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.blocks.chunks import max_finished, max_read
+from zoo.blocks.grafting import take
 from zoo.blocks.kv_cache import FIRST_CAPACITY, check_max_len, exact_size, segment_index
 from zoo.blocks.recurrent import default_heads, previous, wide
 from zoo.contract import (
@@ -126,9 +128,29 @@ class RAT(Block):
             raise ValueError(f"dim / num_heads = {self.head_dim} must be even to be rotated: change num_heads")
         self.chunk_size, self.rope_base, self.kernel = chunk_size, rope_base, kernel
         factory = {"device": device, "dtype": dtype}
-        self.in_proj = Linear(dim, 3 * dim + 2 * num_groups * self.head_dim, bias=False, **factory)
+        self.rows = [dim, dim, dim, *[num_groups * self.head_dim] * 2]
+        self.in_proj = Linear(dim, sum(self.rows), bias=False, **factory)
         self.gate_bias = nn.Parameter(torch.empty(dim, **factory))
         self.out_proj = Linear(dim, dim, bias=False, **factory)
+
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """Queries and keys of its own for each head."""
+        return {"num_groups": num_heads}
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take the maps of attention, each with the rows of all heads. The output gate starts as 1/2, which W_o makes
+        up for. Where every token is a chunk nothing runs, and the layer is the attention that it replaces."""
+        z, value, gate, queries, keys = self.in_proj.weight.split(self.rows)
+        for rows in (z, gate):
+            rows.zero_()
+        if self.chunk_size == 1:
+            self.gate_bias.fill_(-30.0)
+        return take(
+            ("in_proj.weight", value, v), ("in_proj.weight", queries, q), ("in_proj.weight", keys, k),
+            ("out_proj.weight", self.out_proj.weight, 2 * o),
+        )  # fmt: skip
 
     def reset_parameters(self) -> None:
         init_linear_(self.in_proj)
@@ -146,10 +168,10 @@ class RAT(Block):
         doc_ids: Tensor | None = None,
     ) -> Tensor:
         refuse_packed_streaming(state, doc_ids)
-        B, T, D = x.shape
+        B, T, _ = x.shape
         L, heads = self.chunk_size, (self.num_heads, self.head_dim)
         order = positions_from(doc_ids, B, T, x.device) if state is None else segment_index(state.length, T)
-        z, value, gate, q, k = self.in_proj(x).split([D, D, D, *[self.num_groups * self.head_dim] * 2], -1)
+        z, value, gate, q, k = self.in_proj(x).split(self.rows, -1)
         q, k = (h.repeat(1, 1, self.num_heads // self.num_groups) for h in (q, k))
         value, k = self._recur(value, k, gate, order % L == 0, state)
         positions = (order if positions is None else positions) // L

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zoo.blocks.grafting import take
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import LinearState
 from zoo.contract import State, own_part, positions_from
@@ -93,6 +94,15 @@ class Retention(LinearMixer):
         for linear in self.projections():
             if linear is not None:
                 nn.init.xavier_uniform_(linear.weight, gain=2**-1 if linear is self.o_proj else 2**-2.5)
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """As every linear attention; channels that rotate together, which come half a head apart, are neighbours."""
+        taken = super().from_attention(q, k, v, o)
+        if not self.rotary or len(q) != self.dim or len(k) != self.dim:
+            return taken
+        q, k = (t.unflatten(0, (self.num_heads, 2, -1)).transpose(1, 2).flatten(0, 2) for t in (q, k))
+        return taken + take(("q_proj.weight", self.q_proj.weight, q), ("k_proj.weight", self.k_proj.weight, k))
 
     def features(
         self, q: Tensor, k: Tensor, state: RetentionState | None, positions: Tensor | None, doc_ids: Tensor | None

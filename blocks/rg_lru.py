@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import OPEN_GELU, inverse_softplus, memories, pass_through_, take
 from zoo.blocks.kv_cache import segment_index
 from zoo.blocks.recurrent import ShortConv, default_heads, previous, wide
 from zoo.contract import (
@@ -76,6 +77,17 @@ class RGLRU(nn.Module):
             square = torch.empty_like(self.recurrent_param, dtype=state_dtype(self.recurrent_param.dtype))
             self.recurrent_param.copy_(torch.expm1(-0.5 * square.uniform_(0.9**2, 0.999**2).log()).log())
 
+    def start_(self) -> Tensor:
+        """Both gates 1/2, memories from short to long over the channels of a block; returns the factor with which a
+        constant u comes out as it went in."""
+        for p in (self.input_gate_weight, self.recurrent_gate_weight, self.input_gate_bias, self.recurrent_gate_bias):
+            p.zero_()
+        heads, block = self.input_gate_bias.shape
+        rate = (1 / memories(block, self.recurrent_param)).repeat(heads)
+        self.recurrent_param.copy_(inverse_softplus(2 * rate / SHARPNESS))
+        a = (-rate).exp()
+        return 2 * ((1 - a) / (1 + a)).sqrt()
+
     def forward(self, u: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """log a and what is added to the state, in fp32 (fp64). u: [B, T, C]; first: [B, T], where a sequence begins:
         there a = 0."""
@@ -133,6 +145,26 @@ class RecurrentBlock(Block):
         self.conv_1d = ShortConv(self.width, conv_size, bias=True, **factory)
         self.rg_lru = RGLRU(self.width, self.num_heads, **factory)
         self.linear_out = Linear(self.width, dim, **factory)
+
+    @staticmethod
+    def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+        """A channel for each channel of the values."""
+        return {"lru_width": num_heads * head_dim}
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Take the values as what is written and the output, for which a channel is a decaying mean; queries and keys
+        have no counterpart. The gate is open."""
+        factor = self.rg_lru.start_()
+        self.linear_y.weight.zero_()
+        self.linear_y.bias.fill_(OPEN_GELU)
+        self.linear_x.bias.zero_()
+        pass_through_(self.conv_1d)
+        if len(v) != self.width:
+            return ()
+        return take(
+            ("linear_x.weight", self.linear_x.weight, v), ("linear_out.weight", self.linear_out.weight, factor * o)
+        )
 
     def reset_parameters(self) -> None:
         for linear in (self.linear_y, self.linear_x, self.linear_out):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import memories, take, value_scale
 from zoo.blocks.recurrent import LinearState, default_heads, previous, wide
 from zoo.contract import Block, ParallelPlan, State, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels import work
@@ -164,10 +165,28 @@ class RWKV7(Block):
 
     @torch.no_grad()
     def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
-        """Take the maps of attention, each with the rows of all heads; the receptance r is the query."""
-        for mine, theirs in ((self.r_proj, q), (self.k_proj, k), (self.v_proj, v), (self.o_proj, o)):
-            mine.weight.copy_(theirs)
-        return "r_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"
+        """Take the maps of attention, each with the rows of all heads; the receptance r is the query. No branch mixes
+        in the token before, every update is half of a correction, keys are as they are, the gate is 1, and a token has
+        no bonus."""
+        for name in MIX_POWERS:
+            getattr(self, f"x_{name}").zero_()
+        self.k_a.zero_()
+        self.r_k.zero_()
+        fastest = math.exp(-0.5)
+        log_decay = (1 / memories(self.head_dim, self.k_k)).clamp(max=0.9 * fastest)
+        _, last = self.w_lora.layers()
+        last.bias.copy_(torch.logit(log_decay / fastest).repeat(self.num_heads))
+        _, last = self.a_lora.layers()
+        last.bias.zero_()
+        _, last = self.g_lora.layers()  # it reads sigmoid(0) = 1/2 on every channel
+        last.weight += 2 / last.in_features - last.weight.mean(1, keepdim=True)
+        if len(v) == self.dim:
+            self.g_norm.weight.copy_(value_scale(v, self.dim))
+        self.g_norm.bias.zero_()
+        return take(
+            ("r_proj.weight", self.r_proj.weight, q), ("k_proj.weight", self.k_proj.weight, k),
+            ("v_proj.weight", self.v_proj.weight, v), ("o_proj.weight", self.o_proj.weight, o),
+        )  # fmt: skip
 
     def reset_parameters(self) -> None:
         D, Dh, like = self.dim, self.head_dim, self.k_k

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import SMALL, memories
 from zoo.blocks.recurrent import previous, wide
 from zoo.contract import Block, ParallelPlan, State, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels import work
@@ -90,6 +91,19 @@ class S4D(Block):
         self.log_A_real, self.A_imag = (nn.Parameter(torch.empty(dim, self.pairs, **factory)) for _ in range(2))
         self.C = nn.Parameter(torch.empty(dim, self.pairs, 2, **factory))
         self.out_proj = Linear(dim, 2 * dim, **factory)
+
+    @torch.no_grad()
+    def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:
+        """Every channel is a decaying mean of x, read small, where GELU is linear, and the first half of out_proj is
+        what values and output of attention make of a mean together; queries and keys have no counterpart."""
+        tokens = memories(self.dim, self.C) * wide(self.log_dt).exp()
+        self.log_A_real[:, 0] = -tokens.log()
+        self.A_imag[:, 0] = 0
+        self.C.zero_()[:, 0, 0] = SMALL / (2 * tokens)
+        self.D.zero_()
+        self.out_proj.weight.zero_()[: self.dim] = 4 / SMALL * (wide(o) @ wide(v))  # GELU and GLU halve it
+        self.out_proj.bias.zero_()
+        return ("out_proj.weight",)
 
     def reset_parameters(self) -> None:
         n = torch.arange(self.pairs, device=self.C.device, dtype=torch.float64)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.blocks.grafting import decay_logit, memories
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.recurrent import wide
 from zoo.contract import ParallelPlan
@@ -83,6 +84,12 @@ class SimpleGatedLinearAttention(LinearMixer):
 
     def projections(self) -> tuple[nn.Linear | None, ...]:
         return *super().projections(), self.gk_proj
+
+    def start_decay_(self) -> None:
+        if self.gk_proj is not None:
+            self.gk_proj.weight.zero_()
+            logits = decay_logit(-self.gate_logit_normalizer / memories(self.num_heads, self.gk_proj.bias))
+            self.gk_proj.bias.copy_(logits)
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         return None if self.gk_proj is None else F.logsigmoid(wide(self.gk_proj(x))) / self.gate_logit_normalizer

@@ -25,9 +25,7 @@ def options_for(name: str, donor: Donor, given: Mapping[str, Any], place: tuple[
     made: dict[str, Any] = {k: old[k] for k in SHARED if k in known and k in old}
     heads = old.get("num_heads") or 1
     width = old.get("head_dim") or donor.dim // heads
-    if hasattr(cls, "like_attention") and "num_heads" in old:
-        made |= cls.like_attention(donor.dim, heads, old.get("num_kv_heads") or heads, width)
-    elif "num_heads" in made:
+    if "num_heads" in made:
         # keys and values as wide as those of the donor: expand_v counts in heads where there is a head_dim
         keys, shared = heads * width, heads // (old.get("num_kv_heads") or heads)
         values = shared * len(donor.weights["v_proj.weight"]) if "v_proj.weight" in donor.weights else keys
@@ -35,6 +33,9 @@ def options_for(name: str, donor: Donor, given: Mapping[str, Any], place: tuple[
         if "expand_v" in known:
             wide["head_dim"] = width
         made |= {k: v for k, v in wide.items() if k in known}
+    if hasattr(cls, "like_attention") and "num_heads" in old:
+        like = cls.like_attention(donor.dim, heads, old.get("num_kv_heads") or heads, width)
+        made |= {k: v for k, v in like.items() if k in known}
     layer, layers = donor.place or place
     made |= {k: v for k, v in {"layer_index": layer, "num_layers": layers}.items() if k in known}
     return made | dict(given)
@@ -50,8 +51,11 @@ def carry(block: nn.Module, donor: Donor) -> dict[str, tuple[str, bool]]:
     if hasattr(block, "from_attention") and all(n in old for n in maps):
         heads = len(old[maps[0]])
         source = ", ".join(dict.fromkeys(donor.sources[n] for n in maps))
-        q, k, v, o = (old[n] for n in maps)
+        device = next(block.parameters()).device  # on meta, where values count for nothing, all is
+        q, k, v, o = (old[n].to(device) for n in maps)
         k, v = (_repeated(w, heads, donor) for w in (k, v))
+        if donor.options.get("rope_interleaved") and k is not None:
+            q, k = (_in_halves(w, donor) for w in (q, k))
         if k is not None and v is not None:
             made |= {name: (source, False) for name in block.from_attention(q, k, v, o)}  # type: ignore[operator]
     for name, tensor in block.state_dict().items():
@@ -64,6 +68,15 @@ def carry(block: nn.Module, donor: Donor) -> dict[str, tuple[str, bool]]:
             tensor.copy_(given)
             made[name] = donor.sources[name], given is old[name]
     return made
+
+
+def _in_halves(given: Tensor, donor: Donor) -> Tensor:
+    """Rows of the heads of q or k whose rotated channels are neighbours, with the second ones of all pairs after the
+    first ones: as most models have it. Of q and k alike, so products do not change."""
+    head = donor.options.get("head_dim") or donor.dim // donor.options.get("num_heads", 1)
+    turned = donor.options.get("rotary_dim") or head
+    pairs, rest = given.unflatten(0, (-1, head)).split([turned, head - turned], 1)
+    return torch.cat([pairs[:, ::2], pairs[:, 1::2], rest], 1).flatten(0, 1)
 
 
 def _repeated(given: Tensor, rows: int, donor: Donor) -> Tensor | None:
