@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn import as_drawn
 from torch.nn import functional as F
 
 import zoo
 from zoo.architectures.block_diffusion import BlockDiffusionLM
 from zoo.conformance.kept import kept_bytes
-from zoo.contract import Router
 from zoo.cost import estimate
-from zoo.graph.dynamic_chunks import DynamicChunks
 from zoo.kernels import native
 
 pytestmark = pytest.mark.skipif(native.missing("attention") is not None, reason="the C cores keep what is predicted")
@@ -39,38 +38,6 @@ def kept(model, rows=ROWS):
 
 def said(model, seq_len=TOKENS, rows=ROWS):
     return estimate(model, batch_size=rows, seq_len=seq_len, mode="train").activation_bytes
-
-
-def as_drawn(monkeypatch, model):
-    """Shares and chunks are those that are drawn, which an untrained model spreads as it likes; rows of a batch are as
-    long as the longest."""
-    drawn = {}
-
-    def watch_chunks(chunker):
-        def boundaries(x, *rest, boundaries=chunker.boundaries):
-            p = boundaries(x, *rest)
-            monkeypatch.setattr(chunker, "ratio", max(x.shape[1] / int((p >= 0.5).sum(1).max()), 1.001))
-            return p
-
-        monkeypatch.setattr(chunker, "boundaries", boundaries)
-
-    def watch(router):
-        def pick(step, x, *rest, pick=router.pick):
-            found = pick(step, x, *rest)
-            if found.index is not None:
-                drawn[router, step] = found.index.shape[1] / x.shape[1]
-            elif found.mask is not None:
-                drawn[router, step] = int(found.mask.sum(1).max()) / x.shape[1]
-            return found
-
-        monkeypatch.setattr(router, "pick", pick)
-        monkeypatch.setattr(router, "share", lambda step: drawn.get((router, step), 1.0))
-
-    for module in model.modules():
-        if isinstance(module, Router):
-            watch(module)
-        if isinstance(module, DynamicChunks):
-            watch_chunks(module)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))

@@ -296,6 +296,15 @@ def test_a_combinator_adds_up_what_its_card_says(name):
     assert useful(trunk) == expected(part)
 
 
+def test_early_steps_of_a_loop_go_forward_alone():
+    def flops(**options):
+        trunk = [{"loop": {"steps": 5, **options}, "of": [PLAIN]}]
+        return zoo.estimate({"dim": D, "vocab_size": 8, "trunk": trunk}, batch_size=1, seq_len=T).flops
+
+    step = (flops() - 3 * 2 * T * D * 8) / 15
+    assert flops(grad_last=2) == flops() - 2 * 3 * step
+
+
 POLICIES = {  # keys that a head reads at place t
     "anchor": ({}, lambda t: t + 1),
     "pbs": ({"block_size": 8, "segment_size": 16}, lambda t: t + 1),
