@@ -332,6 +332,9 @@ def test_fixed_flops_and_state_are_exact():
     for length in (4, 15, 16, T):
         x = stream(2, length)
         assert sum(c.flops for c in predicted(node, 2, length)) == counted(lambda x=x: node(x))
+        state = node.init_state(2, length)
+        assert sum(c.state_bytes for c in predicted(node, 2, length)) == state.nbytes
+        counted(lambda x=x, state=state: node(x, state=state))  # torch's counter refuses views of parameters
     state = sum(c.state_bytes for c in predicted(node, 2, 1, T - 1, "decode"))
     assert state == node.init_state(2, T).nbytes
 

@@ -72,6 +72,10 @@ class FixedChunks(Chunker):
         self.first = nn.Parameter(torch.empty(self.width, **factory))
         self.prefix_proj = Linear(self.width, prefixes * dim, **factory)
 
+    @property
+    def assumption(self) -> str:
+        return f"one in {self.length} decoded tokens completes a block"
+
     def reset_parameters(self) -> None:
         init_linear_(self.embed)
         init_linear_(self.prefix_proj)
@@ -110,7 +114,7 @@ class FixedChunks(Chunker):
 
     def _on_grid(self, grid: Tensor, main: Node, decoder: Node, ids: Tensor | None) -> Tensor:
         """Outputs [B, blocks * L, D] for tokens [B, blocks, L, D]; slot i holds what stands at token i - 1."""
-        context = self.first.expand(len(grid), 1, -1)
+        context = self.first.repeat(len(grid), 1, 1)
         if grid.shape[1] > 1:
             known = main(self._embed(grid[:, :-1]), doc_ids=None if ids is None else ids[:, :-1])
             if ids is not None:
@@ -151,7 +155,7 @@ class FixedChunks(Chunker):
         parts = []
         head = x[:, : max(0, length - 1 - here)]  # of the block that is open already
         if head.shape[1] and place < 0:
-            first = self.first.expand(len(x), 1, -1)
+            first = self.first.repeat(len(x), 1, 1)
             parts.append(self._decode(first, head[:, None], decoder, state.decoder)[:, 1:])
         elif head.shape[1]:
             parts.append(decoder(head, state=state.decoder))
@@ -187,7 +191,7 @@ class FixedChunks(Chunker):
             main = Calls(batch_size, 1, max(1, (context_len + seq_len) // self.length) - 1, seq_len / self.length)
             return main, Calls(batch_size, 1, inside - 1, seq_len * inside / self.length)
         main = Calls(batch_size, max(1, seq_len // self.length), context_len // self.length)
-        return main, Calls(batch_size * (seq_len // self.length + 1), inside, 0)
+        return main, Calls(batch_size * (seq_len // self.length + 1), inside, 0, rows=batch_size)  # of the open block
 
     def forward_flops(self, batch_size, seq_len, decode):
         whole = seq_len // self.length

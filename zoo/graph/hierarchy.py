@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from zoo.contract import DrawsItself, EmptyState, State, part_cost
+from zoo.contract import Cost, DrawsItself, EmptyState, State, part_cost
 from zoo.graph.nodes import Builder, Composite, Leaf, Node
 from zoo.graph.spec import Spec
 from zoo.registry import register
@@ -25,6 +25,7 @@ class Calls(NamedTuple):
     seq_len: int
     context_len: int
     share: float = 1.0
+    rows: int | None = None  # that a state is kept of, where it is not kept of all
 
 
 class Chunker(nn.Module, metaclass=DrawsItself):
@@ -191,6 +192,10 @@ class Hierarchy(Composite):
 
 
 def _shared_out(part: Node, calls: Calls, mode, path: str) -> Iterator[Leaf]:
-    batch_size, seq_len, context_len, share = calls
+    batch_size, seq_len, context_len, share, rows = calls
     for leaf in part.leaves(batch_size, seq_len, context_len, mode, path):
-        yield Leaf(leaf.path, leaf.block, leaf.cost.of_share(share), leaf.module)
+        cost = leaf.cost.of_share(share)
+        if rows is not None:
+            dropped = cost.state_bytes - cost.state_bytes * rows // batch_size
+            cost += Cost(bytes_written=-dropped, state_bytes=-dropped)
+        yield Leaf(leaf.path, leaf.block, cost, leaf.module)
