@@ -200,9 +200,9 @@ class ChunkMixtureOfExperts(Block):
         """As every block's; few chunks read few experts."""
         cost = super().cost(batch_size, seq_len, context_len, mode)
         chunks = batch_size * (-(-(context_len + seq_len) // self.chunk_size) - context_len // self.chunk_size)
-        passes = 3 if mode == "train" else 1
-        saved = passes * self.experts.unread(chunks, self.top_k) * self.itemsize
-        return cost.replace(bytes_read=cost.bytes_read - saved)
+        idle, passes = self.experts.idle(chunks, self.top_k), 3 if mode == "train" else 1
+        saved = passes * round(idle * self.experts.params_per_expert) * self.itemsize
+        return cost.replace(bytes_read=cost.bytes_read - saved, groups=self.num_experts - idle)
 
     @property
     def expectation(self) -> str:

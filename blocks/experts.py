@@ -48,9 +48,9 @@ class Experts(nn.Module):
     def _product(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         return grouped_mm(rows, weight.transpose(1, 2), counts, backend=self.kernel)
 
-    def unread(self, choices: int, top_k: int) -> int:
-        """Parameters that nobody reads where so many choices of `top_k` experts fall evenly, as is expected."""
-        return round(self.num_experts * (1 - top_k / self.num_experts) ** choices * self.params_per_expert)
+    def idle(self, choices: int, top_k: int) -> float:
+        """Experts that nobody chooses where so many choices of `top_k` fall evenly, as is expected."""
+        return self.num_experts * (1 - top_k / self.num_experts) ** choices
 
     @property
     def params_per_expert(self) -> int:

@@ -381,9 +381,9 @@ class MixtureOfExperts(Block):
     def cost(self, batch_size: int, seq_len: int, context_len: int = 0, mode: Mode = "train") -> Cost:
         """As every block's; few tokens read few experts."""
         cost = super().cost(batch_size, seq_len, context_len, mode)
-        passes = 3 if mode == "train" else 1
-        saved = passes * self.experts.unread(batch_size * seq_len, self.top_k) * self.itemsize
-        return cost.replace(bytes_read=cost.bytes_read - saved)
+        idle, passes = self.experts.idle(batch_size * seq_len, self.top_k), 3 if mode == "train" else 1
+        saved = passes * round(idle * self.experts.params_per_expert) * self.itemsize
+        return cost.replace(bytes_read=cost.bytes_read - saved, groups=self.num_experts - idle)
 
     @property
     def expectation(self) -> str:

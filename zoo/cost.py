@@ -36,6 +36,7 @@ class NodeCost:
     product_bytes: int = 0
     calls: float = 1.0
     pieces: float = 1.0
+    groups: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class Cost:
     checkpointing keeps, where full checkpointing keeps a layer's input alone.
 
     `calls`: how often the block is called, in loops more than once, less than once where a share of decoded tokens
-    takes it; `pieces`: into how many pieces of rows these calls cut their work, one after another."""
+    takes it; `pieces`: into how many pieces of rows these calls cut their work, one after another; `groups`: how many
+    experts they are expected to choose, whose products are apart."""
 
     params: int = 0
     active_params: int = 0
@@ -46,6 +47,7 @@ class Cost:
     product_bytes: int = 0
     calls: float = 0
     pieces: float = 0
+    groups: float = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -54,7 +56,7 @@ class Cost:
         """The work of a share of the calls; what is held stays."""
         names = ("flops", "useful_flops", "vector_flops", "bytes_read", "bytes_written")
         work = {name: round(share * getattr(self, name)) for name in names}
-        return self.replace(**work, calls=share * self.calls, pieces=share * self.pieces)
+        return self.replace(**work, **{name: share * getattr(self, name) for name in ("calls", "pieces", "groups")})
 
     def replace(self, **changes: float) -> Cost:
         """A copy with some fields changed."""

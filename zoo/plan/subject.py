@@ -92,11 +92,15 @@ class Work:
     traffic: int  # bytes beside the weights
     weights: int
     logits: int
+    useful: int
+    groups: float
 
     def of(self, rows: float, parts: int) -> predict.Work:
         """Its work for so many rows, one of so many parts."""
         traffic = (self.weights + self.traffic * rows) / parts
-        return predict.Work(self.pieces, self.flops * rows / parts, self.vector * rows / parts, traffic)
+        share = rows / parts
+        work = (self.pieces, share * self.flops, share * self.vector, traffic, share * self.useful, self.groups / parts)
+        return predict.Work(*work)
 
 
 class Subject:
@@ -196,7 +200,8 @@ class Subject:
         traffic = cost.bytes_read - weights + cost.bytes_written
         logits = self.seq_len * self.vocab_size * self.item if leaf.path == "lm_head" else 0
         called = (cost.calls or 1.0, cost.pieces or 1.0)
-        timed = (cost.product_bytes, plain(leaf.block), *called, cost.vector_flops, traffic, weights, logits)
+        moved = (cost.vector_flops, traffic, weights, logits, cost.useful_flops, cost.groups)
+        timed = (cost.product_bytes, plain(leaf.block), *called, *moved)
         if not isinstance(block, Block):
             return Work(leaf.path, None, cost.flops, cost.activation_bytes, cost.activation_bytes, 0, 1.0, *timed)
         whole = next(iter(leaf.module.leaves(1, self.seq_len, 0, "train"))).cost  # type: ignore[operator]

@@ -1,7 +1,7 @@
 """Measures the device at hand: products, a copy, the smallest call, and models made of every block there is.
 
 Models are measured as `zoo profile` measures, so that whatever a node's time has in it (hooks, autograd, caches) is in
-its rates. Each has some blocks of different kinds, one after another: a block that has the caches for itself is
+its rates. Each has two blocks of different kinds, one after another: a block that has the caches for itself is
 quicker than it will ever be. Sizes go from few tokens to about 1500 and from width 64 to 512.
 """
 
@@ -72,8 +72,11 @@ JOINED: tuple[Any, ...] = (
     {"repeat": 2, "of": [{"loop": {"steps": 2, "router": _ROUTER}, "of": ["swiglu"]}]},
 )
 # options on which more depends than on the width, of every probe
-VARIED: tuple[Any, ...] = ({"moe": {"num_experts": 24, "top_k": 4, "hidden_dim": 48}},)
-TOGETHER = 5  # blocks in a model
+VARIED: tuple[Any, ...] = (
+    {"moe": {"num_experts": 24, "top_k": 4, "hidden_dim": 48}},
+    {"attention": {"num_heads": 4, "num_kv_heads": 2}},
+)
+TOGETHER = 2  # blocks in a model
 EXAMPLES = 2  # of a block, at the most
 ROUNDS = 2  # minutes apart, the quicker one counts: others use the machine too
 ENOUGH = 0.02  # seconds for a kind of pass; three passes where one is slow
@@ -167,11 +170,13 @@ def _report(model: Any, shape: Shape) -> CostReport:
 
 
 def samples_of(report: CostReport, measured: Measured) -> Iterator[Sample]:
-    """What a measured pass says about its nodes and about what lies around them."""
+    """What a measured pass says about its nodes, of equal ones the middle, and about what lies around them."""
+    equal: defaultdict[tuple[str, Work], list[float]] = defaultdict(list)
     for node in report.nodes:
         if node.path in measured.nodes:
-            spent = max(measured.nodes[node.path], 1e-4)
-            yield Sample(plain(node.block), report.mode, work_of(node, report), 1e-3 * spent)
+            equal[plain(node.block), work_of(node, report)].append(measured.nodes[node.path])
+    for (block, work), spent in equal.items():
+        yield Sample(block, report.mode, work, 1e-3 * max(statistics.median(spent), 1e-4))
     rest = measured.total - sum(measured.nodes.values())
     yield Sample("", report.mode, around(report), 1e-3 * max(rest, 0.01 * measured.total))
 
@@ -187,7 +192,7 @@ def fit(
     found: dict[tuple[str, str], Rates] = {}
     errors: list[float] = []
     for (block, mode), of in together.items():
-        least = (0, 1 / peak, 0, 0, 0) if block else ()
+        least = (0, 1 / peak, 0, 0, 0, 0, 0) if block else ()
         found[block, mode] = rates([f for f, _ in of], [spent for _, spent in of], least)
         if block:
             errors += [

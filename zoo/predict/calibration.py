@@ -21,7 +21,7 @@ from zoo.errors import ZooError
 from zoo.kernels.native import cache_dir
 from zoo.predict.distance import Curve, seconds_a_byte
 from zoo.predict.kinds import KINDS, kind_of
-from zoo.predict.work import Around, Work
+from zoo.predict.work import FEATURES, Around, Work
 
 VERSION = 2
 Rates = tuple[float, ...]
@@ -102,7 +102,7 @@ class Calibration:
     def _like(self, kind: str, mode: str) -> Rates:
         """Of a middling block of a kind; of any kind, where there is none of it."""
         if kind == "elementwise":  # parts of combinators: their time is in the rest
-            return (0.0,) * len(Work().features)
+            return (0.0,) * len(FEATURES)
         like = self.kinds.get(kind, {}).get(mode) or [r for (_, m), r in self.blocks.items() if m == mode]
         return tuple(statistics.median(column) for column in zip(*like, strict=True))
 
@@ -138,7 +138,7 @@ class Calibration:
             "bandwidth": self.bandwidth,
             "launch": self.launch,
             "error": self.error,
-            "rates": ["seconds a call", "a FLOP of products", "a FLOP of other work", "a byte", "a root of products"],
+            "rates": [f"seconds {feature}" for feature in FEATURES],
             "blocks": blocks,
             "rest": dict(self.rest),
             "distance": dict(self.distance),

@@ -12,23 +12,35 @@ if TYPE_CHECKING:
     from zoo.cost import CostReport, NodeCost
 
 
+# the root grows slower than the work: small products are slow ones
+FEATURES = (
+    "a call", "a useful FLOP of products", "a FLOP of other work", "a byte", "a root of FLOPs of products and of calls",
+    "an expert", "an executed FLOP of products",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Work:
-    """Calls of the block, one for each piece; FLOPs of products and of all else; bytes read and written. Of what is
-    read, `held` are the bytes that were there before the pass, weights and state; `span` bytes are moved until the next
-    pass reads them again. Both are 0 in training, where that is always much."""
+    """Calls of the block, one for each piece; FLOPs of products and of all else; bytes read and written. `useful`:
+    FLOPs that no kernel can leave out, as one of causal attention leaves out what is masked; `groups`: experts chosen.
+    Of what is read, `held` are the bytes that were there before the pass, weights and state; `span` bytes are moved
+    until the next pass reads them again. Both are 0 in training, where that is always much."""
 
     calls: float = 0.0
     matrix: float = 0.0
     vector: float = 0.0
     traffic: float = 0.0
+    useful: float = math.inf
+    groups: float = 0.0
     held: float = 0.0
     span: float = 0.0
 
     @property
     def features(self) -> tuple[float, ...]:
-        """What rates of a calibration are for. The root grows slower than the work: small products are slow ones."""
-        return self.calls, self.matrix, self.vector, self.traffic, math.sqrt(self.calls * self.matrix)
+        """What rates of a calibration are for, see `FEATURES`."""
+        small = math.sqrt(self.matrix * max(self.calls, self.groups))
+        useful = min(self.matrix, self.useful)
+        return self.calls, useful, self.vector, self.traffic, small, self.groups, self.matrix
 
 
 @dataclass(frozen=True)
@@ -57,12 +69,13 @@ def work_of(node: NodeCost, report: CostReport) -> Work:
     if report.mode == "train":
         whole = node.path == "tok_embeddings" and report.memory is not None
         table = node.params * report.memory.parameters // report.params if whole else 0  # type: ignore[union-attr]
-        return Work(node.pieces, node.flops, node.vector_flops, moved + table)
+        return Work(node.pieces, node.flops, node.vector_flops, moved + table, node.useful_flops, node.groups)
     before = node.bytes_read if node is report.nodes[0] else max(0, node.bytes_read - round(node.calls * stream))
     share = 1 / report.seq_len if node.path == "lm_head" else 1.0
     traffic = before + share * (moved - before)
-    span = report.bytes_read + report.bytes_written
-    return Work(node.pieces, share * node.flops, share * node.vector_flops, traffic, before, span)
+    useful, span = share * node.useful_flops, report.bytes_read + report.bytes_written
+    work = (node.pieces, share * node.flops, share * node.vector_flops, traffic, useful, node.groups)
+    return Work(*work, held=before, span=span)
 
 
 def _stream(report: CostReport) -> int:
