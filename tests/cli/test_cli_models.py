@@ -99,7 +99,9 @@ def test_profile_measures_a_model_with_every_combinator(zoo, tmp_path):
 def test_profile_table(zoo, tiny):
     out = zoo("profile", tiny, "--seq", 16).out
     assert all(word in out for word in ("FLOPs", "activations", "ms", "the rest", "total", "tokens/s"))
-    assert all(word in out for word in ("forward", "backward", "peak", "kernels", "memory: "))
+    assert all(word in out for word in ("forward", "backward", "peak", "memory: "))
+    out = zoo("profile", tiny, "trunk[0].of=[{attention: {num_heads: 2}}]", "--seq", 16).out
+    assert "\nkernels\n" in out and "\n  attention: " in out
     assert "state" in zoo("profile", tiny, "--mode", "decode", "--no-measure").out
 
 

@@ -25,6 +25,16 @@ def test_sheet_and_page(zoo, tiny, tmp_path):
     assert page.read_text().startswith("<!doctype html>")
     zoo("profile", tiny, "--device", "H100", "--seq", "8,16", "--csv", sheet)
     assert [r["seq_len"] for r in rows(sheet)] == ["8"] * len(found) + ["16"] * len(found)
+    document = json.loads(zoo("profile", tiny, "--seq", 16, "--csv", sheet, "--json").out)
+    measured = document["runs"][0]["measured"]
+    for row in rows(sheet):
+        there = row["path"] in measured["nodes"]
+        assert bool(row["measured_ms"]) == bool(row["peak_bytes"]) == there, row
+        if there:
+            of_node = [measured["phases"][phase][row["path"]] for phase in ("forward", "backward")]
+            assert [float(row["forward_ms"]), float(row["backward_ms"])] == of_node
+            assert int(row["peak_bytes"]) == measured["memory"]["nodes"][row["path"]]
+        assert float(row["pass_measured_ms"]) == measured["total"] and row["pass_compiled_ms"] == ""
     assert "one length" in zoo("profile", tiny, "--seq", "8,16", "--html", page, code=2).err
     assert "cannot be written" in zoo("profile", tiny, "--no-measure", "--csv", "/proc/nowhere/a", code=2).err
 
@@ -53,7 +63,22 @@ def test_compare(zoo, tiny, tmp_path):
     first, second = (run["flops"] for run in document["runs"])
     assert totals["flops"]["values"] == [first, second] and totals["flops"]["ratio"] == second / first < 1
     assert "did you mean llama_1b" in zoo("profile", tiny, "--compare", "llama_2b", code=2).err
-    assert "by what is predicted" in zoo("profile", tiny, "--compare", tiny, "--measure", code=2).err
+    assert "are compared by one pass" in zoo("profile", tiny, "--compare", tiny, "--compile", code=2).err
+
+
+def test_compare_measures_both_where_that_is_wanted(zoo, tiny):
+    document = json.loads(zoo("profile", tiny, "dim=64", "--seq", 16, "--compare", tiny, "--measure", "--json").out)
+    totals = {t["key"]: t["values"] for t in document["totals"]}
+    for i, run in enumerate(document["runs"]):
+        found = run["measured"]
+        assert (totals["measured"][i], totals["backward"][i]) == (found["total"], found["backward"])
+        assert totals["peak_bytes"][i] == found["memory"]["peak"]
+    row = next(r for r in document["rows"] if "swiglu" in r["blocks"])
+    of_nodes = [run["measured"]["nodes"] for run in document["runs"]]
+    assert row["values"][0]["measured"] == pytest.approx(sum(of_nodes[0][f"layers.{i}.0"] for i in range(3)))
+    same = json.loads(zoo("profile", tiny, "--seq", 16, "--compare", tiny, "--measure", "--json").out)
+    assert same["rows"] == [], "no node differs by its measured time alone"
+    assert "measured" in {t["key"] for t in same["totals"]}
 
 
 def test_compare_of_equal_models_is_one_line(zoo, tiny):

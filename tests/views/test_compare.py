@@ -5,6 +5,7 @@ from __future__ import annotations
 from zoo.architectures.storage import assemble
 from zoo.cost import estimate
 from zoo.graph.loader import load_graph
+from zoo.predict.roofline import Prediction
 from zoo.views.compare import compare
 from zoo.views.profile import Seen
 
@@ -15,7 +16,7 @@ def seen(trunk, **changes):
     graph = load_graph({"name": "m", "dim": 32, "vocab_size": 64, "trunk": trunk, **changes})
     report = estimate(assemble(graph), batch_size=2, seq_len=16)
     times = {node.path: 1e-9 * node.flops for node in report.nodes}
-    return Seen(graph, report, times, sum(times.values()))
+    return Seen(graph, report, Prediction(sum(times.values()), times, 0.0, False, ()))
 
 
 def test_a_model_equals_itself():
@@ -47,7 +48,7 @@ def test_what_differs_is_folded_and_ratios_are_of_totals():
     assert found.ratio("params") == b.report.params / a.report.params
     assert found.equal == "equal: 7 of 11 nodes: tok_embeddings, norm, lm_head, of layers 0-3"
     document = found.as_dict()
-    assert [t["key"] for t in document["totals"]][:2] == ["params", "active_params"]
+    assert [t["key"] for t in document["totals"]][:2] == ["params", "flops"]
     assert document["rows"][0]["change"]["params"] == row.change("params")
 
 

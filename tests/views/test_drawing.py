@@ -15,8 +15,8 @@ from zoo.views.quantities import totals, values
 def drawn(config, *overrides):
     graph = load_graph(config, overrides)
     report = estimate(assemble(graph), batch_size=1, seq_len=64)
-    costs = [values(node, None, None) for node in report.nodes]
-    return report, draw(report, graph, costs)
+    costs = [values(node, {}) for node in report.nodes]
+    return report, draw(report, graph, costs, lambda path: [])
 
 
 def leaf(name):

@@ -15,6 +15,8 @@ from zoo.architectures.storage import assemble
 from zoo.cost import estimate
 from zoo.devices import named
 from zoo.graph.loader import load_graph
+from zoo.measure.memory import Memory
+from zoo.measure.run import Measured
 from zoo.predict.roofline import Assumed, predict
 from zoo.sections import TrainSection
 from zoo.views.compare import compare
@@ -22,7 +24,8 @@ from zoo.views.curves import ROWS, TOKENS, curves
 from zoo.views.profile import Seen, profile_page
 from zoo.views.sweep import Point, Refused, sweep_page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 NAME = "</script><script>document.title='bad'</script><img src=x onerror=\"document.title='bad'\">%%DATA%%"
 H100 = named("H100")
 
@@ -33,7 +36,18 @@ def seen(name, *overrides, tokens=256):
     report = estimate(model, batch_size=1, seq_len=tokens)
     found = predict(report, timing)
     lines = curves(lambda mode: model, 1, tokens, timing, TrainSection())
-    return Seen(graph, report, found.nodes, found.total, curves=lines, lines=[NAME])
+    return Seen(graph, report, found, curves=lines, lines=[NAME])
+
+
+def measured(model):
+    """Every second node took twice as long as predicted, the others half."""
+    nodes = {path: ms * (2 if i % 2 else 0.5) for i, (path, ms) in enumerate(model.prediction.nodes.items())}
+    phases = {"forward": {p: ms / 4 for p, ms in nodes.items()}, "backward": {p: 3 * ms / 4 for p, ms in nodes.items()}}
+    memory = Memory(2**20, 2**24, 2**23, dict.fromkeys(nodes, 2**22))
+    ran = {path: {NAME: ["native"], "linear": ["aten"]} for path in nodes}
+    compiled = {"eager": 3.0, "compiled": 2.0, "ratio": 1.5, "seconds": 9.0, "failure": None}
+    found = Measured(2.0 * sum(nodes.values()), nodes, 5, 1, "x", 1.0, 2.0, phases, ran, memory, compiled)
+    return dataclasses.replace(model, measured=found)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +60,7 @@ def pages():
     found = [("dim", ["100", "200", "300"]), (NAME, [NAME, "x"])]
     refused = [Refused({"dim": "7", NAME: "x"}, NAME)]
     return {
-        "profile": profile_page([a], NAME, "H100", H100.memory),
+        "profile": profile_page([measured(a)], NAME, "H100", H100.memory),
         "compare": profile_page([a, b], NAME, NAME, H100.memory, compare(a, b)),
         "sweep": sweep_page(NAME, NAME, found, points, refused, 1e5, "more"),
     }
@@ -103,30 +117,46 @@ ACTS = """
 <script>
 const report = { errors: [] };
 addEventListener("error", event => report.errors.push(event.message));
+for (const kind of ["error", "warn"]) console[kind] = (...words) => report.errors.push(words.join(" "));
 addEventListener("load", () => {
   const all = query => [...document.querySelectorAll(query)];
+  const press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const hint = document.getElementById("tip"), wrong = /NaN|Infinity|undefined/;
+  const bad = () => all("svg *").filter(e => [...e.attributes].some(a => wrong.test(a.value))).length;
   try {
     report.title = document.title;
     report.leaves = all("svg .leaf").length;
     report.heights = all("svg .leaf rect").map(r => +r.getAttribute("height"));
     report.dots = all("svg circle").length;
-    report.bad = all("svg *").filter(e => [...e.attributes].some(a => /NaN|Infinity|undefined/.test(a.value))).length;
+    report.bad = bad();
+    report.unnamed = all("svg, select, [tabindex]").filter(e => !e.getAttribute("aria-label")).length;
+    report.facts = all("dl.facts div").map(e => [...e.children].map(c => c.textContent).join(": "));
     const head = all("th button").find(b => b.textContent === "parameters"), column = head.parentElement.cellIndex;
     const table = head.closest("table");
+    report.heads = [...table.querySelectorAll("th")].map(h => h.textContent);
     const read = () => [...table.querySelectorAll("tbody tr")].map(r => r.cells[column].textContent);
     head.click(); report.down = read();
     head.click(); report.up = read();
-    const mark = document.querySelector("svg .leaf, svg circle");
+    const stops = all("svg .leaf, svg circle"), mark = stops[0];
     mark.dispatchEvent(new PointerEvent("pointermove", { clientX: 5, clientY: 5, bubbles: true }));
-    mark.dispatchEvent(new PointerEvent("pointerenter"));
-    report.tip = document.getElementById("tip").textContent;
+    report.tip = hint.textContent;
     report.lit = all("tr.lit").length;
+    press(mark, "Escape");
+    report.hidden = hint.hidden && !all("tr.lit").length;
+    mark.focus({ focusVisible: true });
+    press(mark, "ArrowDown");
+    report.moved = document.activeElement === stops[1] && !hint.hidden && mark.tabIndex === -1;
+    report.shades = {};
     for (const select of all("select")) for (const option of select.options) {
       select.value = option.value;
       select.dispatchEvent(new Event("change"));
+      const fills = new Set(all("svg .leaf rect").map(r => r.getAttribute("fill")));
+      report.shades[`${select.ariaLabel} ${option.value}`] = fills.size;
+      report.bad += bad();
     }
     report.drawn = all("svg .leaf, svg circle").length;
-    report.wide = document.documentElement.scrollWidth <= innerWidth;
+    const beyond = e => e.getBoundingClientRect().right > innerWidth && !e.closest(".scroll, #tip");
+    report.beyond = all("body *").filter(beyond).map(e => e.outerHTML);
   } catch (error) { report.errors.push(String(error)); }
   document.body.dataset.report = JSON.stringify(report);
 });
@@ -134,24 +164,38 @@ addEventListener("load", () => {
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize("which", ["compare", "sweep"])
-def test_a_browser_draws_sorts_and_hints(pages, which, tmp_path):
-    path = tmp_path / "page.html"
-    path.write_text(pages[which].replace("<main", ACTS + "<main", 1), encoding="utf-8")
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--window-size=1200,900", "--dump-dom", path.as_uri()]  # fmt: skip
+def browsed(text, folder, *options):
+    path = folder / "page.html"
+    path.write_text(text.replace("<main", ACTS + "<main", 1), encoding="utf-8")
+    command = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+               f"--user-data-dir={folder / 'profile'}", *options, "--dump-dom", path.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    parser = HTMLParser()
-    found = {}
+    parser, found = HTMLParser(), {}
     parser.handle_starttag = lambda tag, attrs: found.update(dict(attrs)) if tag == "body" else None
     parser.feed(done.stdout)
-    report = json.loads(found["data-report"])
-    assert report["errors"] == [] and report["bad"] == 0 and NAME in report["title"]
+    assert "data-report" in found, done.stderr
+    return json.loads(found["data-report"])
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: `apt-get install chromium-headless-shell` brings one")
+@pytest.mark.parametrize("which, width", [("profile", 1200), ("compare", 700), ("sweep", 700)])
+def test_a_browser_draws_sorts_and_hints(pages, which, width, tmp_path):
+    report = browsed(pages[which], tmp_path, f"--window-size={width},900")
+    assert report["errors"] == [] and report["bad"] == 0 and report["unnamed"] == 0 and NAME in report["title"]
     assert report["down"] == report["up"][::-1] or sorted(report["down"]) == sorted(report["up"])
-    assert report["down"] != report["up"] and report["tip"] and report["wide"]
-    if which == "compare":
-        assert report["leaves"] > 20 and report["dots"] > 50 and report["drawn"] >= report["leaves"] + report["dots"]
-        assert min(report["heights"]) >= 24 and max(report["heights"]) > 40 and report["lit"] == 1
-    else:
+    assert report["down"] != report["up"] and report["tip"] and report["beyond"] == []
+    assert report["hidden"] and report["moved"]
+    if which == "sweep":
         assert report["dots"] == report["drawn"] == 3 and report["lit"] == 1 and "on the front" in report["tip"]
+        return
+    assert report["leaves"] > 10 and report["dots"] > 50 and report["drawn"] >= report["leaves"] + report["dots"]
+    assert min(report["heights"]) >= 24 and max(report["heights"]) > 40 and report["lit"] == 1
+    assert report["shades"]["colour kind"] > 3 and report["shades"]["colour flops"] == 1
+    if which == "profile":
+        assert report["shades"]["colour predicted_over_measured"] == 2, "slower and quicker"
+        assert {"forward", "backward", "predicted/measured", "peak memory", "kernels"} <= set(report["heads"])
+        assert "forward" in report["tip"] and f"{NAME} native, linear aten" in report["tip"]
+        assert (
+            "compiled: 2 ms: 1.5× as quick" in report["facts"]
+            and "peak memory: 16 MiB: beside 1 MiB held" in report["facts"]
+        )

@@ -29,22 +29,42 @@ def console(stderr: bool = False) -> Console:
     return Plain(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Print a table; columns whose head starts with `>` hold numbers and stand to the right."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", expendable: Sequence[str] = ()
+) -> list[str]:
+    """Print a table; columns whose head starts with `>` hold numbers and stand to the right. Where the width does not
+    do, `expendable` ones are left out, the first ones first; their heads are returned."""
     from rich.table import Table
     from rich.text import Text
 
+    screen = console()
+    gone = _too_many(columns, rows, expendable, screen.width)
     grid = Table(
         title=Text(title) if title else None, title_justify="left", title_style="bold", box=None, pad_edge=False
     )
-    for head in columns:
-        right = head.startswith(">")
-        grid.add_column(
-            Text(head.removeprefix(">"), style="bold"), justify="right" if right else "left", overflow="fold"
-        )
+    kept = [i for i, head in enumerate(columns) if head not in gone]
+    for i in kept:
+        head, right = columns[i].removeprefix(">"), columns[i].startswith(">")
+        grid.add_column(Text(head, style="bold"), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*map(Text, row))
-    console().print(grid)
+        grid.add_row(*(Text(row[i]) for i in kept))
+    screen.print(grid)
+    return [head.removeprefix(">") for head in columns if head in gone]
+
+
+def _too_many(columns: Sequence[str], rows: Sequence[Sequence[str]], order: Sequence[str], width: int) -> list[str]:
+    gap = 2
+    needed = {
+        head: gap + max(len(cell) for cell in (head.removeprefix(">"), *(row[i] for row in rows)))
+        for i, head in enumerate(columns)
+    }
+    order = [head for head in order if head in needed]
+    over = sum(needed.values()) - gap - width
+    gone = []
+    while order and over > 0:
+        gone.append(order.pop(0))
+        over -= needed[gone[-1]]
+    return gone
 
 
 def facts(pairs: Mapping[str, str]) -> None:

@@ -69,7 +69,7 @@ def command(
     """Predict parameters, FLOPs, bytes, state and time of every node, and measure its time.
 
     With --tokens and --gpus: hours, energy and money of a training run. With --compare: what differs from another
-    model, both predicted.
+    model, both predicted; with --measure measured too.
     """
     from zoo.cli import profile_views as views
     from zoo.cli import profiled
@@ -79,7 +79,7 @@ def command(
     if compare or html:
         _check_view(
             "--compare" if compare else "--html",
-            compare is not None and (bills or bool(measure or compiled or trace)),
+            compare is not None and (bills or compiled or trace is not None),
             seq,
         )
     with output.working("predicting"):
@@ -92,7 +92,10 @@ def command(
         for run in runs if bills else ():
             run.bill = profiled.billed(graph, target, run.report.seq_len, batch, gpus or 1, tokens, price)
     if compare:
-        return views.compared(asked, (graph, runs[0]), compare, html, csv, as_json)
+        both = ((graph, runs[0]), views.beside(asked, runs[0], compare))
+        for one, run in both if measure else ():
+            _measure(one, [run], target, True, False, None)
+        return views.compared(asked, both, html, csv, as_json)
     _measure(graph, runs, target, measure, compiled, trace)
     views.write(asked, [(graph, run) for run in runs], html, csv)
     if as_json:
@@ -119,7 +122,9 @@ def _check_view(option: str, more: bool, seq: str | None) -> None:
     if seq and "," in seq:
         raise ConfigError(f"{option} shows one length, --seq {seq} has several")
     if more:
-        raise ConfigError(f"{option}: two models are compared by what is predicted of a pass")
+        raise ConfigError(
+            f"{option}: two models are compared by one pass, without --gpus, --tokens, --compile and --trace"
+        )
 
 
 def _measure(

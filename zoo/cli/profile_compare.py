@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from zoo.views.compare import Comparison, Difference
     from zoo.views.quantities import Quantity
 
-COLUMNS = ("params", "flops", "activation_bytes", "state_bytes", "predicted")  # of the nodes
+COLUMNS = ("params", "flops", "activation_bytes", "state_bytes", "predicted", "measured")  # of the nodes
 
 
 def show(found: Comparison, names: tuple[str, str], title: str) -> None:

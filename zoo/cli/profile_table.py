@@ -8,103 +8,97 @@ from zoo.cli import output
 from zoo.cli import profile_measured as extra
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zoo.cli.profiled import Profiled, Target
     from zoo.graph.spec import Graph
-    from zoo.views.folding import Row
+    from zoo.views.quantities import Values
+
+TIMES = {"predicted": ">predicted", "forward": ">forward", "backward": ">backward", "measured": ">measured"}
+LEAST = (">peak", ">FLOP/s", ">forward", ">backward", ">useful", ">bytes", ">activations", ">state", ">time", ">ratio")
 
 
 def show(graph: Graph, run: Profiled, target: Target, depth: int | None = None) -> None:
     """Print one pass, nodes below `depth` levels in one row."""
+    from zoo.cli.profile_views import seen
     from zoo.views.folding import HEADS, fold, grid
+    from zoo.views.quantities import gathered
 
-    report, measured = run.report, run.measured
-    columns = _columns(run)
+    found, report = seen(graph, run), run.report
+    costs = {node.path: cost for node, cost in zip(report.nodes, found.costs, strict=True)}
+    total, nodes = found.total, gathered(found.costs)
+    unit, scale = ("ms", 1) if max(total.get(key, 0) for key in TIMES) < 1e5 else ("s", 1e-3)
+    columns = _columns(total, "activation_bytes" if report.mode == "train" else "state_bytes", scale)
     rows = fold(report.nodes, graph.trunk, depth)
-    cells = grid(rows, *(column for column, _ in columns.values()))
-    if run.prediction or measured:
-        outside = {">predicted": run.prediction.rest if run.prediction else None}
-        if measured:
-            outside |= extra.rest(measured) | {">ms": max(0.0, measured.total - sum(measured.nodes.values()))}
-        cells.append(["", "the rest", "", "", *(_ms(outside.get(head)) for head in columns)])
-    cells.append(["", "total", "", "", *(total for _, total in columns.values())])
+    cells = grid(
+        rows, *(lambda r, cell=cell: cell(gathered(costs[n.path] for n in r.sites)) for cell in columns.values())
+    )
+    rest = {key: max(0.0, total[key] - nodes.get(key, 0)) for key in TIMES if key in total}
+    if rest:
+        outside = {TIMES[key]: _number(value * scale) for key, value in rest.items()}
+        cells.append(["", "the rest", "", "", *(outside.get(head, "") for head in columns)])
+    cells.append(["", "total", "", "", *("" if head == ">time" else cell(total) for head, cell in columns.items())])
     shape = f"{report.batch_size} x {report.seq_len} tokens"
     after = f" after {report.context_len}" if report.context_len else ""
     work = "forward and backward" if report.mode == "train" else report.mode
-    output.table((*HEADS, *columns), cells, f"{graph.name}: {work} of {shape}{after}")
-    for line in [*report.assumptions, *_lines(run, target), *extra.lines(run), *run.lines, *_bill(run)]:
+    times = f"; times in {unit}" if rest else ""
+    title = f"{graph.name}: {work} of {shape}{after}{times}"
+    gone = output.table((*HEADS, *columns), cells, title, LEAST)
+    if gone:
+        print(f"(too narrow for {', '.join(gone)}; --csv and --json have them)")
+    for line in [*report.assumptions, *_lines(run, target), *run.lines, *_bill(run), *extra.kernels(run)]:
         print(line)
     print()
 
 
-def _columns(run: Profiled) -> dict:
-    """Head, and a cell for each row and for all of them."""
-    report, prediction, measured = run.report, run.prediction, run.measured
-    held = "activation_bytes" if report.mode == "train" else "state_bytes"
-    moved = report.bytes_read + report.bytes_written
+def _columns(total: Values, held: str, scale: float) -> dict[str, Callable[[Values], str]]:
+    """A cell by head."""
 
-    def milliseconds(row: Row) -> float:
-        return sum(measured.nodes.get(n.path, 0.0) for n in row.sites) if measured else 0.0
+    def amount(key: str, say: Callable[[float], str]) -> Callable[[Values], str]:
+        return lambda v: say(v[key]) if key in v else ""
 
-    def speed(row: Row) -> str:
-        spent = milliseconds(row)
-        return output.flops(1e3 * row.total("flops") / spent) if spent and row.total("flops") else ""
+    def time(key: str) -> Callable[[Values], str]:
+        return lambda v: _number(v.get(key, 0) * scale)
+
+    def speed(v: Values) -> str:
+        spent = v.get("measured")
+        return output.flops(1e3 * v["flops"] / spent) if spent and v["flops"] else ""
 
     columns = {
-        ">params": (lambda r: output.count(r.total("params")), output.count(report.params)),
-        ">FLOPs": (lambda r: output.flops(r.total("flops")), output.flops(report.flops)),
-        ">useful": (lambda r: output.flops(r.total("useful_flops")), output.flops(report.useful_flops)),
-        ">bytes": (lambda r: output.size(r.total("bytes_read") + r.total("bytes_written")), output.size(moved)),
-        (">activations" if report.mode == "train" else ">state"): (
-            lambda r: output.size(r.total(held)),
-            output.size(getattr(report, held)),
-        ),
+        ">params": amount("params", output.count),
+        ">FLOPs": amount("flops", output.flops),
+        ">useful": amount("useful_flops", output.flops),
+        ">bytes": amount("bytes", output.size),
+        ">activations" if held == "activation_bytes" else ">state": amount(held, output.size),
+        **{head: time(key) for key, head in TIMES.items() if key in total},
     }
-    if prediction:
-        columns[">predicted"] = (
-            lambda r: _ms(sum(prediction.nodes[n.path] for n in r.sites)),
-            _ms(prediction.total),
-        )
-    if measured:
-        for head, whole in extra.phases(measured).items():
-            columns[head] = (lambda r, head=head: _ms(extra.phases(measured, r)[head]), _ms(whole))
-        columns[">ms"] = (lambda r: _ms(milliseconds(r)), _ms(measured.total))
-        if prediction:
-            columns[">ratio"] = (lambda r: _ratio(run.ratio(*(n.path for n in r.sites))), _ratio(run.ratio()))
-        columns[">time"] = (lambda r: output.percent(milliseconds(r), measured.total) if milliseconds(r) else "", "")
-        columns[">FLOP/s"] = (lambda r: speed(r), output.flops(1e3 * report.flops / measured.total))
-        columns |= extra.columns(measured)
-    elif prediction:
-        columns[">time"] = (
-            lambda r: output.percent(sum(prediction.nodes[n.path] for n in r.sites), prediction.total),
-            "",
-        )
+    if "predicted_over_measured" in total:
+        columns[">ratio"] = amount("predicted_over_measured", lambda v: f"{v:.2f}")
+    if spent := next((key for key in ("measured", "predicted") if key in total), None):
+        columns[">time"] = lambda v: output.percent(v[spent], total[spent]) if v.get(spent) else ""
+    if "measured" in total:
+        columns[">FLOP/s"] = speed
+    if "peak_bytes" in total:
+        columns[">peak"] = amount("peak_bytes", output.size)
     return columns
 
 
-def _ms(value: float | None) -> str:
+def _number(value: float) -> str:
     if not value:
         return ""
     return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
 
 
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def _lines(run: Profiled, target: Target) -> list[str]:
-    report, prediction, measured, limits = run.report, run.prediction, run.measured, run.limits
+    report, prediction, limits = run.report, run.prediction, run.limits
     tokens, found = report.batch_size * report.seq_len, []
     if prediction:
         peak = report.flops / (1e-3 * prediction.total) / target.device.flops(target.dtype)
         found.append(
-            f"predicted for {target.name} in {target.dtype}: {_ms(prediction.total)} ms, "
+            f"predicted for {target.name} in {target.dtype}: {_number(prediction.total)} ms, "
             f"{1e3 * tokens / prediction.total:,.0f} tokens/s, {100 * peak:.1f}% of the peak"
         )
-    if measured:
-        found.append(
-            f"measured on {measured.device}: median of {measured.repeats} passes, {measured.threads} threads, "
-            f"{1e3 * tokens / measured.total:,.0f} tokens/s"
-        )
+    found += extra.lines(run)
     need, memory = output.size(limits.need), output.size(limits.memory)
     fits = f"fits: {need} of {memory}" if limits.fits else f"does not fit: {need} are needed, {memory} can be used"
     length = report.seq_len + report.context_len

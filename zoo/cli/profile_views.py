@@ -29,31 +29,37 @@ def write(
     from zoo.views.sheet import nodes_csv
 
     if csv:
-        write_file(csv, nodes_csv([_seen(*run) for run in runs]))
+        write_file(csv, nodes_csv([seen(*run) for run in runs]))
     if html:
-        models = [dataclasses.replace(_seen(*run), curves=_curves(asked, *run)) for run in runs]
+        models = [dataclasses.replace(seen(*run), curves=_curves(asked, *run)) for run in runs]
         device = asked.target.device
         title = title_of(asked, runs[0][1])
         write_file(html, profile_page(models, title, device.name, device.memory, comparison))
 
 
-def compared(asked: Asked, first: Run, other: str, html: str | None, csv: str | None, as_json: bool) -> None:
-    """What tells `other` from the first model, both predicted at the same length."""
+def beside(asked: Asked, first: Profiled, other: str) -> Run:
+    """The pass of `other` at the length of the first model."""
     from zoo.graph.loader import load_graph
-    from zoo.views.compare import compare
 
     with output.working("comparing"):
         graph = load_graph(other)
-        (run,) = dataclasses.replace(asked, lengths=[first[1].report.seq_len]).passes(graph)
-        runs = [first, (graph, run)]
-        found = compare(*(_seen(*run) for run in runs))
+        (run,) = dataclasses.replace(asked, lengths=[first.report.seq_len]).passes(graph)
+    return graph, run
+
+
+def compared(asked: Asked, runs: tuple[Run, Run], html: str | None, csv: str | None, as_json: bool) -> None:
+    """What tells the second from the first."""
+    from zoo.views.compare import compare
+
+    found = compare(*(seen(*run) for run in runs))
     write(asked, runs, html, csv, found)
+    names = (runs[0][0].name, runs[1][0].name)
     if as_json:
-        names, reports = [g.name for g, _ in runs], [r.as_dict() for _, r in runs]
+        reports = [run.as_dict() for _, run in runs]
         return output.emit({"models": names, "device": asked.target.name, **found.as_dict(), "runs": reports})
     from zoo.cli import profile_compare
 
-    profile_compare.show(found, (runs[0][0].name, runs[1][0].name), title_of(asked, run))
+    profile_compare.show(found, names, title_of(asked, runs[1][1]))
 
 
 def title_of(asked: Asked, run: Profiled) -> str:
@@ -64,16 +70,13 @@ def title_of(asked: Asked, run: Profiled) -> str:
     return f"{work} of {report.batch_size} x {report.seq_len:,} tokens{after}, {target.name} in {target.dtype}"
 
 
-def _seen(graph: Graph, run: Profiled) -> Seen:
+def seen(graph: Graph, run: Profiled) -> Seen:
+    """What is shown of a pass."""
+    from zoo.cli.profile_measured import lines
     from zoo.views.profile import Seen
 
-    prediction, measured = run.prediction, run.measured
-    return Seen(
-        graph, run.report,
-        prediction and prediction.nodes, prediction and prediction.total,
-        measured and measured.nodes, measured and measured.total,
-        run.limits, run.lines,
-    )  # fmt: skip
+    said = [*run.report.assumptions, *lines(run), *run.lines]
+    return Seen(graph, run.report, run.prediction, run.measured, run.limits, said)
 
 
 def _curves(asked: Asked, graph: Graph, run: Profiled) -> list[Curve]:

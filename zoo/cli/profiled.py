@@ -52,24 +52,19 @@ class Profiled:
     bill: Bill | None = None
     lines: list[str] = field(default_factory=list)
 
-    def ratio(self, *paths: str) -> float | None:
-        """Predicted over measured time of the nodes at `paths`, of the whole pass without any."""
-        if not (self.prediction and self.measured):
-            return None
-        if not paths:
-            return self.prediction.total / self.measured.total
-        spent = sum(self.measured.nodes.get(p, 0.0) for p in paths)
-        return sum(self.prediction.nodes[p] for p in paths) / spent if spent else None
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        ratios = {n.path: ratio for n in self.report.nodes if (ratio := self.ratio(n.path)) is not None}
+        from zoo.views.quantities import RATIO, known, totals, values
+
+        passes = known(self.prediction, self.measured)
+        ratios = {n.path: found[RATIO.key] for n in self.report.nodes if RATIO.key in (found := values(n, passes))}
+        total = totals(self.report, self.prediction, self.measured).get(RATIO.key)
         return self.report.as_dict() | {
             "predicted": self.prediction and self.prediction.as_dict(),
             "limits": self.limits.as_dict(),
             "measured": self.measured and self.measured.as_dict(),
             "not_measured": self.not_measured or None,
-            "predicted_over_measured": {"total": self.ratio(), "nodes": ratios} if self.ratio() else None,
+            RATIO.key: {"total": total, "nodes": ratios} if total else None,
             "run": self.bill and self.bill.as_dict(),
             "notes": self.lines,
         }

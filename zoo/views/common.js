@@ -28,7 +28,7 @@ const UNITS = {
   ms: v => v === 0 ? "0" : v < 0.9995 ? digits(v * 1e3) + " µs" : v < 999.5 ? digits(v) + " ms" : digits(v / 1e3) + " s",
   tokens: v => scaled(v, 1024, ["", "k", "M"]),
   ratio: v => digits(v) + "×",
-  text: v => v,
+  percent: v => digits(v) + "%",
 };
 
 function say(value, unit) {
@@ -37,28 +37,58 @@ function say(value, unit) {
 }
 
 function percent(part, whole) {
-  return whole ? (100 * part / whole).toFixed(part / whole < 0.1 ? 1 : 0) + "%" : "";
+  const share = part / whole;
+  return !whole ? "" : !part ? "0%" : share < 0.0005 ? "<0.1%" : (100 * share).toFixed(share < 0.0995 ? 1 : 0) + "%";
 }
 
 // ------------------------------------------------------------------------------------------- hints
-function tip(target, head, rows) {
-  const show = event => {
+// of `target`, under the pointer or beside it when it has the focus; `act` is told when it comes and goes
+function tip(target, head, rows, act = () => {}) {
+  const show = (x, y) => {
     const table = element("table");
     table.append(...rows().map(([name, value]) => element("tr", {}, element("td", { class: "text soft" }, name), element("td", {}, value))));
     $("tip").replaceChildren(element("b", {}, head()), table);
     $("tip").hidden = false;
     const box = $("tip").getBoundingClientRect();
-    $("tip").style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - box.width - 8)) + "px";
-    $("tip").style.top = Math.max(4, Math.min(event.clientY + 14, innerHeight - box.height - 8)) + "px";
+    $("tip").style.left = Math.max(4, Math.min(x + 14, innerWidth - box.width - 8)) + "px";
+    $("tip").style.top = Math.max(4, Math.min(y + 14, innerHeight - box.height - 8)) + "px";
+    act(true);
   };
-  target.addEventListener("pointermove", show);
-  target.addEventListener("pointerleave", () => { $("tip").hidden = true; });
+  const hide = () => { $("tip").hidden = true; act(false); };
+  target.addEventListener("pointermove", event => show(event.clientX, event.clientY));
+  target.addEventListener("pointerleave", hide);
+  target.addEventListener("focus", () => {
+    const box = target.getBoundingClientRect();
+    if (target.matches(":focus-visible")) show(box.left + Math.min(box.width, 200), box.top);
+  });
+  target.addEventListener("blur", hide);
+  target.addEventListener("keydown", event => { if (event.key === "Escape") hide(); });
 }
 
-// found: [name, value, unit, good or bad]
+// one stop of the tab key for all marks; arrows go from one to the next
+function roving(marks) {
+  marks.forEach((mark, i) => {
+    mark.setAttribute("tabindex", i ? -1 : 0);
+    mark.addEventListener("keydown", event => {
+      const next = marks[i + ({ ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key] ?? NaN)];
+      if (!next) return;
+      event.preventDefault();
+      mark.setAttribute("tabindex", -1);
+      next.setAttribute("tabindex", 0);
+      next.focus({ focusVisible: true });
+    });
+  });
+}
+
+// found: [name, value, unit, good or bad, [value, unit] of what is said below]
 function facts(found) {
-  return element("dl", { class: "facts" }, ...found.map(([name, value, unit, mood]) =>
-    element("div", {}, element("dt", {}, name), element("dd", { class: mood || "" }, say(value, unit)))));
+  return element("dl", { class: "facts" }, ...found.map(([name, value, unit, mood, more]) =>
+    element("div", {}, element("dt", {}, name), element("dd", { class: mood }, say(value, unit)),
+      element("dd", { class: "soft" }, more.map(([part, own]) => say(part, own)).join(" ")))));
+}
+
+function key(name, fill) {
+  return element("span", { class: "key", style: `--color: ${fill}` }, name);
 }
 
 function choice(label, options, chosen, act) {
@@ -66,11 +96,11 @@ function choice(label, options, chosen, act) {
   for (const [value, name] of options) select.append(element("option", { value }, name));
   select.value = chosen;
   select.addEventListener("change", () => act(select.value));
-  return element("label", {}, label + " ", select);
+  return element("label", {}, label, select);
 }
 
 // ------------------------------------------------------------------------------------------ tables
-// columns: [{name, unit, text}]; rows: [{cells, mark}]; a click on a head sorts, largest first
+// columns: [{name, help, unit or draw, text, long}]; rows: [{cells, mark}]; a click on a head sorts, largest first
 function sortable(columns, rows, lit = () => {}) {
   const body = element("tbody"), heads = columns.map((column, i) => {
     const head = element("th", { class: column.text ? "text" : "", title: column.help }, element("button", { type: "button" }, column.name));
@@ -79,7 +109,8 @@ function sortable(columns, rows, lit = () => {}) {
   });
   const made = rows.map(row => {
     const line = element("tr", { class: row.mark || "" });
-    line.append(...row.cells.map((cell, i) => element("td", { class: columns[i].text ? "text" : "" }, say(cell, columns[i].unit))));
+    line.append(...row.cells.map((cell, i) => element("td", { class: columns[i].long ? "text long" : columns[i].text ? "text" : "" },
+      columns[i].draw ? columns[i].draw(cell) : say(cell, columns[i].unit))));
     line.addEventListener("pointerenter", () => lit(row, true));
     line.addEventListener("pointerleave", () => lit(row, false));
     row.line = line;
@@ -98,7 +129,7 @@ function sortable(columns, rows, lit = () => {}) {
 }
 
 // ------------------------------------------------------------------------------------------ charts
-const WIDTH = 560, HEIGHT = 270, LEFT = 62, RIGHT = 14, TOP = 8, BOTTOM = 34;
+const WIDTH = 560, HEIGHT = 270, LEFT = 62, RIGHT = 26, TOP = 8, BOTTOM = 38;
 
 // both axes are logarithmic, from a round number below all values to one above; of the round numbers a few are named
 function axis(values, base, from, to) {
@@ -116,18 +147,30 @@ function axis(values, base, from, to) {
   return { place, ticks: named.filter((_, i) => i % every === 0) };
 }
 
-function axes(svg, x, y, units, labels) {
-  for (const tick of y.ticks) {
-    svg.append(element("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y.place(tick), y2: y.place(tick) }));
-    svg.append(element("text", { x: LEFT - 6, y: y.place(tick) + 4, "text-anchor": "end" }, say(tick, units[1])));
-  }
-  for (const tick of x.ticks)
-    svg.append(element("text", { x: x.place(tick), y: HEIGHT - BOTTOM + 15, "text-anchor": "middle" }, say(tick, units[0])));
-  svg.append(element("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, labels[0]));
+function axes(svg, x, y, units, label) {
+  const low = HEIGHT - BOTTOM;
+  for (const tick of y.ticks) svg.append(
+    element("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y.place(tick), y2: y.place(tick) }),
+    element("text", { x: LEFT - 6, y: y.place(tick) + 4, "text-anchor": "end" }, say(tick, units[1])));
+  for (const tick of x.ticks) svg.append(
+    element("line", { class: "grid", x1: x.place(tick), x2: x.place(tick), y1: low, y2: low + 4 }),
+    element("text", { x: x.place(tick), y: low + 18, "text-anchor": "middle" }, say(tick, units[0])));
+  svg.append(element("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 3, "text-anchor": "middle" }, label));
+}
+
+// a line at a limit of memory, named at the end that has more room
+function limited(limit, y, points, name) {
+  const at = limit ? y.place(limit) : 0;
+  if (at <= TOP || at >= HEIGHT - BOTTOM) return [];
+  const room = side => Math.min(...points.filter(p => side ? p[0] > WIDTH - 240 : p[0] < LEFT + 200).map(p => Math.abs(p[1] - at + 8)));
+  const right = room(true) > room(false);
+  return [element("line", { class: "limit", x1: LEFT, x2: WIDTH - RIGHT, y1: at, y2: at }),
+    element("text", { class: "over", x: right ? WIDTH - RIGHT - 4 : LEFT + 6, y: at - 5, "text-anchor": right ? "end" : "start" },
+      `${name}: ${say(limit, "bytes")}`)];
 }
 
 function canvas(label) {
-  return element("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label });
+  return element("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": label });
 }
 
 function colour(i) {

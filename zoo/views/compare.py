@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zoo.views.folding import spans
-from zoo.views.quantities import Quantity, Values
+from zoo.views.quantities import MEASURED, RATIO, Quantity, Values, gathered
 
 if TYPE_CHECKING:
     from zoo.cost import NodeCost
@@ -61,7 +61,8 @@ class Comparison:
             {**vars(q), "values": [t.get(q.key, 0) for t in self.totals], "ratio": self.ratio(q.key)}
             for q in self.quantities
         ]
-        columns = [vars(q) for q in self.quantities if any(d.change(q.key) for d in self.nodes)]
+        changed = [q for q in self.quantities if any(d.change(q.key) for d in self.nodes)]
+        columns = [vars(q) for q in sorted(changed, key=lambda q: q.unit != "ms")]  # rows are in the order of time
         keys = [c["key"] for c in columns]
         rows = [
             {
@@ -74,8 +75,9 @@ class Comparison:
 
 
 def compare(first: Seen, second: Seen) -> Comparison:
-    """Layers are aligned by what they are and cost, so that one that was put in moves no other."""
-    known = {q.key: q for seen in (first, second) for q in seen.quantities}
+    """Layers are aligned by what they are and are predicted to cost, so that one that was put in moves no other; no
+    two measurements agree, so nodes do not differ by these alone."""
+    known = {q.key: q for seen in (first, second) for q in seen.quantities if q is not RATIO}
     totals = (first.total, second.total)
     differing = [q for q in known.values() if totals[0].get(q.key, 0) != totals[1].get(q.key, 0)]
     found: dict[Any, Difference] = {}
@@ -90,11 +92,10 @@ def compare(first: Seen, second: Seen) -> Comparison:
             blocks = (one[1].block if one else None, other[1].block if other else None)
             costs = (one[2] if one else {}, other[2] if other else {})
             place = place if layer is not None else name
-            key = (place, blocks, *(tuple(c.items()) for c in costs))
+            key = (place, blocks, *map(_predicted, costs))
             row = found.setdefault(key, Difference(place, blocks, ({}, {})))
             for sums, cost in zip(row.values, costs, strict=True):
-                for quantity, value in cost.items():
-                    sums[quantity] = sums.get(quantity, 0) + value
+                sums |= gathered((sums, cost))
             row.times += 1
             row.layers += [] if layer is None else [layer]
     equal = _equal([q.name for q in known.values() if q not in differing], same, sum(r.times for r in found.values()))
@@ -114,7 +115,12 @@ def _layers(seen: Seen) -> list[_Layer]:
 
 def _key(node: _Node) -> Any:
     place, cost, values = node
-    return (place, cost.block, tuple(values.items()))
+    return (place, cost.block, _predicted(values))
+
+
+def _predicted(values: Values) -> Any:
+    measured = {q.key for q in MEASURED}
+    return tuple((key, value) for key, value in values.items() if key not in measured)
 
 
 def _aligned(a: list[_Layer], b: list[_Layer]) -> Iterator[tuple[_Layer | None, _Layer | None]]:

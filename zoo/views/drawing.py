@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zoo.predict.kinds import kind_of, plain
 from zoo.views.folding import spans
+from zoo.views.quantities import Values, gathered
 
 if TYPE_CHECKING:
     from zoo.cost import CostReport
     from zoo.graph.spec import Graph, Spec
-    from zoo.views.quantities import Values
 
 _PARTS = ("encoder", "main", "decoder")  # of a hierarchy, in the order of its children
 
@@ -20,8 +20,8 @@ _PARTS = ("encoder", "main", "decoder")  # of a hierarchy, in the order of its c
 @dataclass
 class Box:
     """A node, or what is drawn around several. `shape`: leaf, stack (one below another), branches (the `columns`
-    first ones side by side) or loop. `times` equal copies are drawn once, with the sum of their costs; `path` is the
-    first one's."""
+    first ones side by side) or loop. `times` equal copies are drawn once, with what they cost together; `path` is the
+    first one's. `kernels`: what ran."""
 
     path: str
     name: str
@@ -32,6 +32,7 @@ class Box:
     columns: int = 0
     layers: list[int] = field(default_factory=list)
     values: Values = field(default_factory=dict)
+    kernels: list[str] = field(default_factory=list)
     children: list[Box] = field(default_factory=list)
 
     def like(self) -> Any:
@@ -40,8 +41,8 @@ class Box:
 
     def merge(self, other: Box) -> None:
         """Add the costs of a box that is like this one."""
-        for key, value in other.values.items():
-            self.values[key] = self.values.get(key, 0) + value
+        self.values = gathered((self.values, other.values))
+        self.kernels = list(dict.fromkeys([*self.kernels, *other.kernels]))
         self.layers += other.layers
         for mine, theirs in zip(self.children, other.children, strict=True):
             mine.merge(theirs)
@@ -62,14 +63,14 @@ class Box:
         }
 
 
-def draw(report: CostReport, graph: Graph, costs: Sequence[Values]) -> Box:
-    """The whole model; `costs` are those of the nodes of `report`, in order."""
+def draw(report: CostReport, graph: Graph, costs: Sequence[Values], ran: Callable[[str], list[str]]) -> Box:
+    """The whole model; `costs` are those of the nodes of `report`, in order; `ran`: kernels at a path."""
     top: dict[str, Any] = {}
     for node, cost in zip(report.nodes, costs, strict=True):
         at = top
         for part in node.path.split("."):
             at = at.setdefault(part, {})
-        at.setdefault(_HERE, []).append((node, cost))
+        at.setdefault(_HERE, []).append((node, cost, ran(node.path)))
     found: list[Box] = []
     for part, inside in top.items():
         if part == "layers":
@@ -86,7 +87,7 @@ _HERE = ""  # key of the nodes that stand at a place itself, which may have othe
 
 
 def _box(path: str, inside: Mapping[str, Any], spec: Spec | None, part: str) -> Box:
-    leaves = [_leaf(path, node, cost) for node, cost in inside.get(_HERE, ())]
+    leaves = [_leaf(path, *node) for node in inside.get(_HERE, ())]
     below = [(key, value) for key, value in inside.items() if key != _HERE]
     children = leaves + [_box(f"{path}.{key}", value, _spec(spec, key), key) for key, value in below]
     label = spec.label if spec else ""
@@ -107,10 +108,10 @@ def _box(path: str, inside: Mapping[str, Any], spec: Spec | None, part: str) -> 
     return Box(path, name, shape="stack", children=fold(children))
 
 
-def _leaf(path: str, node: Any, cost: Values) -> Box:
+def _leaf(path: str, node: Any, cost: Values, ran: list[str]) -> Box:
     kind = "ends" if path in ("tok_embeddings", "embed", "lm_head", "head") else kind_of(node.block)
     calls = "" if node.calls == 1 else f"{node.calls:.3g} calls"
-    return Box(path, plain(node.block), calls, kind=kind, values=dict(cost))
+    return Box(path, plain(node.block), calls, kind=kind, values=cost, kernels=ran)
 
 
 def _spec(spec: Spec | None, part: str) -> Spec | None:

@@ -1,4 +1,4 @@
-"""One self-contained page: a template, a style, two scripts and the data, all in one file."""
+"""One self-contained page: a template, a style, scripts and the data, all in one file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from zoo.errors import ConfigError
 
 _HERE = Path(__file__).parent
+_SCRIPTS = {"profile": ("common.js", "graph.js", "profile.js"), "sweep": ("common.js", "sweep.js")}
 
 
 def page(script: str, title: str, data: Any) -> str:
@@ -20,7 +21,7 @@ def page(script: str, title: str, data: Any) -> str:
         "TITLE": html.escape(title),
         "STYLE": _read("page.css"),
         "DATA": text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"),
-        "SCRIPT": _read("common.js") + _read(f"{script}.js"),
+        "SCRIPT": "".join(map(_read, _SCRIPTS[script])),
     }
     pieces = _read("page.html").split("%%")  # text, name, text, name, ..., text: what is put in is not looked at again
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))

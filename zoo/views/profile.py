@@ -2,47 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from zoo.predict.kinds import KINDS
 from zoo.views.drawing import draw
 from zoo.views.page import page
-from zoo.views.quantities import Quantity, Values, shown, totals, values
+from zoo.views.quantities import RATIO, Quantity, Values, kernels, known, shown, totals, values
 
 if TYPE_CHECKING:
     from zoo.cost import CostReport
     from zoo.graph.spec import Graph
+    from zoo.measure.run import Measured
     from zoo.plan.limits import Limits
+    from zoo.predict.roofline import Prediction
     from zoo.views.compare import Comparison
     from zoo.views.curves import Curve
+
+# name, value, unit, good or bad, and what is said below: values with their units
+Fact = tuple[str, Any, str, str, list[tuple[Any, str]]]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A pass of a model with all that is known of it: milliseconds of its nodes by path, predicted and measured, and
-    of all of it; what fits; what is said below a table of it."""
+    """A pass of a model with all that is known of it: what is predicted and measured, what fits, what is said below a
+    table of it."""
 
     graph: Graph
     report: CostReport
-    predicted: Mapping[str, float] | None = None
-    predicted_total: float | None = None
-    measured: Mapping[str, float] | None = None
-    measured_total: float | None = None
+    prediction: Prediction | None = None
+    measured: Measured | None = None
     limits: Limits | None = None
     lines: Sequence[str] = ()
     curves: Sequence[Curve] = ()
 
-    @property
+    @cached_property
     def costs(self) -> list[Values]:
         """Of every node of the report, in order."""
-        return [values(node, self.predicted, self.measured) for node in self.report.nodes]
+        of_passes = known(self.prediction, self.measured)
+        return [values(node, of_passes) for node in self.report.nodes]
 
     @property
     def total(self) -> Values:
         """Of the pass."""
-        return totals(self.report, self.predicted_total, self.measured_total)
+        return totals(self.report, self.prediction, self.measured)
 
     @property
     def quantities(self) -> list[Quantity]:
@@ -69,14 +74,22 @@ def profile_page(
 
 
 def _model(seen: Seen) -> dict[str, Any]:
-    tree = draw(seen.report, seen.graph, seen.costs)
+    tree = draw(seen.report, seen.graph, seen.costs, partial(kernels, seen.measured))
     return {
         "name": seen.graph.name,
         "facts": list(_facts(seen)),
         "tree": tree.as_dict(),
         "curves": [curve.as_dict() for curve in seen.curves],
-        "lines": [*seen.report.assumptions, *seen.lines],
+        "lines": seen.lines,
+        "at": _at(seen),
     }
+
+
+def _at(seen: Seen) -> dict[str, Any]:
+    """Where the pass stands on its curves, and what it took."""
+    report = seen.report
+    tokens = max(report.seq_len, report.context_len)
+    return {"mode": report.mode, "tokens": tokens, "rows": report.batch_size, "ms": seen.total.get("measured")}
 
 
 def _note(seen: Seen) -> str:
@@ -84,29 +97,41 @@ def _note(seen: Seen) -> str:
     tokens = max(report.seq_len, report.context_len)
     return (
         f"Against length: {report.batch_size} row{'s' * (report.batch_size > 1)}. Against batch: rows of {tokens:,} "
-        "tokens. Decode: one token a row after so many. A curve ends where its points take long to compute."
+        "tokens. Decode: one token a row after so many. The upright line is the pass above. A curve ends where its "
+        "points take long to compute."
     )
 
 
-def _facts(seen: Seen) -> Any:
-    """Name, value, unit, and good or bad."""
-    report, limits = seen.report, seen.limits
+def _facts(seen: Seen) -> Iterator[Fact]:
+    report, limits, total = seen.report, seen.limits, seen.total
     tokens = report.batch_size * report.seq_len
-    yield "parameters", report.params, "count", ""
-    if report.active_params != report.params:
-        yield "active a token", report.active_params, "count", ""
-    yield "FLOPs", report.flops, "flops", ""
-    if report.flops:
-        yield "of them useful", f"{100 * report.useful_flops / report.flops:.0f}%", "text", ""
-    yield "bytes moved", report.bytes_read + report.bytes_written, "bytes", ""
+    active = [(report.active_params, "count"), ("active a token", "")]
+    yield "parameters", report.params, "count", "", active if report.active_params != report.params else []
+    share = [(100 * report.useful_flops / report.flops, "percent"), ("useful", "")] if report.flops else []
+    yield "FLOPs", report.flops, "flops", "", share
+    yield "bytes moved", total["bytes"], "bytes", "", []
     held = ("activations", report.activation_bytes) if report.mode == "train" else ("state", report.state_bytes)
-    yield *held, "bytes", ""
-    for name, spent in (("predicted", seen.predicted_total), ("measured", seen.measured_total)):
-        if spent:
-            yield f"{name} time", spent, "ms", ""
-            yield f"tokens/s {name}", 1e3 * tokens / spent, "count", ""
+    yield *held, "bytes", "", []
+    if spent := total.get("predicted"):
+        yield "predicted time", spent, "ms", "", [(1e3 * tokens / spent, "count"), ("tokens/s", "")]
+    yield from _measured_facts(seen.measured, total, tokens)
     if limits:
-        yield "memory", limits.need, "bytes", "good" if limits.fits else "bad"
-        yield "of", limits.memory, "bytes", ""
+        mood = "good" if limits.fits else "bad"
+        yield "memory", limits.need, "bytes", mood, [("of", ""), (limits.memory, "bytes")]
         for name, most in (("largest batch", limits.batch), ("longest row", limits.context)):
-            yield name, "any" if most is None else f"{most:,}", "text", "" if most != 0 else "bad"
+            unit = "rows" if name == "largest batch" else "tokens"
+            yield name, "any" if most is None else f"{most:,}", "", "" if most != 0 else "bad", [(unit, "")]
+
+
+def _measured_facts(measured: Measured | None, total: Values, tokens: int) -> Iterator[Fact]:
+    if measured is None:
+        return
+    yield "measured time", measured.total, "ms", "", [(1e3 * tokens / measured.total, "count"), ("tokens/s", "")]
+    if measured.backward:
+        yield "forward", measured.forward, "ms", "", [(measured.backward, "ms"), ("backward", "")]
+    if ratio := total.get(RATIO.key):
+        yield RATIO.name, ratio, RATIO.unit, "", []
+    if memory := measured.memory:
+        yield "peak memory", memory.peak, "bytes", "", [("beside", ""), (memory.held, "bytes"), ("held", "")]
+    if (compiled := measured.compiled) and compiled["compiled"]:
+        yield "compiled", compiled["compiled"], "ms", "", [(compiled["ratio"], "ratio"), ("as quick", "")]

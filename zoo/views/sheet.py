@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zoo.cost import NodeCost
+from zoo.views.quantities import MEASURED, PREDICTED, Quantity, kernels
 
 if TYPE_CHECKING:
     from zoo.views.profile import Seen
@@ -17,16 +18,24 @@ _PASS = ("mode", "batch_size", "seq_len", "context_len")
 
 
 def nodes_csv(passes: Sequence[Seen]) -> str:
-    """One row a node of every pass, with times in milliseconds."""
+    """One row a node of every pass, with times in milliseconds; those of the pass stand in each of its rows."""
     fields = [f.name for f in dataclasses.fields(NodeCost)]
-    times = ("predicted_ms", "measured_ms")
+    of_nodes = {_column(q): q.key for q in (PREDICTED, *MEASURED)}
     rows = []
     for seen in passes:
+        compiled = seen.measured.compiled if seen.measured else None
+        whole = {"pass_predicted_ms": seen.total.get("predicted"), "pass_measured_ms": seen.total.get("measured")}
+        whole["pass_compiled_ms"] = compiled and compiled["compiled"]
         start = {"model": seen.graph.name, **{name: getattr(seen.report, name) for name in _PASS}}
-        for node in seen.report.nodes:
-            found = [(at or {}).get(node.path) for at in (seen.predicted, seen.measured)]
-            rows.append({**start, **vars(node), **dict(zip(times, found, strict=True))})
-    return rows_csv(["model", *_PASS, *fields, *times], rows)
+        for node, cost in zip(seen.report.nodes, seen.costs, strict=True):
+            found = {column: cost.get(key) for column, key in of_nodes.items()}
+            ran = {"kernels": ", ".join(kernels(seen.measured, node.path))}
+            rows.append({**start, **vars(node), **found, **ran, **whole})
+    return rows_csv(list(dict.fromkeys(["model", *_PASS, *fields, *(c for row in rows for c in row)])), rows)
+
+
+def _column(quantity: Quantity) -> str:
+    return f"{quantity.key}_ms" if quantity.unit == "ms" else quantity.key
 
 
 def rows_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

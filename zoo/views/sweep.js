@@ -4,11 +4,15 @@ const AXES = {  // name, unit, base of the axis, whether less is better
   memory: ["memory", "bytes", 2, true],
   params: ["parameters", "count", 10, data.prefer === "fewer"],
 };
-const names = Object.keys(AXES);
+const names = Object.keys(AXES), FEW = 30;  // so many points can be named
 let across = names[0], up = "params", hue = data.keys[0];
 
 function settings(point) {
   return Object.entries(point.settings).filter(([key]) => data.keys.includes(key));
+}
+
+function said(point) {
+  return settings(point).map(s => s.join("=")).join(" ");
 }
 
 // the best that can be had along the first axis of the second one, as a staircase
@@ -24,24 +28,29 @@ function scatter() {
   const svg = canvas(`${AXES[up][0]} against ${AXES[across][0]}`), values = [...new Set(data.points.map(p => p.settings[hue]))];
   const x = axis(data.points.map(p => p[across]), AXES[across][2], LEFT, WIDTH - RIGHT);
   const y = axis(data.points.map(p => p[up]), AXES[up][2], HEIGHT - BOTTOM, TOP);
-  axes(svg, x, y, [AXES[across][1], AXES[up][1]], [AXES[across][0]]);
-  const limit = up === "memory" ? y.place(data.memory) : 0;
-  if (limit > TOP && limit < HEIGHT - BOTTOM) svg.append(element("line", { class: "limit", x1: LEFT, x2: WIDTH - RIGHT, y1: limit, y2: limit }));
+  axes(svg, x, y, [AXES[across][1], AXES[up][1]], AXES[across][0]);
+  svg.append(...limited(up === "memory" ? data.memory : 0, y, data.points.map(p => [x.place(p[across]), y.place(p[up])]), "the memory"));
   const best = stairs(data.points);
   svg.append(element("path", { class: "link", id: "front", d: best.map((p, i) =>
     i ? `H${x.place(p[across]).toFixed(1)}V${y.place(p[up]).toFixed(1)}` : `M${x.place(p[across]).toFixed(1)} ${y.place(p[up]).toFixed(1)}`).join("") }));
+  const others = data.keys.filter(key => key !== hue), dots = [], labels = [];
   for (const point of data.points) {
     const fill = colour(1 + values.indexOf(point.settings[hue]) % 10);
     const dot = element("circle", { cx: x.place(point[across]), cy: y.place(point[up]), r: point.front ? 6 : 4, fill,
-      "fill-opacity": point.front ? 1 : 0.45, stroke: point.fits ? "none" : "var(--bad)", "stroke-width": 2 });
-    tip(dot, () => settings(point).map(s => s.join("=")).join(" "), () => [
+      "fill-opacity": point.front ? 1 : 0.45, stroke: point.fits ? "none" : "var(--bad)", "stroke-width": 2,
+      role: "img", "aria-label": said(point) });
+    tip(dot, () => said(point), () => [
       ...names.map(key => [AXES[key][0], say(point[key], AXES[key][1])]), ["", point.fits ? "fits" : "does not fit"],
-      ["", point.front ? "on the front" : "another is better in all"]]);
-    dot.addEventListener("pointerenter", () => point.line.classList.add("lit"));
-    dot.addEventListener("pointerleave", () => point.line.classList.remove("lit"));
-    svg.append(dot);
+      ["", point.front ? "on the front" : "another is better in all"]], on => point.line.classList.toggle("lit", on));
+    dots.push(dot);
+    const label = others.map(key => point.settings[key]).join(", ");
+    if (data.points.length <= FEW && label.length < 20)
+      labels.push(element("text", { class: "over", x: x.place(point[across]) + 8, y: y.place(point[up]) + 13 }, label));
   }
-  const keys = values.map((value, i) => element("span", { class: "key", style: `--color: ${colour(1 + i % 10)}` }, `${hue}=${value}`));
+  svg.append(...labels, ...dots);
+  roving(dots);
+  const keys = values.map((value, i) => key(`${hue}=${value}`, colour(1 + i % 10)));
+  if (labels.length && others.length) keys.push(element("span", { class: "soft" }, `beside the dots: ${others.join(", ")}`));
   $("scatter").replaceChildren(element("figcaption", {}, `${AXES[up][0]} against ${AXES[across][0]}`, ...keys), svg);
 }
 
@@ -51,7 +60,7 @@ function show() {
     { name: "FLOPs", unit: "flops" }, { name: "useful FLOPs", unit: "flops" }, { name: "predicted time", unit: "ms" },
     { name: "memory", unit: "bytes" }, { name: "fits", text: true }, { name: "front", text: true }];
   const rows = data.points.map(p => {
-    const row = { mark: p.front ? "front" : "", cells: [...data.keys.map(key => p.settings[key]), p.params, p.active_params, p.flops,
+    const row = { mark: p.front ? "" : "back", cells: [...data.keys.map(key => p.settings[key]), p.params, p.active_params, p.flops,
       p.useful_flops, p.time, p.memory, p.fits ? "yes" : "no", p.front ? "★" : ""] };
     return [p, row];
   });
@@ -67,7 +76,7 @@ function show() {
       "and better in one. The line: the best of the two axes alone. A red ring: it does not fit."),
     element("h2", {}, "All models"), table);
   if (data.refused.length) $("main").append(element("h2", {}, "Refused"), element("ul", {}, ...data.refused.map(r =>
-    element("li", {}, `${settings(r).map(s => s.join("=")).join(" ")}: ${r.reason}`))));
+    element("li", {}, `${said(r)}: ${r.reason}`))));
   if (data.points.length) scatter();
 }
 
