@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ def host(**options):
     return zoo.build({"dim": DIM, "vocab_size": 11, "trunk": [attention]}).double()
 
 
-def grafted(name, of=(), **options):
+def grafted(name, of=(), **options) -> tuple[Any, Any]:
     """The block in the place of attention with options `of`, and the attention."""
     done = replace(host(**dict(of)), "attention", name, **options)
     (block,), (attention,) = done.blocks.values(), done.originals.values()
