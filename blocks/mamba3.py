@@ -152,10 +152,13 @@ class Mamba3(Block):
 
     @staticmethod
     def like_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
-        """Options with which a head's state is its keys times its values."""
+        """Options with which a head's state is its keys times its values, where all heads are a multiple of dim wide;
+        else its own."""
         inner = num_heads * head_dim
+        if inner % dim:
+            return {"head_dim": None}
         made = {"head_dim": head_dim, "state_dim": head_dim, "num_groups": num_heads, "output_norm": True}
-        return made | {"expand": inner // dim} if inner % dim == 0 else {}
+        return made | {"expand": inner // dim}
 
     @torch.no_grad()
     def from_attention(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[str, ...]:

@@ -5,11 +5,12 @@
 
 One small model of attention is trained on the sources of Python (kept in --cache). Then, for each row anew, all its
 attention blocks are replaced by zoo.graft: projections of queries, keys, values and outputs are carried over where they
-fit, what else a block has is drawn. `grafted` is the held-out loss before anything is learnt. Then the new blocks alone
-are taught by zoo.graft.distill: first each what its predecessor computed, then all together the logits of the original;
-batches and steps are the same for all. So this tells how near a block starts and how fast it follows,
-and not what it reaches in the end. Sparse blocks read a part of the keys only, which is
-why they lose something even where they keep every weight.
+fit, what else a block has is set to where it is near attention, or drawn. `grafted` is the held-out loss before
+anything is learnt. Then the new blocks alone are taught by zoo.graft.distill: first each what its predecessor computed,
+then all together the logits of the original; batches and steps are the same for all. So this tells how near a block
+starts and how fast it follows, and not what it reaches in the end. Attention here looks at places by rotary positions,
+mostly at the tokens just before, and a mixer without them cannot start there. Sparse blocks read a part of the keys
+only, which is why they lose something even where they keep every weight.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ import copy
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SEQ_LEN, BATCH, STEPS, HELDOUT = 128, 4, 60, 16384
+SEQ_LEN, BATCH, HELDOUT, LAYERS = 128, 4, 16384, 3
+STEPS, LONG = 60, 600  # of each stage of teaching
 LR, GENTLE = 4e-3, 3e-4  # GENTLE: where a sparse block keeps every weight and so begins close to the original
 MODEL = {
-    "dim": 96, "vocab_size": 257, "define": {"layer": [{"attention": {"num_heads": 3}}, "swiglu"]},
-    "trunk": [{"repeat": 3, "of": "layer"}],
+    "dim": 96, "vocab_size": 257,
+    "trunk": [[{"attention": {"num_heads": 3}}, "swiglu"] for _ in range(LAYERS)],  # written out: hybrids keep some
     "train": {"steps": 800, "batch_size": 16, "seq_len": SEQ_LEN, "lr": 4e-3, "eval_every": 0, "checkpoint_every": 0},
 }  # fmt: skip
 LINEAR = (
     "linear_attention", "based", "retention", "lightning", "simple_gla", "gla", "hgrn2", "deltanet", "gated_deltanet",
-    "kda", "rwkv7", "mlstm", "mamba", "mamba2", "rg_lru", "s4d", "hyena",
+    "kda", "rwkv7", "mlstm", "plstm", "mamba", "mamba2", "mamba3", "rg_lru", "lru", "s4d", "hyena",
 )  # fmt: skip
 SPARSE: dict[str, dict[str, Any]] = {
     "window_global": {"window": 32, "num_globals": 8, "chunk_size": 16},
@@ -51,16 +54,32 @@ POLICIES: dict[str, dict[str, Any]] = {
     "pbs": {"block_size": 16, "segment_size": 32},
     "anchor": {"block_size": 16, "step": 4, "init": 16, "theta": 2.0},
 }
+TAUGHT = ("gla", "gated_deltanet", "kda", "mamba2")  # for LONG steps; also where one layer keeps its attention
+KEPT = 1
 SITES = "attention"
 HEAD = ("kind", "block", "options", "grafted", "blocks taught", "model taught", "lr", "recovered")
+LONG_HEAD = ("block", "attention kept", "grafted", "blocks taught", "model taught", "above the original", "recovered")
 
 
-def rows() -> dict[str, tuple[str, str, dict[str, Any]]]:
-    """Kind, block and options of each row, by its name."""
-    found: dict[str, tuple[str, str, dict[str, Any]]] = {name: ("linear", name, {}) for name in LINEAR}
-    found |= {name: ("sparse", name, options) for name, options in SPARSE.items()}
-    chosen = {name: {"select": {name: options}} for name, options in POLICIES.items()}
-    return found | {name: ("sparse", "attention", options) for name, options in chosen.items()}
+@dataclass(frozen=True)
+class Row:
+    """A block in the place of the modules that `sites` names, and how long it is taught."""
+
+    kind: str
+    block: str
+    options: dict[str, Any] = field(default_factory=dict)
+    sites: str = SITES
+    steps: int = STEPS
+
+
+def rows() -> dict[str, Row]:
+    """The rows of both tables, by their names."""
+    found = {name: Row("linear", name) for name in LINEAR}
+    found |= {name: Row("sparse", name, options) for name, options in SPARSE.items()}
+    found |= {name: Row("sparse", "attention", {"select": {name: options}}) for name, options in POLICIES.items()}
+    hybrid = ",".join(f"layers.{n}.items.0.block" for n in range(LAYERS) if n != KEPT)
+    found |= {f"{name}-long": Row("long", name, steps=LONG) for name in TAUGHT}
+    return found | {f"{name}-hybrid": Row("hybrid", name, sites=hybrid, steps=LONG) for name in TAUGHT}
 
 
 def original(cache: Path) -> Any:
@@ -76,17 +95,27 @@ def original(cache: Path) -> Any:
     return model
 
 
-def measured(model: Any, lesson: Any, kind: str, block: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def silenced(model: Any) -> Any:
+    """The model in which attention says nothing."""
+    from zoo.graft.plan import matching
+
+    host = copy.deepcopy(model)
+    for site in matching(host, SITES):
+        host.get_submodule(site).o_proj.weight.detach().zero_()
+    return host
+
+
+def measured(model: Any, lesson: Any, row: Row) -> dict[str, Any]:
     """Held-out loss after grafting, and after each stage of teaching."""
     from zoo.graft import distill, replace
 
     host = copy.deepcopy(model)
-    done = replace(host, SITES, block, **options)
-    lr, batches = GENTLE if kind == "sparse" and "new" not in done.counts() else LR, lesson.batches()
+    done = replace(host, row.sites, row.block, **row.options)
+    lr, batches = GENTLE if row.kind == "sparse" and "new" not in done.counts() else LR, lesson.batches()
     found: dict[str, Any] = {"tensors": done.counts(), "lr": lr, "grafted": lesson.heldout_loss(host, HELDOUT)}
-    distill(done, batches, layer_steps=STEPS, model_steps=0, lr=lr)
+    distill(done, batches, layer_steps=row.steps, model_steps=0, lr=lr)
     found["blocks taught"] = lesson.heldout_loss(host, HELDOUT)
-    distill(done, batches, layer_steps=0, model_steps=STEPS, lr=lr)
+    distill(done, batches, layer_steps=0, model_steps=row.steps, lr=lr)
     found["model taught"] = lesson.heldout_loss(host, HELDOUT)
     return found
 
@@ -95,13 +124,19 @@ def page(document: Mapping[str, Any]) -> str:
     """docs/measured/graft.md"""
     begun = document["settings"]["original"]
     lines = [f"| {' | '.join(HEAD)} |", "| --- | --- | --- " + "| ---: " * (len(HEAD) - 3) + "|"]
+    long = [f"| {' | '.join(LONG_HEAD)} |", "| --- | --- " + "| ---: " * (len(LONG_HEAD) - 2) + "|"]
     for row in document["rows"].values():
         lost = row["grafted"] - begun
         back = f"{(row['grafted'] - row['model taught']) / lost:.0%}" if lost > 0.02 else ""
         options = json.dumps(row["options"]).translate(str.maketrans("", "", '"{}'))
         losses = [f"{row[k]:.3f}" for k in ("grafted", "blocks taught", "model taught")]
-        cells = [row["kind"], row["block"], options, *losses, f"{row['lr']:g}", back]
-        lines.append(f"| {' | '.join(cells)} |")
+        if row["kind"] in ("linear", "sparse"):
+            cells = [row["kind"], row["block"], options, *losses, f"{row['lr']:g}", back]
+            lines.append(f"| {' | '.join(cells)} |")
+        else:
+            kept = f"layer {KEPT} of 0 to {LAYERS - 1}" if row["kind"] == "hybrid" else "none"
+            cells = [row["block"], kept, *losses, f"{row['model taught'] - begun:.3f}", back]
+            long.append(f"| {' | '.join(cells)} |")
     machine = document["machine"]
     size, steps = f"{BATCH} x {SEQ_LEN} tokens", MODEL["train"]["steps"]
     said = f"""# Grafted attention
@@ -112,12 +147,18 @@ Written by `python tools/graft_table.py`.
 
 **The original has a held-out loss of {begun:.3f}** nats a byte, on {HELDOUT} bytes in rows of {SEQ_LEN}:
 {len(document["sites"])} layers of attention and SwiGLU, dimension {MODEL["dim"]}, {document["parameters"] / 1e3:.0f} k
-parameters, {steps} steps of training. Teaching: {STEPS} steps of each stage, {size} each, learning rate {LR:g},
-or {GENTLE:g} where a sparse block keeps every weight. `recovered`: how much of what grafting
-lost, where that is more than 0.02.
+parameters, {steps} steps of training. Where attention says nothing it is {document["silenced"]:.3f}.
+Teaching: {STEPS} steps of each stage, {size} each, learning rate {LR:g}, or {GENTLE:g} where a sparse block
+keeps every weight. `recovered`: how much of what grafting lost, where that is more than 0.02.
+"""
+    longer = f"""
+## Taught for longer
+
+The same with {LONG} steps of each stage, learning rate {LR:g}, from {begun:.3f}: every layer of attention replaced, and
+all but one.
 """
     end = f"\n{machine['device']}, {machine['threads']} thread(s), torch {machine['versions']['torch']}, float32.\n"
-    return said + "\n" + "\n".join(lines) + "\n" + end
+    return said + "\n" + "\n".join(lines) + "\n" + longer + "\n" + "\n".join(long) + "\n" + end
 
 
 def main() -> int:
@@ -131,20 +172,20 @@ def main() -> int:
     from zoo.train.tokenizer import ByteTokenizer
 
     model, lesson = original(args.cache), Lesson(ByteTokenizer(), seq_len=SEQ_LEN, size=BATCH)
-    settings = {"model": MODEL, "batch": BATCH, "steps": STEPS, "heldout_bytes": HELDOUT, "lr": [LR, GENTLE]}
+    settings = {"model": MODEL, "batch": BATCH, "steps": [STEPS, LONG], "heldout_bytes": HELDOUT, "lr": [LR, GENTLE]}
     document: dict[str, Any] = {
         "machine": describe("cpu"),
         "settings": settings | {"original": lesson.heldout_loss(model, HELDOUT)},
         "parameters": sum(p.numel() for p in model.parameters()),
+        "silenced": lesson.heldout_loss(silenced(model), HELDOUT),
         "sites": matching(model, SITES),
     }
     out = ROOT / "docs" / "measured" / "graft.json"
     before = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"settings": None}
     known = before["rows"] if before["settings"] == document["settings"] else {}
     for name in args.rows or rows():
-        kind, block, options = rows()[name]
-        found = measured(model, lesson, kind, block, options)
-        known[name] = {"kind": kind, "block": block, "options": options, **found}
+        found = measured(model, lesson, rows()[name])
+        known[name] = asdict(rows()[name]) | found
         print(name, json.dumps(found), file=sys.stderr, flush=True)
         document["rows"] = {name: known[name] for name in rows() if name in known}
         out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

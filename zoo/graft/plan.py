@@ -126,8 +126,10 @@ def _around(model: nn.Module, site: str) -> list[nn.Module]:
 
 
 def matching(model: nn.Module, pattern: str) -> list[str]:
-    """Names of modules that a pattern means; `*` stands for one part of a name. In a `zoo.Model` the name of a block
-    means all of its kind. ConfigError where there is none."""
+    """Names of modules that a pattern means; `*` stands for one part of a name, commas separate several patterns. In a
+    `zoo.Model` the name of a block means all of its kind. ConfigError where there is none."""
+    if "," in pattern:
+        return list(dict.fromkeys(site for part in pattern.split(",") for site in matching(model, part.strip())))
     if isinstance(model, Model) and pattern in registry.list_blocks():
         blocks = [(spec.name, f"{name}.block") for spec, name in sites_of(model)]
         if not (found := [site for block, site in blocks if block == pattern]):
@@ -187,7 +189,8 @@ def replace(model: nn.Module, pattern: str, block: str, **options: Any) -> Plan:
     """Put a block in the place of every module that `pattern` names, in anyone's model; returns the plan that was
     applied, which can be printed and undone.
 
-    pattern: names as `named_modules` gives them, `*` for one part: "model.layers.*.self_attn". Weights are carried over
-    where they fit: projections of attention into linear mixers and selections; nothing else of the host is changed.
+    pattern: names as `named_modules` gives them, `*` for one part: "model.layers.*.self_attn"; several of them with
+    commas between. Weights are carried over where they fit: projections of attention into linear mixers and selections;
+    nothing else of the host is changed.
     """
     return plan(model, pattern, block, **options).apply()
