@@ -180,10 +180,6 @@ class FixedChunks(Chunker):
             torch.zeros(batch_size, dtype=torch.int64, device=like.device),
         )
 
-    @property
-    def assumption(self) -> str:
-        return f"a decoded token does 1 / {self.length} of the work for a block of tokens"
-
     def calls(self, batch_size, seq_len, context_len, decode):
         inside = self.prefixes + self.length - 1
         if decode:
