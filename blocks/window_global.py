@@ -26,6 +26,7 @@ from zoo.contract import (
     Block,
     ParallelPlan,
     State,
+    counter,
     init_linear_,
     linear_flops,
     positions_from,
@@ -54,7 +55,8 @@ from zoo.segments import handed_on
 @dataclass
 class WindowGlobalState(State):
     """Ring of the last R = max(window, chunk_size) tokens, token j in slot j mod R, and the chosen globals,
-    best first. Keys are not rotated: `position` rotates those of the ring. length: tokens seen, [B]."""
+    best first. Keys are not rotated: `position` rotates those of the ring. length: tokens seen, [B]. begun: 0 while
+    no row has any."""
 
     k: Tensor  # [B, R, Hkv, D]
     v: Tensor
@@ -65,6 +67,7 @@ class WindowGlobalState(State):
     global_v: Tensor
     global_score: Tensor = field(metadata={"fill": float("-inf")})  # [B, G]
     global_index: Tensor = field(metadata={"fill": -1})  # [B, G], order in the row, -1: empty
+    begun: int = counter()
 
 
 @register(
@@ -145,11 +148,13 @@ class WindowGlobal(Block):
         B, T, _ = x.shape
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         score = self._score(x)
-        if state is None:
-            order = positions_from(doc_ids, B, T, x.device)
-            o = self._parallel(q, k, v, score, order, order if positions is None else positions, doc_ids)
+        order = positions_from(doc_ids, B, T, x.device) if state is None else segment_index(state.length, T)
+        positions = order if positions is None else positions
+        if state is None or not state.begun:
+            o = self._parallel(q, k, v, score, order, positions, doc_ids)
+            if state is not None:
+                self._remember(k, v, score, positions, state)
         else:
-            positions = segment_index(state.length, T) if positions is None else positions
             o = self._stream(q, k, v, score, positions, state)
         return self.o_proj(o.flatten(2))
 
@@ -203,6 +208,23 @@ class WindowGlobal(Block):
                 outputs.append(far[0])
                 lses.append(far[1])
         return merge_lse(outputs, lses)[0]
+
+    def _remember(self, k: Tensor, v: Tensor, score: Tensor, positions: Tensor, state: WindowGlobalState) -> None:
+        """Fill an empty state with what streaming would have left in it."""
+        (B, T), ring, whole = score.shape, state.k.shape[1], score.shape[1] // self.chunk_size * self.chunk_size
+        slot = torch.arange(max(T - ring, 0), T, device=k.device) % ring
+        for name, x in (("k", k), ("v", v), ("position", positions), ("score", score)):
+            kept = getattr(state, name)
+            kept.index_copy_(1, slot, handed_on(x[:, -ring:].expand(B, -1, *x.shape[2:])).to(kept.dtype))
+        if self.num_globals and whole:
+            token = torch.arange(whole, device=k.device).expand(B, whole)
+            best = merge_topk(score[:, :whole].detach(), token, self.num_globals)[1]
+            row, count = torch.arange(B, device=k.device)[:, None], best.shape[1]
+            for name, x in (("global_k", k), ("global_v", v), ("global_score", score)):
+                getattr(state, name)[:, :count].copy_(handed_on(x[row, best]))
+            state.global_index[:, :count] = best
+        state.length.fill_(T)
+        state.begun = 1
 
     def _listed(self, seq_len: int) -> int:
         """Globals that can be in use in a sequence: those of all chunks but the last."""
@@ -301,7 +323,7 @@ class WindowGlobal(Block):
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.score_proj)
         flops = linear_flops(B * seq_len, *projections)
         fused = not G and self.kernel == "auto"
-        if not streaming:
+        if not context_len:
             flops += attention_flops(B, seq_len, seq_len, heads[0], size, window=self.window, fused=fused)
             tile = min(self.chunk_size, seq_len)
             far = (B, seq_len, seq_len, *heads, size, size, self._listed(seq_len), 1, 1, tile)

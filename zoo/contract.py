@@ -245,7 +245,8 @@ class Block(nn.Module, metaclass=DrawsItself):
         return 0
 
     def pieces(self, seq_len: int, streaming: bool = False) -> int:
-        """Pieces of a row that a call works through one after another, launching its operations for each."""
+        """Pieces of a row that a call works through one after another, launching its operations for each; `streaming`:
+        after tokens that a state holds."""
         return 1
 
     def active_params(self) -> int:
@@ -278,7 +279,7 @@ class Block(nn.Module, metaclass=DrawsItself):
             vector_flops=passes * self.vector_flops(batch_size, seq_len, context_len),
             product_bytes=self.product_elements(batch_size, seq_len) * itemsize if mode == "train" else 0,
             calls=1,
-            pieces=self.pieces(seq_len, mode != "train"),
+            pieces=self.pieces(seq_len, context_len > 0),
         )
 
     def parallel_plan(self) -> ParallelPlan:

@@ -146,3 +146,22 @@ def test_errors():
         create("window_global", 32, num_heads=3, num_kv_heads=2)
     with pytest.raises(ValueError, match="even"):
         create("window_global", 32, num_heads=2, head_dim=5)
+
+
+@pytest.mark.parametrize("options", [*SIZES, {"num_globals": 0}, {"window": 9, "chunk_size": 3}])
+@pytest.mark.parametrize("first", [1, 3, 8, 21])
+def test_a_prefill_leaves_what_token_by_token_leaves(options, first):
+    """The first segment is read at once, whatever its length; all that comes after cannot tell."""
+    block, x = build(**options), draw(2, 30, 24)
+    at_once, stepwise = block.init_state(2), block.init_state(2)
+    whole = block(x[:, :first], state=at_once)
+    steps = torch.cat([block(token, state=stepwise) for token in x[:, :first].split(1, 1)], 1)
+    torch.testing.assert_close(whole, steps, rtol=1e-9, atol=1e-9)
+    for name, mine in vars(at_once).items():
+        theirs = getattr(stepwise, name)
+        if isinstance(mine, torch.Tensor) and mine.is_floating_point():
+            torch.testing.assert_close(mine.nan_to_num(), theirs.nan_to_num(), rtol=1e-9, atol=1e-9)
+        else:
+            assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs)), name
+    after = [block(x[:, first:], state=state) for state in (at_once, stepwise)]
+    torch.testing.assert_close(*after, rtol=1e-9, atol=1e-9)
