@@ -398,7 +398,7 @@ NODES = {
     "feedback": ([{"feedback": [PLAIN], "inner": 2, "outer": 1, "segments": 2, "halt": True}], "no token halts"),
     "dynamic_chunks": (COMBINED["hierarchy"][0], "a dynamic chunk has 4 tokens"),
     "fixed_chunks": (
-        [{"hierarchy": {"chunker": {"fixed_chunks": {"length": 4}}, "of": [PLAIN], "decoder": [PLAIN]}}], "1 / 4"
+        [{"hierarchy": {"chunker": {"fixed_chunks": {"length": 4}}, "of": [PLAIN], "decoder": [PLAIN]}}], "one in 4"
     ),
 }  # fmt: skip
 ASSUMED = {name: ([layer(name, given)], said) for name, (given, said) in LAYERS.items()} | NODES

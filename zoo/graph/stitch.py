@@ -29,6 +29,7 @@ class Stitch(Composite):
     back and added to the stream around it, which passes as it is: blocks of a narrow model in a wide one take nothing
     from it. The stitching block with which BlockLLM joins blocks of models of different widths; `zoo store assemble`
     finds both maps from the two models by least squares. With identities for maps it is the body.
+    Useful: the body's at its width, and 4 D width FLOPs a token for the maps.
     """
 
     main_field = "width"
