@@ -276,6 +276,10 @@ COMBINED = {  # a graph, and what its parts make of T and of TOKENS tokens
         [{"hierarchy": {"chunker": {"dynamic_chunks": {"ratio": 4}}, "of": [PLAIN], "decoder": [SECOND]}}],
         lambda part: part(PLAIN, TOKENS) + part(SECOND) + 6 * D * D * T,
     ),
+    "stitch": (
+        [{"stitch": 32, "of": [SECOND]}],
+        lambda part: part(SECOND, width=32) + 4 * T * D * 32,
+    ),
     "value_residual": (
         [{"value_residual": [THIRD, THIRD]}],
         # the gate of the second block is a map of rank 32
@@ -288,9 +292,9 @@ COMBINED = {  # a graph, and what its parts make of T and of TOKENS tokens
 def test_a_combinator_adds_up_what_its_card_says(name):
     trunk, expected = COMBINED[name]
 
-    def part(layer, tokens=T):
+    def part(layer, tokens=T, width=D):
         blocks = [{one: {}} if isinstance(one, str) else one for one in layer]
-        made = [zoo.create_block(kind, D, device="meta", **given) for one in blocks for kind, given in one.items()]
+        made = [zoo.create_block(kind, width, device="meta", **given) for one in blocks for kind, given in one.items()]
         return sum(block.cost(1, tokens, 0, "prefill").useful_flops for block in made)
 
     assert useful(trunk) == expected(part)
