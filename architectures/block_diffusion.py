@@ -70,6 +70,7 @@ class BlockDiffusionLM(CausalLM):
     """A `CausalLM` whose configuration has a `diffusion:` section. `model(tokens)` stays the causal forward;
     `losses` are what is trained, `generate` and `stream` sample by diffusion as `sampler` says."""
 
+    chunked_loss: ClassVar[bool] = False  # `losses` take all logits
     rows: ClassVar[bool] = False  # a noisy and a clean copy of the row stand one behind the other
 
     def __init__(self, graph: Graph, *, device: Any = None, dtype: torch.dtype | None = None):
@@ -128,6 +129,10 @@ class BlockDiffusionLM(CausalLM):
     def _rows(self, batch_size: int) -> int:
         return batch_size * (2 if self.recipe.complementary else 1)
 
+    def scored_tokens(self, batch_size: int, seq_len: int) -> int:
+        # the clean copy is read out where it learns to predict the next token
+        return self._rows(batch_size) * seq_len * (2 if self.recipe.causal_context else 1)
+
     def leaves(self, batch_size: int, seq_len: int, context_len: int, mode: Mode) -> Iterator[Leaf]:
         """In training those of a pass over both copies; else of the causal model, which a step of sampling is."""
         if mode != "train":
@@ -137,18 +142,21 @@ class BlockDiffusionLM(CausalLM):
         once, both = (super(BlockDiffusionLM, self).leaves(where, n, 0, mode) for n in (seq_len, 2 * seq_len))
         for one, two in zip(once, both, strict=True):
             cost = self._of_copies(one.cost, two.cost, seq_len)
-            yield replace(two, cost=cost + self._kept_of_copies(two, where, seq_len))
+            if isinstance(getattr(two.module, "block", None), Block):
+                whole = super().pass_cost(two.module, where, 2 * seq_len)
+                calls = two.cost.activation_bytes / whole.activation_bytes
+                cost += self._kept_of_copies(two.module, where, seq_len, calls)
+            yield replace(two, cost=cost)
 
-    def _kept_of_copies(self, leaf: Leaf, rows: int, n: int) -> Cost:
-        """What a block keeps of the copies beyond what it would of a row of 2 n tokens, as often as it is called."""
-        block = getattr(leaf.module, "block", None)
-        if not isinstance(block, Block):
-            return Cost()
-        once = next(iter(leaf.module.leaves(rows, 2 * n, 0, "train"))).cost  # type: ignore[operator]
-        calls = leaf.cost.activation_bytes / once.activation_bytes
-        kept, products = (
-            round(calls * more * block.itemsize) for more in block.copies_elements(rows, n, self.recipe.causal_context)
-        )
+    def pass_cost(self, node: Any, batch_size: int, seq_len: int) -> Cost:
+        where = self._rows(batch_size)
+        once, both = (super(BlockDiffusionLM, self).pass_cost(node, where, n) for n in (seq_len, 2 * seq_len))
+        return self._of_copies(once, both, seq_len) + self._kept_of_copies(node, where, seq_len, 1.0)
+
+    def _kept_of_copies(self, node: Any, rows: int, n: int, calls: float) -> Cost:
+        """What so many calls of a block keep of the copies beyond what they would of a row of 2 n tokens."""
+        more = node.block.copies_elements(rows, n, self.recipe.causal_context)
+        kept, products = (round(calls * elements * node.block.itemsize) for elements in more)
         return Cost(bytes_read=kept, bytes_written=kept, activation_bytes=kept, product_bytes=products)
 
     def _of_copies(self, one: Cost, two: Cost, n: int) -> Cost:
@@ -170,8 +178,7 @@ class BlockDiffusionLM(CausalLM):
         rows = self._rows(batch_size)
         *around, _ = super().ends(rows, 2 * seq_len, mode)
         yield from around
-        # the clean copy is read out where it learns to predict the next token
-        *_, head = super().ends(rows, seq_len * (2 if self.recipe.causal_context else 1), mode)
+        *_, head = super().ends(1, self.scored_tokens(batch_size, seq_len), mode)
         yield head
 
     # ------------------------------------------------------------------------------------- sampling

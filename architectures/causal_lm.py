@@ -37,6 +37,7 @@ class CausalLM(Model):
     modes: ClassVar[tuple[Mode, ...]] = ("train", "prefill", "decode")
     embedding: ClassVar[str] = "tok_embeddings"
     rows: ClassVar[bool] = True
+    chunked_loss: ClassVar[bool] = True
 
     def __init__(self, graph: Graph, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__(graph)

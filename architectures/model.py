@@ -26,6 +26,7 @@ class Model(nn.Module):
     modes: ClassVar[tuple[Mode, ...]]
     embedding: ClassVar[str]
     is_last: bool = True  # of the stages of a pipeline
+    chunked_loss: ClassVar[bool] = False  # whether its loss may be taken in pieces of a row (`train.loss_chunks`)
     rows: ClassVar[bool] = False  # whether its input is rows of tokens that context parallelism may cut
     layers: Any  # an nn.ModuleList, which forgets the type of its items
     norm: Any
@@ -89,6 +90,14 @@ class Model(nn.Module):
     def trained_tokens(self, batch_size: int, seq_len: int) -> int:
         """Tokens that go through the trunk in a training step."""
         return batch_size * seq_len
+
+    def scored_tokens(self, batch_size: int, seq_len: int) -> int:
+        """Tokens whose logits a training step takes."""
+        return batch_size * seq_len
+
+    def pass_cost(self, node: Any, batch_size: int, seq_len: int) -> Cost:
+        """What a block's node costs in training where all tokens of such rows go through it once."""
+        return next(iter(node.leaves(batch_size, seq_len, 0, "train"))).cost
 
     def ends(self, batch_size: int, seq_len: int, mode: Mode) -> Iterator[Leaf]:
         """Costs around the trunk: the embedding first, then final norm and head."""

@@ -1,6 +1,7 @@
 """What a plan says of a rank against what ranks of real runs hold."""
 
 import gc
+import itertools
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from jobs import job_of
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 import zoo
 from zoo.contract import set_auxiliary_scale, set_reduction
@@ -19,6 +21,7 @@ from zoo.plan.spread import resolve
 from zoo.plan.subject import At, Subject, share
 from zoo.predict.roofline import Assumed
 from zoo.sections import ParallelSection, TrainSection
+from zoo.train.sequence_chunks import backward, cut, new_state
 
 MIXTURE = {
     "dim": 32,
@@ -190,6 +193,81 @@ def test_a_proposal_fits_and_is_the_quickest():
         propose(subject_of("deepseek_v3", batch_size=8, seq_len=512), 8, *RTX4090S)
     with pytest.raises(ConfigError, match="ep"):
         resolve(ParallelSection(ep=3), TrainSection(), 4)
+
+
+def most_held(step):
+    """Bytes that are allocated at once while `step` runs, beyond those before."""
+    with torch.autograd.profiler.profile(profile_memory=True) as seen:
+        step()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in seen.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes))
+
+
+CHUNKED = {
+    "attention": [[{"attention": {"num_heads": 4, "num_kv_heads": 2}}, "swiglu"]] * 3,
+    "states": [["gated_deltanet", "swiglu"], ["mamba2"]],
+    "both": [
+        ["gated_deltanet", "swiglu"],
+        [{"attention": {"num_heads": 4}}, "swiglu"],
+        [{"attention": {"window": 64}}],
+    ],
+}
+
+
+@pytest.mark.parametrize("size", [128, 256, 1024])
+@pytest.mark.parametrize("trunk", CHUNKED)
+def test_memory_of_rows_in_chunks(trunk, size):
+    """Against what a backward chunk by chunk allocates at the most."""
+    config = {"dim": 128, "vocab_size": 64, "trunk": CHUNKED[trunk]}
+    subject = subject_of(config, batch_size=2, seq_len=1024, sequence_chunks={"size": size})
+    model, rows = zoo.build(config).train(), torch.randint(64, (2, 1024))
+
+    def run(where, state, wanted):
+        if not wanted:
+            return model.hidden(rows[:, where], state)
+        return F.cross_entropy(model(rows[:, where], state).flatten(0, 1), rows[:, where].flatten(), reduction="sum")
+
+    def step(length=1024):
+        chunks = cut(length, size)
+        backward(run, new_state(subject.model, 2, length, rows.device), chunks, [True] * len(chunks))
+
+    step(min(size, 256))  # gradients are there, what is loaded once too
+    seen = most_held(step)
+    rank = plan(subject, resolve(ParallelSection(), subject.train, 1), *H100S).ranks[0]
+    assert rank.peak - rank.weights - rank.gradients - rank.optimizer == pytest.approx(seen, rel=0.1)
+
+
+def test_work_of_rows_in_chunks():
+    def flops(**chunks):
+        subject = subject_of(CHUNKED_MODEL, batch_size=2, seq_len=64, sequence_chunks=chunks, loss_chunks=1)
+        return plan(subject, resolve(ParallelSection(), subject.train, 1), *H100S).ranks[0].flops
+
+    head = 3 * 2 * 2 * 64 * 32 * 16
+    layers = flops() - head
+    assert flops(size=16) == pytest.approx(layers * (3 + 3 / 4) / 3 + head)  # all but the last forward twice
+    assert flops(size=16, keep=0.5) == pytest.approx((layers * (3 + 3 / 4) / 3 + head) / 2 + (layers + head) / 6)
+
+
+CHUNKED_MODEL = {"dim": 32, "vocab_size": 16, "trunk": [["attention", "swiglu"]]}
+
+
+@pytest.mark.parametrize("recipe", ["bd3", "fast_dllm", "nbdiff"])
+def test_block_diffusion_is_planned_as_two_copies(recipe):
+    config = {"dim": 64, "vocab_size": 50, "trunk": [["attention", "swiglu"]] * 2}
+    config |= {"diffusion": {"recipe": recipe, "block_size": 16}}
+    subject = subject_of(config, batch_size=2, seq_len=256)
+    rank = plan(subject, resolve(ParallelSection(), subject.train, 1), *H100S).ranks[0]
+    report = zoo.estimate(config, batch_size=2, seq_len=256)
+    assert rank.flops == report.flops
+    model = zoo.build(config).train()
+    tokens = torch.randint(49, (2, 256))
+    noise = torch.full(tokens.shape, 0.5) * (torch.rand(tokens.shape) < 0.5)
+
+    def step():
+        model.losses(tokens, noise).sum().backward()
+
+    step()
+    assert rank.peak - rank.weights - rank.gradients - rank.optimizer == pytest.approx(most_held(step), rel=0.1)
 
 
 def test_the_command(capsys):

@@ -57,7 +57,8 @@ def command(
         from zoo.plan.propose import propose as search
         from zoo.plan.spread import resolve
         from zoo.predict.roofline import Assumed
-        from zoo.sections import ParallelSection
+        from zoo.sections import DataSection, ParallelSection
+        from zoo.train import sequence_chunks
 
         machine = named(gpu, "--gpu")
         document, subject = _subject(config, overrides)
@@ -65,7 +66,12 @@ def command(
         wanted = {**(document.get("parallel") or {}), **given}
         layout = ParallelSection.from_mapping(wanted)
         proposal = None
-        if propose or (propose is None and not wanted):
+        search_for_it = propose or (propose is None and not wanted)
+        data, distilled = DataSection.from_mapping(document.get("data")), document.get("distill") is not None
+        sequence_chunks.check(
+            subject.model, subject.train, ParallelSection() if search_for_it else layout, data, distilled
+        )
+        if search_for_it:
             proposal = search(subject, gpus, machine, timing)
             made = proposal.best[0]
         else:
@@ -174,8 +180,10 @@ def _assumptions(subject: Subject, made: Plan) -> list[str]:
         Assumed(made.device, subject.train.dtype).words(w.name for unit in subject.work for w in unit),
         "activations: what the CPU's kernels keep, by the blocks' own cost models; buffers inside a kernel left out",
     ]
-    if subject.train.activation_checkpoint == "selective":
-        found.append("activation_checkpoint: selective keeps less than the activations shown, which are those of none")
+    if subject.train.sequence_chunks.size:
+        found.append(f"sequence_chunks: activations are those of {subject.piece.seq_len} tokens and the states between")
+    if subject.tokens > subject.seq_len:
+        found.append(f"a row of {subject.seq_len} tokens goes through the layers as {subject.tokens}: noisy and clean")
     if subject.train.dtype == "bfloat16":
         found.append("bfloat16: activations are counted as float32, so they are at most so large")
     if made.spread.ep > 1:

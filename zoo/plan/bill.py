@@ -15,7 +15,8 @@ from zoo.plan.propose import propose
 from zoo.plan.spread import resolve
 from zoo.plan.subject import Subject
 from zoo.predict.roofline import Timing
-from zoo.sections import ParallelSection
+from zoo.sections import DataSection, ParallelSection
+from zoo.train import sequence_chunks
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
@@ -60,6 +61,7 @@ def laid_out(subject: Subject, wanted: dict[str, Any], ranks: int, device: Devic
     layout = ParallelSection.from_mapping(wanted)
     spread = resolve(layout, subject.train, ranks)
     check(subject.model, layout, subject.seq_len)
+    sequence_chunks.check(subject.model, subject.train, layout, DataSection(), False)
     return plan(subject, spread, device, timing)
 
 

@@ -111,10 +111,11 @@ def _rank(
     every = subject.held(spread.tp, spread.fsdp, spread.ep)
     held = {u: every[u] for u in units}
     total = sum(held.values(), Held())
-    kept = {u: kept_bytes(subject, spread, u) for u in units}
+    kept = {u: kept_bytes(subject.piece, spread, u) for u in units}
     # a schedule that goes round has several stages, of each of which it holds its part of the microbatches in flight
     flying = spread.in_flight(number) / len(stages)
-    memory = _Memory(subject, spread, units, held, kept, flying)
+    handed = subject.handed_on(spread.rows)
+    memory = _Memory(subject.piece, spread, units, held, kept, flying, subject.chunks > 1)
     buffers = sum(subject.buffers[u] for u in units)
     layers = [u - 1 for u in units if 1 <= u <= subject.num_layers]
     return Rank(
@@ -124,9 +125,9 @@ def _rank(
         gradients=total.gradients,
         optimizer=total.optimizer,
         gathered=memory.gathered_at_most,
-        activations=int(flying * memory.activations),
+        activations=int(flying * memory.activations) + handed,
         loss=memory.loss,
-        peak=int(total.weights + buffers + total.optimizer + memory.peak()),
+        peak=int(total.weights + buffers + total.optimizer + handed + memory.peak()),
         flops=sum(_flops(subject, spread, u) for u in units),
         seconds=sum(_seconds(subject, spread, timing, u) for u in units),
         moves=tuple(moves(subject, spread, device, number, stages)),
@@ -140,26 +141,21 @@ def _span(stage: list[int], num_layers: int) -> str:
 
 # ----------------------------------------------------------------------------------------------- work
 def _flops(subject: Subject, spread: Spread, unit: int) -> float:
-    """Of one rank in a step. Backward is two thirds; recomputation is one third more."""
+    """Of one rank in a step."""
     pieces = spread.rows * spread.microbatches * spread.accumulation
-    return _row(subject, unit, spread.tp, spread.cp)[0] * pieces * _again(subject, unit)
-
-
-def _again(subject: Subject, unit: int) -> float:
-    recomputed = unit in subject.recomputed or (_is_head(subject, unit) and subject.train.loss_chunks != 1)
-    return 4 / 3 if recomputed else 1
+    return _row(subject, unit, spread.tp, spread.cp)[0] * pieces * subject.passes(unit) / 3
 
 
 def _seconds(subject: Subject, spread: Spread, timing: Timing, unit: int) -> float:
     """Of one rank in a step: each microbatch launches everything anew."""
     total = 0.0
-    stream = spread.rows * subject.seq_len * subject.model.dim * subject.item
+    stream = spread.rows * subject.tokens * subject.model.dim * subject.item
     for work in subject.work[unit]:
         parts, rows = _cut(subject, unit, work, spread.tp, spread.cp)
         total += timing.seconds(work.name, "train", work.of(spread.rows / rows, parts))
         logits = work.logits * spread.rows / rows / parts
         total += timing.rest_seconds("train", Around(0, work.runs, work.runs * stream / rows, logits, 0, 0))
-    return total * spread.microbatches * spread.accumulation * _again(subject, unit)
+    return total * spread.microbatches * spread.accumulation * subject.passes(unit) / 3
 
 
 def kept_bytes(subject: Subject, spread: Spread, unit: int) -> int:
@@ -175,7 +171,7 @@ def _row(subject: Subject, unit: int, tp: int, cp: int) -> tuple[float, float, f
         parts, rows = _cut(subject, unit, work, tp, cp)
         inside, outside = work.kept - work.outside, work.outside
         if _is_head(subject, unit):  # the logits count as loss
-            inside, outside = 0, work.kept - subject.item * subject.seq_len * subject.vocab_size
+            inside, outside = 0, work.kept - subject.item * subject.scored * subject.vocab_size
         flops += work.flops / parts / rows
         kept += (inside / parts + outside) / rows
         products += work.products / parts / rows
@@ -211,11 +207,13 @@ def _casts(subject: Subject, held: Held) -> int:
 class _Memory:
     """Backward of the last microbatch in flight, unit by unit from the last one."""
 
-    def __init__(self, subject: Subject, spread: Spread, units: list[int], held: Any, kept: Any, flying: float):
+    def __init__(
+        self, subject: Subject, spread: Spread, units: list[int], held: Any, kept: Any, flying: float, in_chunks: bool
+    ):
         self.subject, self.spread, self.units, self.held = subject, spread, units, held
-        self.flying = flying
+        self.flying, self.in_chunks = flying, in_chunks
         self.full = {u: kept[u] + _casts(subject, held[u]) for u in units}
-        stream = spread.rows * subject.seq_len // spread.cp * subject.model.dim * subject.item
+        stream = spread.rows * subject.tokens // spread.cp * subject.model.dim * subject.item
         self.kept = dict(self.full)
         for u in units:
             if u in subject.recomputed:
@@ -237,7 +235,7 @@ class _Memory:
         if not any(_is_head(subject, u) for u in self.units) or not subject.vocab_size:
             return 0
         chunks = subject.loss_chunks(spread.rows, spread.cp, spread.pp)
-        logits = -(-spread.rows * subject.seq_len // spread.cp // chunks) * subject.vocab_size
+        logits = -(-spread.rows * subject.scored // spread.cp // chunks) * subject.vocab_size
         return logits * (3 * subject.item + (2 if subject.train.dtype == "bfloat16" else 0))
 
     def gathered(self, unit: int) -> int:
@@ -261,7 +259,8 @@ class _Memory:
 
     def peak(self) -> float:
         """Beside weights and optimizer state."""
-        everything = self.spread.accumulation > 1 or self.spread.pp > 1  # gradients of earlier pieces are there
+        # gradients of earlier pieces are there
+        everything = self.spread.accumulation > 1 or self.spread.pp > 1 or self.in_chunks
         gradients = sum(h.gradients for h in self.held.values()) if everything else 0
         left, most, loss = self.flying * self.activations, 0.0, self.loss
         for unit in reversed(self.units):

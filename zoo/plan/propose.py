@@ -14,7 +14,8 @@ from zoo.plan.plan import Plan, plan
 from zoo.plan.spread import Spread, resolve
 from zoo.plan.subject import Subject
 from zoo.predict.roofline import Timing
-from zoo.sections import ParallelSection
+from zoo.sections import DataSection, ParallelSection
+from zoo.train import sequence_chunks
 
 MOST_CONTEXT = 8
 
@@ -92,10 +93,11 @@ def _reason(best: Plan, alone: Plan | None, ranks: int) -> str:
 
 
 def _can(subject: Subject, layout: ParallelSection, known: dict[Any, bool]) -> bool:
-    key = (layout.pp, layout.cp, layout.ep, layout.schedule)
+    key = (layout.pp, layout.cp, layout.ep, layout.schedule, layout.tp > 1)
     if key not in known:
         try:
             check(subject.model, layout, subject.seq_len)
+            sequence_chunks.check(subject.model, subject.train, layout, DataSection(), False)
             known[key] = True
         except ConfigError:
             known[key] = False

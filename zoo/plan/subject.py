@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,7 @@ from zoo.parallel.expert import mixtures
 from zoo.parallel.local import Lying
 from zoo.predict import work as predict
 from zoo.predict.kinds import plain
-from zoo.sections import TrainSection
+from zoo.sections import SequenceChunkSection, TrainSection
 from zoo.train.chunked_loss import chunks_for
 from zoo.train.optim import groups
 from zoo.train.parallelize import cheapest
@@ -104,7 +104,8 @@ class Work:
 
 
 class Subject:
-    """A model and its recipe. Units are numbered: the embedding, the layers, what comes behind them."""
+    """A model and its recipe. Units are numbered: the embedding, the layers, what comes behind them. Of a row `tokens`
+    go through the layers, and `scored` have logits."""
 
     def __init__(self, model: Any, train: TrainSection, seq_len: int):
         self.model, self.train, self.seq_len = model, train, seq_len
@@ -116,9 +117,12 @@ class Subject:
         self.names += [n for n, m in model.named_children() if m is not embedding and n != "layers"]
         self.num_layers = len(layers)
         self.vocab_size: int = getattr(model, "vocab_size", 0)
+        self.tokens, self.scored = model.trained_tokens(1, seq_len), model.scored_tokens(1, seq_len)
         first, *last = model.ends(1, seq_len, "train")
         self.work: list[list[Work]] = [[self._work(first)]]
-        self.work += [[self._work(leaf, layer) for leaf in self._leaves(i)] for i, layer in enumerate(layers)]
+        self.work += [[] for _ in layers]
+        for leaf in model.leaves(1, seq_len, 0, "train"):
+            self.work[1 + int(leaf.path.split(".")[1])].append(self._work(leaf))
         by_module = {id(leaf.module): leaf for leaf in last}
         self.work += [[self._work(by_module[id(m)])] if id(m) in by_module else [] for m in behind]
         self.weights = list(self._weights())
@@ -191,25 +195,60 @@ class Subject:
         return found
 
     # ----------------------------------------------------------------------------------------- work
-    def _leaves(self, layer: int) -> Iterator[Leaf]:
-        return self.model.layers[layer].leaves(1, self.seq_len, 0, "train", f"layers.{layer}")
-
-    def _work(self, leaf: Leaf, layer: Any = None) -> Work:
+    def _work(self, leaf: Leaf) -> Work:
         cost, block = leaf.cost, getattr(leaf.module, "block", None)
         weights = min(3 * cost.params * self.item, cost.bytes_read)
         traffic = cost.bytes_read - weights + cost.bytes_written
-        logits = self.seq_len * self.vocab_size * self.item if leaf.path == "lm_head" else 0
+        logits = self.scored * self.vocab_size * self.item if leaf.path == "lm_head" else 0
         called = (cost.calls or 1.0, cost.pieces or 1.0)
         moved = (cost.vector_flops, traffic, weights, logits, cost.useful_flops, cost.groups)
         timed = (cost.product_bytes, plain(leaf.block), *called, *moved)
         if not isinstance(block, Block):
             return Work(leaf.path, None, cost.flops, cost.activation_bytes, cost.activation_bytes, 0, 1.0, *timed)
-        whole = next(iter(leaf.module.leaves(1, self.seq_len, 0, "train"))).cost  # type: ignore[operator]
-        calls = cost.activation_bytes / whole.activation_bytes if whole.activation_bytes else 1.0
-        stream = calls * self.seq_len * block.dim * block.itemsize
-        inside = calls * block.activation_elements(1, self.seq_len) * block.itemsize - stream
+        whole = self.model.pass_cost(leaf.module, 1, self.seq_len).activation_bytes
+        calls = cost.activation_bytes / whole if whole else 1.0
+        stream = calls * self.tokens * block.dim * block.itemsize
+        # what its norms and residual keep is in proportion to tokens
+        around = next(iter(leaf.module.leaves(1, self.tokens, 0, "train"))).cost.activation_bytes  # type: ignore[operator]
+        around -= block.activation_elements(1, self.tokens) * block.itemsize
+        inside = calls * (whole - around) - stream
         outside = min(cost.activation_bytes, int(cost.activation_bytes - inside))
         return Work(leaf.path, block, cost.flops, cost.activation_bytes, outside, int(stream), calls, *timed)
+
+    @functools.cached_property
+    def piece(self) -> Subject:
+        """What is in memory at once: rows, or chunks of them where they are trained chunk by chunk."""
+        size = self.train.sequence_chunks.size
+        if not size:
+            return self
+        return Subject(self.model, replace(self.train, sequence_chunks=SequenceChunkSection()), min(size, self.seq_len))
+
+    @property
+    def chunks(self) -> int:
+        """In which a row is trained."""
+        return -(-self.seq_len // self.piece.seq_len)
+
+    def handed_on(self, rows: int) -> int:
+        """Bytes that chunks of rows leave each other: the state, a chunk's copy of it and, where there are several, two
+        gradients; of what is not only appended to, as keys are, also the state at every border."""
+        if self.piece is self:
+            return 0
+        state = self.model.init_state(rows, self.seq_len)
+        appended = {id(t) for t in state.mark().tensors()}
+        sizes = [(t.numel() * t.element_size(), id(t) in appended) for t in state.tensors()]
+        copies = 2 if self.chunks == 1 else 4
+        return sum(size * (copies if shared else copies + self.chunks) for size, shared in sizes)
+
+    def passes(self, unit: int) -> float:
+        """Forward passes that a step is worth: three, more where something is computed again. Chunks of rows but the
+        last run forward twice, the first time without logits; of those that are not drawn there is no more than that."""
+        chunked, again = self.train.sequence_chunks, 0.0
+        if chunked.size and unit != self.head:
+            again = 1 - 1 / self.chunks
+        if unit in self.recomputed or (unit == self.head and self.model.chunked_loss and self.train.loss_chunks != 1):
+            again += 1
+        keep = chunked.keep if chunked.size else 1.0
+        return keep * (3 + again) + (1 - keep)
 
     @functools.cached_property
     def recomputed(self) -> set[int]:
@@ -239,7 +278,7 @@ class Subject:
 
     def loss_chunks(self, rows: int, cp: int, pp: int) -> int:
         """Pieces in which logits exist."""
-        if pp > 1 or not self.vocab_size:
+        if pp > 1 or not self.model.chunked_loss:
             return 1
         return chunks_for(self.train.loss_chunks, rows * self.seq_len // cp, self.vocab_size)
 

@@ -29,7 +29,7 @@ def moves(subject: Subject, spread: Spread, device: Device, number: int, stages:
     every = subject.held(spread.tp, spread.fsdp, spread.ep)
     held = sum((every[u] for u in units), Held())
     pieces = spread.accumulation  # FSDP gathers and reduces for each; a pipeline does so once for its microbatches
-    tokens = spread.rows * spread.microbatches * pieces * subject.seq_len // spread.cp  # of this rank
+    tokens = spread.rows * spread.microbatches * pieces * subject.tokens // spread.cp  # of this rank
 
     def move(kind: str, ranks: int, stride: int, amount: float) -> Iterator[Move]:
         if ranks > 1 and amount:
@@ -77,18 +77,19 @@ def _tensor(subject: Subject, spread: Spread, unit: int, tokens: int) -> float:
     if name == "tok_embeddings":
         return 2 * ring * tokens * subject.model.dim * item
     if name == "lm_head":
-        return ring * tokens * (subject.vocab_size * product + 2 * subject.model.dim * item)
+        scored = tokens / subject.tokens * subject.scored
+        return ring * scored * (subject.vocab_size * product + 2 * subject.model.dim * item)
     forward = product * (2 if unit in subject.recomputed else 1)
     splits, total = subject.splits(spread.tp), 0.0
     for work in subject.work[unit]:
         if work.block is not None and not splits[id(work.block)].reason:
-            total += 2 * ring * work.stream / item / subject.seq_len * tokens * (forward + item)
+            total += 2 * ring * work.stream / item / subject.tokens * tokens * (forward + item)
     return total
 
 
 def _context(subject: Subject, spread: Spread, units: list[int], tokens: int) -> float:
     """Each rank sends its part to all others, and as much in backward."""
-    rows = tokens * spread.cp / subject.seq_len
+    rows = tokens * spread.cp / subject.tokens
     total = 0.0
     for unit, exchange, calls in subject.exchanges:
         if unit in units:
@@ -104,6 +105,6 @@ def _experts(subject: Subject, spread: Spread, unit: int, tokens: int) -> float:
     for work in subject.work[unit]:
         if id(work.block) in subject.mixtures:
             choices = subject.mixtures[id(work.block)]
-            rows = work.stream / subject.item / subject.seq_len * tokens * choices
+            rows = work.stream / subject.item / subject.tokens * tokens * choices
             total += passes * rows * (subject.item + back) * (spread.ep - 1) / spread.ep
     return total
