@@ -45,10 +45,13 @@ def apart(teacher, student, x):
         return float((wanted.exp() * (wanted - student(x).log_softmax(-1))).sum(-1).mean())
 
 
-@pytest.mark.parametrize("block, options", [("gla", {}), ("moba", {"block_size": 4, "top_k": 2})], ids=str)
+GRAFTS = {"gla": {}, "moba": {"block_size": 4, "top_k": 2}, "attention": {"window": 4}}
+
+
+@pytest.mark.parametrize("block, options", GRAFTS.items(), ids=str)
 def test_a_saved_graft_is_taught_as_the_graft_itself(teacher, tmp_path, block, options):
-    """One mechanism: the same batches make the same weights, and nothing else moves. moba keeps every weight and is
-    still found."""
+    """One mechanism: the same batches make the same weights, and nothing else moves. moba and a window keep
+    every weight and are still found."""
     plan = replace(copy.deepcopy(teacher), "attention", block, **options)
     student = zoo.from_pretrained(plan.model.save_pretrained(tmp_path))
     found = pair(teacher, student)

@@ -199,7 +199,7 @@ def merge(
     with output.stdout_kept_for_json(as_json):
         with output.working("loading"):
             from zoo.errors import DataError
-            from zoo.graft.lesson import Lesson
+            from zoo.graft.lesson import Lesson, tokenizer_beside
             from zoo.store import merge, read_saved
             from zoo.store.store import write
             from zoo.train.stopping import stopping
@@ -207,7 +207,8 @@ def merge(
             start, *tuned = [read_saved(path) for path in (base, *models)]
             if start.graph.architecture != "causal_lm" or start.graph.diffuses:
                 raise DataError(f"{base}: merging learns from text, one token after the other")
-            lesson = Lesson(_tokenizer(start), *(data or ()), seq_len=seq or SEQ, size=batch or BATCH)
+            tokenizer = tokenizer_beside(base, start.graph.vocab_size)
+            lesson = Lesson(tokenizer, *(data or ()), seq_len=seq or SEQ, size=batch or BATCH)
         with output.progress() as bar, stopping() as stop:
             task = bar.add_task("steps", total=steps)
 
@@ -256,7 +257,7 @@ def _stitched(
     if "tok_embeddings" not in sources:
         raise ConfigError("a stitch is fitted on text: this model reads none")
     home = sources["tok_embeddings"].model
-    lesson = Lesson(_tokenizer(models[home]), *(data or ()), seq_len=seq, size=min(rows, BATCH))
+    lesson = Lesson(_tokenizer(home, models[home]), *(data or ()), seq_len=seq, size=min(rows, BATCH))
     batches = list(islice(lesson.batches(), -(-rows // lesson.size)))
     found = fit(made, sources, models, batches)
     files = {
@@ -267,8 +268,8 @@ def _stitched(
     return replace(found.saved, files=files), {"stitches": explained, "loss": losses}
 
 
-def _tokenizer(saved: Saved) -> Any:
-    """By which a model reads text."""
+def _tokenizer(name: str, saved: Saved) -> Any:
+    """By which a stored model reads text."""
     from tempfile import TemporaryDirectory
 
     from zoo.graft.lesson import tokenizer_beside
@@ -277,7 +278,7 @@ def _tokenizer(saved: Saved) -> Any:
         (Path(folder) / "config.yaml").write_text(saved.config, encoding="utf-8")
         for name, content in saved.files.items():
             (Path(folder) / name).write_bytes(content)
-        return tokenizer_beside(Path(folder), saved.graph.vocab_size)
+        return tokenizer_beside(Path(folder), saved.graph.vocab_size, name)
 
 
 def _saved(given: str, store: Path | None) -> Saved:

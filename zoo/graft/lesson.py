@@ -49,12 +49,14 @@ class Lesson:
         return sum(score(model, rows, len(rows), self.size)["loss"] for rows in heldout) / len(heldout)
 
 
-def tokenizer_beside(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a saved model, a run or a folder of the Hub; bytes where none is there. DataError where the
-    model does not know all of its tokens."""
-    own = any((folder / name).is_file() for name in ("config.yaml", "tokenizer.json"))
+def tokenizer_beside(folder: Path, vocab_size: int, name: str = "") -> Tokenizer:
+    """The tokenizer of a saved model, a run or a folder of the Hub; bytes where none is there. DataError, which calls
+    it by `name`, where the model does not know all of its tokens."""
+    own = any((folder / file).is_file() for file in ("config.yaml", "tokenizer.json"))
     tokenizer = tokenizer_of(folder) if own else ByteTokenizer()
     if tokenizer.vocab_size > vocab_size:
         which = "bytes" if isinstance(tokenizer, ByteTokenizer) else "its tokenizer"
-        raise DataError(f"{folder}: the model knows {vocab_size} tokens; text as {which} needs {tokenizer.vocab_size}")
+        raise DataError(
+            f"{name or folder}: the model knows {vocab_size} tokens; text as {which} needs {tokenizer.vocab_size}"
+        )
     return tokenizer
