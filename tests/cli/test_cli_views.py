@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from zoo.cli import output
+
 
 def rows(path):
     with path.open(newline="") as file:
@@ -48,6 +50,22 @@ def test_depth_folds_the_table(zoo, tiny):
     one, same = shown("--depth", 1)
     assert total == same and len(one) == 2 <= len(full)
     assert one[0].split()[:3] == ["0-2", "swiglu", "3"]
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_is_told(zoo, tiny, monkeypatch):
+    def shown(width):
+        monkeypatch.setattr(output, "_PIPE_WIDTH", width)
+        title, heads, *lines = zoo("profile", tiny, "--device", "H100").out.splitlines()
+        left_out = [x for x in lines if x.startswith("(too narrow for ")]
+        body = lines[: next(i for i, x in enumerate(lines) if " total " in x) + 1]
+        assert title.endswith("times in ms") and all(len(x) <= width for x in [heads, *body])
+        assert len(body) == 8, "no row is broken"
+        return heads.split(), left_out
+
+    every, none = shown(160)
+    some, (words,) = shown(80)
+    assert not none and set(some) < set(every) and {"params", "FLOPs", "predicted"} <= set(some)
+    assert words == f"(too narrow for {', '.join(h for h in every if h not in some)}; --csv and --json have more)"
 
 
 def test_compare(zoo, tiny, tmp_path):

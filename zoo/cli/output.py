@@ -39,25 +39,31 @@ def table(
 
     screen = console()
     gone = _too_many(columns, rows, expendable, screen.width)
-    grid = Table(
-        title=Text(title) if title else None, title_justify="left", title_style="bold", box=None, pad_edge=False
-    )
+    grid = Table(box=None, pad_edge=False)
     kept = [i for i, head in enumerate(columns) if head not in gone]
     for i in kept:
         head, right = columns[i].removeprefix(">"), columns[i].startswith(">")
         grid.add_column(Text(head, style="bold"), justify="right" if right else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(row[i]) for i in kept))
+    if title:  # as wide as the screen, not as the table
+        screen.print(Text(title, style="bold"))
     screen.print(grid)
     return [head.removeprefix(">") for head in columns if head in gone]
 
 
+def left_out(heads: Sequence[str]) -> None:
+    """Say which columns of a table there was no room for."""
+    if heads:
+        print(f"(too narrow for {', '.join(heads)}; --csv and --json have more)")
+
+
 def _too_many(columns: Sequence[str], rows: Sequence[Sequence[str]], order: Sequence[str], width: int) -> list[str]:
-    gap = 2
-    needed = {
-        head: gap + max(len(cell) for cell in (head.removeprefix(">"), *(row[i] for row in rows)))
-        for i, head in enumerate(columns)
-    }
+    gap, most = 2, 24  # longer texts may break
+    needed = {}
+    for i, head in enumerate(columns):
+        long = max(len(cell) for cell in (head.removeprefix(">"), *(row[i] for row in rows)))
+        needed[head] = gap + (long if head.startswith(">") else min(long, most))
     order = [head for head in order if head in needed]
     over = sum(needed.values()) - gap - width
     gone = []

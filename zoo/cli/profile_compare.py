@@ -29,7 +29,9 @@ def show(found: Comparison, names: tuple[str, str], title: str) -> None:
              *(_change(d, q) for q in columns))
             for d in found.nodes
         ]  # fmt: skip
-        output.table(("at", *names, ">x", *(f">{q.name}" for q in columns)), rows, "nodes that differ")
+        heads = [f">{q.name}" for q in columns]
+        order = sorted(heads[:-1], key=lambda head: head == ">parameters")  # what rows are sorted by stays
+        output.left_out(output.table(("at", *names, ">x", *heads), rows, "nodes that differ", order))
         print()
     print(found.equal)
 

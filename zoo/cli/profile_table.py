@@ -44,8 +44,7 @@ def show(graph: Graph, run: Profiled, target: Target, depth: int | None = None) 
     times = f"; times in {unit}" if rest else ""
     title = f"{graph.name}: {work} of {shape}{after}{times}"
     gone = output.table((*HEADS, *columns), cells, title, LEAST)
-    if gone:
-        print(f"(too narrow for {', '.join(gone)}; --csv and --json have them)")
+    output.left_out(gone)
     for line in [*report.assumptions, *_lines(run, target), *run.lines, *_bill(run), *extra.kernels(run)]:
         print(line)
     print()
@@ -89,13 +88,17 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
 
 
+def _spent(milliseconds: float) -> str:
+    return f"{_number(milliseconds)} ms" if milliseconds < 1e5 else f"{milliseconds / 1e3:,.0f} s"
+
+
 def _lines(run: Profiled, target: Target) -> list[str]:
     report, prediction, limits = run.report, run.prediction, run.limits
     tokens, found = report.batch_size * report.seq_len, []
     if prediction:
         peak = report.flops / (1e-3 * prediction.total) / target.device.flops(target.dtype)
         found.append(
-            f"predicted for {target.name} in {target.dtype}: {_number(prediction.total)} ms, "
+            f"predicted for {target.name} in {target.dtype}: {_spent(prediction.total)}, "
             f"{1e3 * tokens / prediction.total:,.0f} tokens/s, {100 * peak:.1f}% of the peak"
         )
     found += extra.lines(run)

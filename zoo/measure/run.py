@@ -69,7 +69,7 @@ def too_large(report: CostReport, device: str, wanted: bool) -> str:
     need = weights * (2 if report.mode == "train" else 1) + report.activation_bytes + report.state_bytes
     free = free_memory(device)
     if need > 0.8 * free:
-        reason = f"a pass needs about {need / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
+        reason = f"a pass needs about {need / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free"
         if wanted:
             raise ZooError(f"cannot be measured here: {reason}")
         return reason

@@ -110,8 +110,10 @@ def _facts(seen: Seen) -> Iterator[Fact]:
     share = [(100 * report.useful_flops / report.flops, "percent"), ("useful", "")] if report.flops else []
     yield "FLOPs", report.flops, "flops", "", share
     yield "bytes moved", total["bytes"], "bytes", "", []
-    held = ("activations", report.activation_bytes) if report.mode == "train" else ("state", report.state_bytes)
-    yield *held, "bytes", "", []
+    if report.mode == "train":
+        yield "activations", report.activation_bytes, "bytes", "", []
+    else:
+        yield "state", report.state_bytes, "bytes", "", []
     if spent := total.get("predicted"):
         yield "predicted time", spent, "ms", "", [(1e3 * tokens / spent, "count"), ("tokens/s", "")]
     yield from _measured_facts(seen.measured, total, tokens)

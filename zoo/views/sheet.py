@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zoo.cost import NodeCost
-from zoo.views.quantities import MEASURED, PREDICTED, Quantity, kernels
+from zoo.views.quantities import MEASURED, PREDICTED, TIME, Quantity, kernels
 
 if TYPE_CHECKING:
     from zoo.views.profile import Seen
@@ -23,9 +23,9 @@ def nodes_csv(passes: Sequence[Seen]) -> str:
     of_nodes = {_column(q): q.key for q in (PREDICTED, *MEASURED)}
     rows = []
     for seen in passes:
-        compiled = seen.measured.compiled if seen.measured else None
-        whole = {"pass_predicted_ms": seen.total.get("predicted"), "pass_measured_ms": seen.total.get("measured")}
-        whole["pass_compiled_ms"] = compiled and compiled["compiled"]
+        compiled = (seen.measured and seen.measured.compiled) or {}
+        whole = {f"pass_{key}_ms": seen.total.get(key) for key in (PREDICTED.key, TIME.key)}
+        whole["pass_compiled_ms"] = compiled.get("compiled")
         start = {"model": seen.graph.name, **{name: getattr(seen.report, name) for name in _PASS}}
         for node, cost in zip(seen.report.nodes, seen.costs, strict=True):
             found = {column: cost.get(key) for column, key in of_nodes.items()}
