@@ -41,13 +41,13 @@ class ForgetGate(nn.Module):
     def start_(self) -> None:
         """Constant decays, their memories from short to long over the channels of a head."""
         heads = self.A_log.shape[2]
-        log_decay = 1 / memories(len(self.dt_bias) // heads, self.dt_bias)
+        rate = 1 / memories(len(self.dt_bias) // heads, self.dt_bias)
         self.f_b_proj.weight.zero_()
         self.A_log.zero_()
         if self.lower_bound is None:
-            bias = inverse_softplus(log_decay)
+            bias = inverse_softplus(rate)
         else:
-            bias = torch.logit((-log_decay / self.lower_bound).clamp(max=0.9))
+            bias = torch.logit((-rate / self.lower_bound).clamp(max=0.9))
         self.dt_bias.copy_(bias.repeat(heads))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -139,9 +139,8 @@ class ParallelLSTM(Block):
         """Projections have the names of those of attention. Gates are open, memories differ from head to head, nothing
         passes by the heads."""
         for linear in self.gates():
-            if linear is not None:
+            if linear is not None and self.tracking_dim == 1:  # of several slots, equal ones would never part
                 linear.weight.zero_()
-                linear.bias.zero_()
         for linear in (self.source, self.mark, self.direct):
             linear.bias.fill_(5.0)
         kept = (-1 / memories(self.num_heads, self.passthrough)).exp()

@@ -87,6 +87,13 @@ def test_retention_turns_the_channels_that_attention_turns(interleaved):
     torch.testing.assert_close(block(x), want)
 
 
+@torch.no_grad()
+def test_queries_are_told_from_an_output_gate():
+    block, attention = grafted("simple_gla", {"output_gate": True}, gate="none")
+    queries = attention.q_proj.weight.unflatten(0, (HEADS, 2, WIDTH))[:, 0].flatten(0, 1)
+    assert torch.equal(block.q_proj.weight, queries) and torch.equal(block.k_proj.weight, attention.k_proj.weight)
+
+
 MEANS = [
     ("rg_lru", {}), ("lru", {}), ("s4d", {}), ("s4d", {"init": "inv"}), ("hyena", {"filter_len": 16}),
     ("hyena", {"order": 3, "filter_len": 16}), ("mamba", {}), ("linear_attention", {}), ("based", {}),
@@ -136,7 +143,10 @@ def test_every_policy_is_exact_where_it_covers_everything(kind):
         torch.testing.assert_close(cut, want, rtol=1e-8, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
 
 
-DONORS = {"wide": SHARED | {"head_dim": 24}, "turned": {"bias": True, "rope_interleaved": True, "rotary_dim": 8}}
+DONORS = {
+    "wide": SHARED | {"head_dim": 24}, "turned": {"bias": True, "rope_interleaved": True, "rotary_dim": 8},
+    "gated": {"output_gate": True},
+}  # fmt: skip
 MIXERS = [n for n in zoo.list_blocks("mixer") if n not in ("jrt", "prefix_lm")]
 
 
@@ -144,8 +154,8 @@ MIXERS = [n for n in zoo.list_blocks("mixer") if n not in ("jrt", "prefix_lm")]
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()
 def test_every_mixer_takes_what_fits_of_every_attention(name, donor):
-    """Heads that are wider together than the stream; rows of pairs that are neighbours, and biases. What is planned
-    is what becomes, a decode step goes on where the row ended, and undo brings everything back."""
+    """Heads that are wider together than the stream; rows of pairs that are neighbours, and biases; queries beside a
+    gate. What is planned is what becomes, decoding goes on where the row ended, and undo brings everything back."""
     model, x = host(**DONORS[donor]), torch.arange(7)[None]
     want = model(x)
     made = plan(model, "attention", name)
@@ -158,6 +168,16 @@ def test_every_mixer_takes_what_fits_of_every_attention(name, donor):
     torch.testing.assert_close(cut, whole, rtol=1e-7, atol=1e-7)
     made.undo()
     assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("features", [16, 6])
+def test_the_encoder_of_a_prefix_reads_as_attention_does(features):
+    foreign = torch.nn.Sequential(host(**SHARED).get_submodule("layers.0.block"))
+    done = replace(foreign, "0", "jrt", prefix_len=4, feature_dim=features)
+    block: Any = done.blocks["0"]
+    v = done.originals["0"].v_proj.weight.unflatten(0, (2, WIDTH)).repeat_interleave(2, 0).flatten(0, 1)
+    assert torch.equal(block.k_e_proj.weight, block.k_proj.weight) and torch.equal(block.v_e_proj.weight, v)
+    assert [e.action for e in done.entries if e.tensor == "k_e_proj.weight"] == ["mapped"]
 
 
 @torch.no_grad()

@@ -141,6 +141,12 @@ def test_linear_attention_and_mamba_take_the_projections(llama):
     assert torch.equal(C, old.q_proj.weight) and torch.equal(B, k) and torch.equal(x, v)
 
 
+def test_several_patterns_keep_some_attention(llama):
+    done = replace(llama, "model.layers.0.self_attn, model.layers.2.*_attn", "gla")
+    assert done.sites == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
+    assert type(llama.model.layers[1].self_attn).__name__ == "LlamaAttention"
+
+
 @torch.no_grad()
 def test_plain_torch_modules():
     encoder = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)

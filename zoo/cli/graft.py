@@ -26,7 +26,9 @@ def command(
     ],
     pattern: Annotated[
         str,
-        typer.Argument(metavar="PATTERN", help="Blocks to replace: a name as attention, or sites as layers.*.block."),
+        typer.Argument(
+            metavar="PATTERN", help="Blocks to replace: a name as attention, or sites as layers.*.block, with commas."
+        ),
     ],
     block: Annotated[str, typer.Argument(metavar="BLOCK", help="What takes their place; `zoo list` names them.")],
     options: Annotated[

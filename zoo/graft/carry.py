@@ -49,10 +49,10 @@ def carry(block: nn.Module, donor: Donor) -> dict[str, tuple[str, bool]]:
     made: dict[str, tuple[str, bool]] = {}
     old, maps = donor.weights, [f"{n}_proj.weight" for n in "qkvo"]
     if hasattr(block, "from_attention") and all(n in old for n in maps):
-        heads = len(old[maps[0]])
+        heads = len(_queries(donor))
         source = ", ".join(dict.fromkeys(donor.sources[n] for n in maps))
         device = next(block.parameters()).device  # on meta, where values count for nothing, all is
-        q, k, v, o = (old[n].to(device) for n in maps)
+        q, k, v, o = (w.to(device) for w in (_queries(donor), *(old[n] for n in maps[1:])))
         k, v = (_repeated(w, heads, donor) for w in (k, v))
         if donor.options.get("rope_interleaved") and k is not None:
             q, k = (_in_halves(w, donor) for w in (q, k))
@@ -64,10 +64,20 @@ def carry(block: nn.Module, donor: Donor) -> dict[str, tuple[str, bool]]:
             continue
         if given.shape != tensor.shape and name in maps[1:3]:
             given = _repeated(given, len(tensor), donor)
+        elif given.shape != tensor.shape and name == maps[0]:
+            given = _queries(donor)
         if given is not None and given.shape == tensor.shape:
             tensor.copy_(given)
             made[name] = donor.sources[name], given is old[name]
     return made
+
+
+def _queries(donor: Donor) -> Tensor:
+    """W_q, without the rows of an output gate that stand behind those of each head."""
+    given = donor.weights["q_proj.weight"]
+    if not donor.options.get("output_gate"):
+        return given
+    return given.unflatten(0, (donor.options["num_heads"], 2, -1))[:, 0].flatten(0, 1)
 
 
 def _in_halves(given: Tensor, donor: Donor) -> Tensor:
