@@ -131,3 +131,10 @@ def test_documents_with_a_state_are_refused():
     model = zoo.build(CONFIG)
     with pytest.raises(ValueError, match="doc_ids with a state"):
         model(tokens(), state=model.init_state(2), doc_ids=torch.zeros_like(tokens()))
+
+
+def test_the_meta_device_holds_while_fresh_memory_is_poisoned():
+    """Else the tests of large models would allocate them."""
+    assert torch.empty(2).isnan().all()
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta

@@ -30,6 +30,8 @@ def poisoned() -> Iterator[None]:
     if hasattr(torch.empty, "poisons"):
         yield
         return
+    with torch.device("cpu"):
+        torch.empty(0)  # torch.device learns the constructors at its first use: not from ours, which it would pass over
     before = [getattr(owner, name) for owner, name in _PLACES]
     for (owner, name), make in zip(_PLACES, before, strict=True):
         setattr(owner, name, _poisoning(make))
