@@ -384,10 +384,11 @@ class DistillSection(_Section):
 class OriginSection(_Section):
     """Where a converted model came from: the `config` of the library that made it (its `model_type` names the family),
     the `source` of the weights and their `license`; the `context`, in tokens, that it was converted for, where the
-    original is another function at another length."""
+    original is another function at another length; the family `tower_of` which it is the text tower, if it is one."""
 
     where: typing.ClassVar[str] = "origin"
     config: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     license: str = ""
     context: PositiveInt | None = None
+    tower_of: str = ""

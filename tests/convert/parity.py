@@ -31,12 +31,12 @@ class Parity:
 
 
 @torch.no_grad()
-def measure(theirs: Any) -> Parity:
+def measure(theirs: Any, context: int | None = None) -> Parity:
     """Convert a tiny model and compare. Of a vision model without a head it compares the hidden states; none of them
     generates."""
     x = inputs(theirs)
     start = time.perf_counter()
-    ours = from_hf(theirs)
+    ours = from_hf(theirs, context=context)
     seconds = time.perf_counter() - start
     lines = OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in ours.config.items() if k != "origin"})).splitlines()
     error = _error(says(ours, x), says(theirs, x))

@@ -49,14 +49,13 @@ def test_what_cannot_be_represented_is_refused_before_weights_are_touched(monkey
 
 
 LLAMA3_HALF = {"rope_parameters": LLAMA3["rope_parameters"] | {"partial_rotary_factor": 0.5}}
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("phi3", {"rope_parameters": LONG | {"partial_rotary_factor": 1.0}}, "'longrope' .* depend on the length"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "'axial' .* can be default, linear"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved: True cannot be represented; can be False"),
         ("llama", LLAMA3_HALF, "partial_rotary_factor: 0.5 with rope_type: 'llama3' cannot be represented"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),

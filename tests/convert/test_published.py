@@ -1,107 +1,148 @@
-"""The config.json of published models, with all that stands in it: accepted, and as many parameters as published."""
+"""The config.json of published models: accepted with all that stands in them, or refused by the name of a feature."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from models import MODELS
+from models_hybrid import MODELS as HYBRIDS
+from models_hybrid import drawn
+from parity import built, inputs, says
+from published import CONFIGS, DEEPSEEK_V3, GPT_OSS, LONGROPE, causal, sizes
 
-from zoo.convert import hf, plan
+import zoo
+from zoo.convert import from_folder, from_hf, hf, plan
+
+# parameters as their model cards count them
+COUNTS = {
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "google/gemma-3-1b-pt": 999_885_952,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "unsloth/gpt-oss-20b-BF16": 20_914_757_184,
+    "state-spaces/mamba-130m-hf": 129_135_360,
+    "mistralai/Mamba-Codestral-7B-v0.1": 7_285_403_648,
+    "ai21labs/Jamba-v0.1": 51_570_323_328,
+    "tiiuae/Falcon-H1-0.5B-Base": 521_411_104,
+    "ibm-granite/granite-4.0-h-tiny": 6_939_037_248,
+    "google/vit-base-patch16-224": 86_567_656,
+    "facebook/dinov2-base": 86_580_480,
+}
 
 
-def sizes(vocab, hidden, inner, layers, heads, keys, **more):
-    """What every file has."""
-    return {
-        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": keys, "torch_dtype": "bfloat16", "use_cache": True,
-        "initializer_range": 0.02, "attention_dropout": 0.0, "transformers_version": "4.40.0", "rope_scaling": None,
-        "bos_token_id": 1, "eos_token_id": [2, 3], **more,
-    }  # fmt: skip
+def context(values):
+    """Tokens to be read, where the model asks."""
+    return values.get("max_position_embeddings") if values.get("rope_scaling") is LONGROPE else None
 
 
-LLAMA3 = {
-    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_weight_has_its_place(name):
+    values = CONFIGS[name]
+    config = hf.configuration(values)
+    ours, rules = plan(config.to_dict(), dtype=torch.bfloat16, context=context(values))
+    with torch.device("meta"):
+        theirs = hf.class_of(config)(config)
+    kept = theirs.state_dict(keep_vars=True)
+    assert {id(kept[n]) for rule in rules for n in rule.theirs} == {id(t) for t in kept.values()}
+    shapes = {n: t.shape for n, t in ours.state_dict().items()}
+    for rule in rules:
+        if not any("decay" in n for n in rule.theirs):  # MiniMax's look at the numbers
+            made = rule.there([kept[n].detach() for n in rule.theirs])
+            assert [t.shape for t in made] == [shapes[n] for n in rule.ours], rule.ours
+    # ours of Falcon-Mamba has norms with weights, which are one
+    ones = sum(shapes[n].numel() for rule in rules if not rule.theirs for n in rule.ours)
+    count = sum(p.numel() for p in ours.parameters()) - ones
+    assert count == sum(p.numel() for p in theirs.parameters()) == COUNTS.get(name, count)
+
+
+# what a small model needs beside the sizes that it has in common with a tiny one of its family
+SMALLER = {
+    "kimi_linear": {"linear_attn_config": {"full_attn_layers": [2], "kda_layers": [1, 3, 4]}},
+    "phi3": {"original_max_position_embeddings": 8, "max_position_embeddings": 32},
+    "xlstm": {"hidden_size": 128, "num_hidden_layers": 2},
+}
+
+
+def small(values):
+    """The same file with the sizes of a tiny model."""
+    kind = values["model_type"]
+    tiny = (MODELS | HYBRIDS)[kind]().config.to_dict()
+    sizes = {k for k, v in values.items() if k in tiny and type(v) in (int, list)}
+    values = values | {k: tiny[k] for k in sizes - {"architectures", "max_position_embeddings"}} | SMALLER.get(kind, {})
+    if values.get("rope_scaling") is LONGROPE:
+        pairs = int(16 * values.get("partial_rotary_factor", 1)) // 2
+        lists = {key: LONGROPE[key][:pairs] for key in ("long_factor", "short_factor")}
+        values["rope_scaling"] = {"type": "longrope"} | lists
+    return values
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_the_same_settings_in_a_small_model(name):
+    """What a file says beside sizes means what the original means by it, in its old form and in that of today."""
+    values = small(CONFIGS[name])
+    length = values["max_position_embeddings"] if context(CONFIGS[name]) else None
+    config = hf.configuration(values)
+    theirs = drawn(built(hf.class_of(config), config))
+    ours, x = from_hf(theirs, context=length), inputs(theirs)
+    want = says(theirs, x)
+    assert (says(ours, x) - want).abs().max() < 1e-3 * want.std()
+    again, _ = plan(hf.configuration(config.to_dict()).to_dict(), dtype=torch.float32, context=length)
+    assert {k: v for k, v in again.config.items() if k != "origin"} == {
+        k: v for k, v in ours.config.items() if k != "origin"
+    }
+
+
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+REFUSED = {
+    "deepseek-ai/DeepSeek-V3": (
+        DEEPSEEK_V3 | {"quantization_config": FP8},
+        r"deepseek_v3: weights quantised by fp8 are not read; .*from_hf: .*FineGrainedFP8Config\(dequantize=True\)\)",
+    ),
+    "openai/gpt-oss-20b": (GPT_OSS | {"quantization_config": MXFP4}, r"by mxfp4 .*Mxfp4Config\(dequantize=True\)\)"),
+    "TheBloke/Mistral-7B-v0.1-GPTQ": (
+        CONFIGS["mistralai/Mistral-7B-v0.1"] | {"quantization_config": {"bits": 4, "quant_method": "gptq"}},
+        "quantised by gptq are not read; give a folder of plain weights",
+    ),
+    "microsoft/Phi-3-mini-128k-instruct": (
+        CONFIGS["microsoft/Phi-3-mini-128k-instruct"],
+        r"'longrope' of any length cannot .*--context N\): up to 4096 takes the short factors, more the long ones",
+    ),
+    "Qwen/Qwen2.5-7B-Instruct-1M": (
+        causal(
+            "Qwen2", "qwen2", **sizes(152064, 3584, 18944, 28, 28, 4), hidden_act="silu", rms_norm_eps=1e-6,
+            rope_theta=10000000.0, sliding_window=32768, max_window_layers=28, use_sliding_window=False,
+            dual_chunk_attention_config={"chunk_size": 262144, "local_size": 8192},
+        ),
+        "dual_chunk_attention_config: .* cannot be represented; the mapping does not know it",
+    ),
+    "Qwen/Qwen2-VL-2B-Instruct": (
+        causal("Qwen2VL", "qwen2_vl") | {"architectures": ["Qwen2VLForConditionalGeneration"]},
+        "models of type 'qwen2_vl' cannot be converted",
+    ),
+    "google/vit-base-patch16-224-in21k": (
+        CONFIGS["google/vit-base-patch16-224"] | {"architectures": ["ViTModel"]},
+        "the model ViTModel cannot be represented",
+    ),
+    "state-spaces/mamba-130m": ({"d_model": 768, "n_layer": 24, "vocab_size": 50277}, "names no model_type"),
 }  # fmt: skip
-YARN = {
-    "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn",
-    "original_max_position_embeddings": 4096,
-}  # fmt: skip
-GPT_OSS_YARN = {
-    "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn", "truncate": False,
-    "original_max_position_embeddings": 4096,
-}  # fmt: skip
-PUBLISHED = {
-    "llama": (8_030_261_248, sizes(
-        128256, 4096, 14336, 32, 32, 8, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=500000.0,
-        rope_scaling=LLAMA3, max_position_embeddings=131072, attention_bias=False, mlp_bias=False, pretraining_tp=1,
-        tie_word_embeddings=False,
-    )),
-    "mistral": (7_241_732_096, sizes(
-        32000, 4096, 14336, 32, 32, 8, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=4096,
-        max_position_embeddings=32768, tie_word_embeddings=False,
-    )),
-    "qwen2": (7_615_616_512, sizes(
-        152064, 3584, 18944, 28, 28, 4, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000.0,
-        use_sliding_window=False, sliding_window=131072, max_window_layers=28, use_mrope=False,
-        max_position_embeddings=131072, tie_word_embeddings=False,
-    )),
-    "qwen3": (8_190_735_360, sizes(
-        151936, 4096, 12288, 36, 32, 8, head_dim=128, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000,
-        use_sliding_window=False, sliding_window=None, max_window_layers=36, attention_bias=False,
-        max_position_embeddings=40960, tie_word_embeddings=False,
-    )),
-    "gemma3_text": (999_885_952, sizes(
-        262144, 1152, 6912, 26, 4, 1, head_dim=256, hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-6,
-        rope_theta=1000000, rope_local_base_freq=10000, sliding_window=512, sliding_window_pattern=6,
-        query_pre_attn_scalar=256, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=False,
-        cache_implementation="hybrid", max_position_embeddings=32768,
-    )),
-    "olmo2": (7_298_617_344, sizes(
-        100352, 4096, 11008, 32, 32, 32, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=500000, attention_bias=False,
-        max_position_embeddings=4096, tie_word_embeddings=False,
-    )),
-    "phi3": (3_821_079_552, sizes(
-        32064, 3072, 8192, 32, 32, 32, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=2047,
-        resid_pdrop=0.0, embd_pdrop=0.0, original_max_position_embeddings=4096, max_position_embeddings=4096,
-        auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}, attention_bias=False, tie_word_embeddings=False,
-    )),
-    "mixtral": (46_702_792_704, sizes(
-        32000, 4096, 14336, 32, 32, 8, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=1000000.0, sliding_window=None,
-        num_experts_per_tok=2, num_local_experts=8, output_router_logits=False, router_aux_loss_coef=0.02,
-        max_position_embeddings=32768, tie_word_embeddings=False,
-    )),
-    "qwen3_moe": (30_532_122_624, sizes(
-        151936, 2048, 6144, 48, 32, 4, head_dim=128, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000.0,
-        decoder_sparse_step=1, mlp_only_layers=[], moe_intermediate_size=768, norm_topk_prob=True, num_experts=128,
-        num_experts_per_tok=8, output_router_logits=False, router_aux_loss_coef=0.001, use_sliding_window=False,
-        sliding_window=None, max_window_layers=48, attention_bias=False, tie_word_embeddings=False,
-    )),
-    "deepseek_v3": (671_026_404_352, sizes(
-        129280, 7168, 18432, 61, 128, 128, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000, rope_scaling=YARN,
-        moe_intermediate_size=2048, n_routed_experts=256, n_shared_experts=1, n_group=8, topk_group=4,
-        num_experts_per_tok=8, first_k_dense_replace=3, moe_layer_freq=1, ep_size=1, num_nextn_predict_layers=1,
-        norm_topk_prob=True, routed_scaling_factor=2.5, scoring_func="sigmoid", topk_method="noaux_tc",
-        kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        attention_bias=False, max_position_embeddings=163840, tie_word_embeddings=False,
-        auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-    )),
-    "gpt_oss": (20_914_757_184, sizes(
-        201088, 2880, 2880, 24, 64, 8, head_dim=64, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=150000,
-        rope_scaling=GPT_OSS_YARN, sliding_window=128, layer_types=["sliding_attention", "full_attention"] * 12,
-        num_local_experts=32, num_experts_per_tok=4, experts_per_token=4, initial_context_length=4096,
-        output_router_logits=False, router_aux_loss_coef=0.9, swiglu_limit=7.0, attention_bias=True,
-        max_position_embeddings=131072, tie_word_embeddings=False,
-    )),
-    "granite": (2_533_531_648, sizes(
-        49155, 2048, 8192, 40, 32, 8, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=5000000.0,
-        attention_multiplier=0.015625, embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22,
-        attention_bias=False, mlp_bias=False, max_position_embeddings=131072, tie_word_embeddings=True,
-    )),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", PUBLISHED)
-def test_published(family):
-    params, values = PUBLISHED[family]
-    model, _ = plan(hf.configuration({"model_type": family, **values}).to_dict(), dtype=torch.bfloat16)
-    assert sum(p.numel() for p in model.parameters()) == params
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name_before_weights_are_read(name, tmp_path):
+    values, words = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(zoo.ConfigError, match=words) as error:
+        from_folder(tmp_path)
+    assert len(error.value.problems) == 1

@@ -60,6 +60,7 @@ def command(
     document = {
         "saved": str(out),
         "family": origin["config"]["model_type"],
+        "tower_of": origin.get("tower_of"),
         "params": params,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "license": origin.get("license") or None,
@@ -69,7 +70,8 @@ def command(
     if as_json:
         output.emit(document)
     else:
+        tower = f" (the text tower of {document['tower_of']})" if document["tower_of"] else ""
         print(
-            f"{document['family']}, {output.count(params)} parameters in {document['dtype']}, "
+            f"{document['family']}{tower}, {output.count(params)} parameters in {document['dtype']}, "
             f"licence {document['license'] or 'not named'}; {document['seconds']:.1f} s\nsaved in {out}"
         )

@@ -14,7 +14,7 @@ from zoo.architectures.storage import allocate, assemble, unique_tensors
 from zoo.convert import families, hf
 from zoo.convert.folder import CONFIG, Weights, license_of, read_json, refused
 from zoo.convert.rules import Rule
-from zoo.convert.settings import Settings
+from zoo.convert.settings import Settings, refuse_quantised
 from zoo.errors import ConfigError, few
 from zoo.graph.loader import load_graph
 
@@ -27,15 +27,20 @@ def from_hf(hf_model: nn.Module, *, context: int | None = None) -> Any:
     Evaluated logits and cached generation are the original's. context: how many tokens are to be read, needed where
     the original's angles depend on it (rope_type longrope, dynamic) and refused elsewhere. ConfigError, before any
     weight is touched, names what the graph cannot represent. `model.config["origin"]` keeps the configuration it came
-    from.
+    from. Of a model that sees (gemma3, llava, mistral3) it is the text tower.
     """
-    config = getattr(hf_model, "config", None)
+    config: Any = getattr(hf_model, "config", None)
     if not hasattr(config, "to_dict"):
         raise ConfigError(f"{type(hf_model).__name__} is no model of transformers: it has no config")
+    refuse_quantised(config.to_dict())
     tensors = hf_model.state_dict(keep_vars=True)
     some = next(hf_model.parameters())
-    values = config.to_dict() | {"architectures": [type(hf_model).__name__]}  # type: ignore[union-attr]
-    model, rules = plan(values, dtype=some.dtype, context=context)
+    values, origin = config.to_dict() | {"architectures": [type(hf_model).__name__]}, {}
+    if (text := hf.text_config(config)) is not config:
+        tensors = {known: t for name, t in tensors.items() if (known := hf.text_name(name)) is not None}
+        text.tie_word_embeddings = tensors.get("lm_head.weight") is tensors.get("model.embed_tokens.weight")
+        values, origin = text.to_dict(), {"tower_of": config.model_type}
+    model, rules = plan(values, dtype=some.dtype, context=context, origin=origin)
     used = {id(tensors[name]) for rule in rules for name in rule.theirs if name in tensors}
     if left := [name for name, tensor in tensors.items() if id(tensor) not in used]:
         raise ConfigError(f"{type(hf_model).__name__} has weights that the graph has no place for: {few(left)}")
@@ -55,15 +60,25 @@ def from_folder(
     """The same from a folder of the Hub on disk: config.json and safetensors, in one file or sharded.
 
     Weights are streamed: beside the model, only what one of its tensors is made of is in memory. dtype: that of the
-    files by default. license: where README.md names none. context: see `from_hf`. progress: called with the tensors that are done and all of
-    them. ConfigError names what is missing, damaged, pickled or unknown; no code of the folder is run.
+    files by default. license: where README.md names none. context: see `from_hf`. progress: called with the tensors
+    that are done and all of them. ConfigError names what is missing, damaged, pickled or unknown; no code of the
+    folder is run.
     """
     folder = Path(folder)
     values = read_json(folder / CONFIG)
     try:
-        config = hf.configuration(values)
-        weights = Weights(folder)
-        origin = {"source": str(folder), "license": license or license_of(folder)}
+        refuse_quantised(values)
+        whole = hf.configuration(values)
+        config, origin = hf.text_config(whole), {"source": str(folder), "license": license or license_of(folder)}
+        describe(config.to_dict(), context)  # says what has no counterpart before a file of weights is opened
+        if config is whole:
+            weights = Weights(folder)
+        else:
+            weights = Weights(folder, hf.text_name)
+            config.tie_word_embeddings &= (
+                "lm_head.weight" not in weights.names
+            )  # as in transformers
+            origin["tower_of"] = whole.model_type
         model, rules = plan(config.to_dict(), dtype=dtype or weights.dtype(), context=context, origin=origin)
         names = hf.Names(config, weights.names)
         _check(folder, names, weights, [name for rule in rules for name in rule.theirs])
@@ -90,6 +105,14 @@ def _check(folder: Path, names: hf.Names, weights: Weights, wanted: list[str]) -
                 raise refused(folder, f"{name} and {twin} differ; the configuration says they are one")
 
 
+def describe(config: Mapping[str, Any], context: int | None) -> tuple[Settings, dict[str, Any]]:
+    """A configuration of theirs as it was read, and as one of ours. ConfigError names what has no counterpart."""
+    settings = Settings(config, context)
+    document = families.load(str(config.get("model_type"))).document(settings)
+    settings.check_unread()
+    return settings, {"name": settings.model_type, **document}
+
+
 def plan(
     config: Mapping[str, Any],
     *,
@@ -99,14 +122,10 @@ def plan(
 ) -> tuple[Model, list[Rule]]:
     """The model of a configuration of theirs on the meta device, and what its tensors are in theirs. `context`: see
     `from_hf`. `origin`: more to keep beside the configuration, such as the licence."""
-    settings = Settings(config, context)
-    family = families.load(str(config.get("model_type")))
-    document = family.document(settings)
-    settings.check_unread()
+    settings, document = describe(config, context)
     origin = {"config": _kept(settings), **(origin or {})} | ({} if context is None else {"context": context})
-    document = {"name": settings.model_type, **document, "origin": origin}
-    model = assemble(load_graph(document), dtype=dtype)
-    rules = list(family.rules(settings, model))
+    model = assemble(load_graph(document | {"origin": origin}), dtype=dtype)
+    rules = list(families.load(settings.model_type).rules(settings, model))
     names = [n for rule in rules for n in rule.ours]
     own = unique_tensors(model).keys()
     if len(names) != len(set(names)) or own != set(names):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +77,20 @@ def beside(folder: Path) -> list[Path]:
 class Weights:
     """The tensors of a folder by name. Each is read when it is asked for; one file is mapped into memory at a time.
 
-    All files and headers are checked at the start. ConfigError names what is missing, damaged, pickled or quantised.
+    renamed: the name that a tensor is asked for by, None where it is not wanted. All files and headers are checked at
+    the start. ConfigError names what is missing, damaged, pickled or quantised.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, renamed: Callable[[str], str | None] = str):
         self.folder = folder
-        self._headers: dict[str, tuple[str, tuple[int, ...], str]] = {}  # file, shape and type of each tensor
+        self._headers: dict[str, tuple[str, tuple[int, ...], str, str]] = {}  # file, shape, type and name in it
         self._mapped: tuple[str, Any] = ("", None)
         for name in self._listed():
             file = self._opened(self.folder / name)
             for tensor in file.keys():  # noqa: SIM118 (it is no mapping)
                 part = file.get_slice(tensor)
-                self._headers[tensor] = name, tuple(part.get_shape()), part.get_dtype()
+                if (known_as := renamed(tensor)) is not None:
+                    self._headers[known_as] = name, tuple(part.get_shape()), part.get_dtype(), tensor
 
     def _listed(self) -> list[str]:
         if (self.folder / INDEX).is_file():
@@ -126,7 +129,7 @@ class Weights:
     def dtype(self) -> torch.dtype:
         """The type of most numbers. ConfigError where they are none that a model computes with."""
         counted: Counter[str] = Counter()
-        for _, shape, dtype in self._headers.values():
+        for _, shape, dtype, _ in self._headers.values():
             counted[dtype] += torch.Size(shape).numel()
         if odd := sorted(counted.keys() - DTYPES.keys()):
             raise refused(self.folder, f"has quantised weights ({', '.join(odd)}); only float16 to float64 are read")
@@ -134,10 +137,10 @@ class Weights:
 
     def __call__(self, name: str) -> Tensor:
         """A tensor, read now."""
-        file = self._headers[name][0]
+        file, *_, tensor = self._headers[name]
         if self._mapped[0] != file:
             self._mapped = file, self._opened(self.folder / file)
         try:
-            return self._mapped[1].get_tensor(name)
+            return self._mapped[1].get_tensor(tensor)
         except SafetensorError as error:
             raise refused(self.folder, f"{name} cannot be read: {error}") from None

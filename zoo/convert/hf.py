@@ -17,6 +17,9 @@ from zoo.errors import ConfigError
 Read = Callable[[str], Tensor]
 # on disk, computed anew by every model
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+# models that see, whose text tower is a causal model of a family of its own
+TOWERS = ("gemma3", "llava", "mistral3")
+SIGHT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def configuration(values: Mapping[str, Any]) -> Any:
@@ -24,18 +27,39 @@ def configuration(values: Mapping[str, Any]) -> Any:
 
     No code but that of transformers takes part, whatever `auto_map` says. ConfigError where the family is unknown.
     """
-    kind = str(values.get("model_type"))
-    families.load(kind)  # says which families there are
+    if not (kind := str(values.get("model_type") or "")):
+        raise ConfigError("the configuration names no model_type")
+    foreign = () if kind in TOWERS else getattr(families.load(kind), "FOREIGN", ())  # says which families there are
     try:
         from transformers import CONFIG_MAPPING
     except ImportError:
         raise ConfigError("models of transformers are read by its help: pip install 'block-zoo[hf]'") from None
     try:
         kind_of = CONFIG_MAPPING[kind]
-        return kind_of.from_dict(kind_of._decode_special_floats(dict(values)))  # infinity is no JSON
+        known = {name: value for name, value in values.items() if name not in foreign}
+        return kind_of.from_dict(kind_of._decode_special_floats(known))  # infinity is no JSON
     except Exception as error:  # whatever the checks of the library raise, the file is at fault
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"the configuration is not one of {kind}: {first}") from None
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of the text tower of a model that sees, of another model its own."""
+    if getattr(config, "model_type", None) not in TOWERS:
+        return config
+    text = copy.deepcopy(config.text_config)
+    text.tie_word_embeddings = config.tie_word_embeddings
+    text.architectures = [class_of(text).__name__]
+    return text
+
+
+def text_name(name: str) -> str | None:
+    """What the text tower calls a weight of a model that sees, None where it has none of it. On disk the tower is a
+    causal model beside the others, in memory the head is outside of it."""
+    if SIGHT.match(name):
+        return None
+    inside = name.removeprefix("model.language_model.")
+    return name.removeprefix("language_model.") if inside == name else f"model.{inside}"
 
 
 def class_of(config: Any) -> type:

@@ -11,16 +11,40 @@ from zoo.errors import ConfigError, Problem
 # what changes no number of an evaluated model: names, tokens, training, bookkeeping of the library
 NEUTRAL = frozenset(
     {
-        "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
-        "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "dtype",
-        "embd_pdrop", "eos_token_id", "finetuning_task", "hidden_dropout", "hidden_dropout_prob", "id2label",
-        "initializer_range", "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id",
-        "max_position_embeddings", "max_window_layers", "model_type", "output_attentions", "output_hidden_states",
-        "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "return_dict",
-        "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "task_specific_params", "tie_encoder_decoder",
-        "torch_dtype", "torchscript", "transformers_version", "use_cache",
+        "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
+        "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "auto_map", "bos_token_id",
+        "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task",
+        "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+        "is_llama_config", "keys_to_ignore_at_inference", "label2id", "max_position_embeddings", "max_window_layers",
+        "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+        "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
+        "sep_token_id", "task_specific_params", "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript",
+        "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
     }
 )  # fmt: skip
+
+
+# what makes plain weights of quantised ones, by the method that made them
+DEQUANTISED = {
+    "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True))",
+    "mxfp4": "quantization_config=Mxfp4Config(dequantize=True))",
+    "bitsandbytes": "device_map='auto').dequantize()",
+}
+
+
+def refuse_quantised(config: Mapping[str, Any]) -> None:
+    """ConfigError where the weights of a configuration are not numbers but codes of them, with the way out."""
+    kind = config.get("quantization_config") or {}
+    if not kind:
+        return
+    method = str(kind.get("quant_method", "an unnamed method"))
+    out = "give a folder of plain weights"
+    if method in DEQUANTISED:
+        call = f"AutoModelForCausalLM.from_pretrained(FOLDER, {DEQUANTISED[method]}"
+        out = f"let transformers dequantise them and give the model to zoo.convert.from_hf: {call}"
+    raise ConfigError(
+        [Problem(f"weights quantised by {method} are not read; {out}", file=str(config.get("model_type", "")))]
+    )
 
 
 class Settings:
@@ -76,7 +100,8 @@ class Settings:
             raise self.refused(f"context={self._context}", "the model is the same at every length: leave it out")
         unknown = sorted(k for k in self._values.keys() - self._read - NEUTRAL if self._values[k] is not None)
         if unknown:
-            raise self.refused(", ".join(f"{k}: {self._values[k]!r}" for k in unknown), "the mapping does not know it")
+            values = ", ".join(f"{k}: {self._values[k]!r}" for k in unknown)
+            raise self.refused(values, "the mapping does not know it; take it out of config.json if it says nothing")
 
     def as_dict(self) -> dict[str, Any]:
         """All values."""

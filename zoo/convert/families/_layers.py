@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from zoo.convert.rules import Rule, same
+from zoo.architectures.model import Model
+from zoo.convert.rules import Rule, alike, residual_blocks, same
 from zoo.convert.settings import Settings
 
 
@@ -51,6 +52,31 @@ def ends(s: Settings, embedding: str, norm: str, *, tied: bool | None = None) ->
     yield same("norm.weight", f"{norm}.weight")
     if not tied:
         yield same("lm_head.weight", "lm_head.weight")
+
+
+def pairs(model: Model, layers: str = "model.layers") -> Iterator[tuple[str, str, str]]:
+    """Mixer and feed-forward layer, each a residual block, and the name of their layer in theirs."""
+    blocks = residual_blocks(model)
+    for i, (mixer, ffn) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
+        yield mixer, ffn, f"{layers}.{i}"
+
+
+def norms(model: Model, mixer: str, ffn: str, *, layers: str = "model.layers", ours: str = "norm") -> Iterator[Rule]:
+    """The norms of both blocks of each layer by their names in theirs, `ours` by that in ours."""
+    for first, second, theirs in pairs(model, layers):
+        yield from alike(model, f"{first}.{ours}", f"{theirs}.{mixer}")
+        yield from alike(model, f"{second}.{ours}", f"{theirs}.{ffn}")
+
+
+def blocks(
+    model: Model, mixers: str | Sequence[str], ffn: str, *, layers: str = "model.layers", **renamed: str
+) -> Iterator[Rule]:
+    """The same tensors in both blocks of each layer by their names in theirs, those of the mixers one for each layer
+    where they differ; `renamed` as in `alike`."""
+    for i, (first, second, theirs) in enumerate(pairs(model, layers)):
+        mixer = mixers if isinstance(mixers, str) else mixers[i]
+        yield from alike(model, f"{first}.block", f"{theirs}.{mixer}", **renamed)
+        yield from alike(model, f"{second}.block", f"{theirs}.{ffn}", **renamed)
 
 
 def given(**options: tuple[Any, Any]) -> dict[str, Any]:

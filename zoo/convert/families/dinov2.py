@@ -7,7 +7,7 @@ from typing import Any
 
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers, vit
-from zoo.convert.rules import Rule, residual_blocks, same
+from zoo.convert.rules import Rule, same
 from zoo.convert.settings import Settings
 
 
@@ -37,9 +37,9 @@ def rules(s: Settings, model: Model, body: str = "dinov2.") -> Iterator[Rule]:
         body = ""
     optional = {"mask_token": "mask_token", "register_tokens": "register_tokens"}
     yield from vit.ends(s, body, {k: v for k, v in optional.items() if getattr(model.embed, k) is not None})  # type: ignore[union-attr]
-    blocks = residual_blocks(model)
-    for i, (mixer, ffn) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
-        layer = f"{body}encoder.layer.{i}"
-        yield from vit.layer_rules(model, mixer, ffn, layer, ("norm1", "norm2"))
-        for name, scale in ((mixer, "layer_scale1"), (ffn, "layer_scale2")):
-            yield same(f"{name}.scale", f"{layer}.{scale}.lambda1")
+    layers = f"{body}encoder.layer"
+    yield from _layers.norms(model, "norm1", "norm2", layers=layers)
+    yield from _layers.blocks(model, "attention", "mlp", layers=layers, **({} if s.use_swiglu_ffn else vit.MLP))
+    for mixer, ffn, theirs in _layers.pairs(model, layers):
+        yield same(f"{mixer}.scale", f"{theirs}.layer_scale1.lambda1")
+        yield same(f"{ffn}.scale", f"{theirs}.layer_scale2.lambda1")

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from zoo.architectures.model import Model
-from zoo.convert.families import dinov2
+from zoo.convert.families import _layers, dinov2
 from zoo.convert.rules import Rule
 from zoo.convert.settings import Settings
 
 
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
+    _layers.idle(s, "interpolate_antialias", "interpolate_offset")  # of published files; the original does not read it
     return dinov2.document(s, "Dinov2WithRegisters", num_registers=s.num_register_tokens, antialias=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers, llama
-from zoo.convert.rules import Rule, alike
+from zoo.convert.rules import Rule
 from zoo.convert.settings import Settings
 
 
@@ -40,11 +40,6 @@ def document(s: Settings) -> dict[str, Any]:
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
     yield from _layers.ends(s, "model.embed_tokens", "model.norm")
-    for mixer, ffn, theirs in llama.pairs(s, model):
-        names = {
-            f"{mixer}.norm": "input_layernorm", f"{mixer}.out_norm": "post_attention_layernorm",
-            f"{ffn}.norm": "pre_feedforward_layernorm", f"{ffn}.out_norm": "post_feedforward_layernorm",
-        }  # fmt: skip
-        yield from llama.norms(theirs, **names)
-        yield from alike(model, f"{mixer}.block", f"{theirs}.self_attn")
-        yield from alike(model, f"{ffn}.block", f"{theirs}.mlp")
+    yield from _layers.norms(model, "input_layernorm", "pre_feedforward_layernorm")
+    yield from _layers.norms(model, "post_attention_layernorm", "post_feedforward_layernorm", ours="out_norm")
+    yield from _layers.blocks(model, "self_attn", "mlp")

@@ -39,9 +39,8 @@ def in_turns(tensor: Tensor) -> Tensor:
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
     yield from _layers.ends(s, "model.embed_tokens", "model.norm")
-    for mixer, ffn, theirs in llama.pairs(s, model):
-        names = {f"{mixer}.norm": "input_layernorm", f"{ffn}.norm": "post_attention_layernorm"}
-        yield from llama.norms(theirs, **names)
+    yield from _layers.norms(model, "input_layernorm", "post_attention_layernorm")
+    for mixer, ffn, theirs in _layers.pairs(model):
         yield from alike(model, f"{mixer}.block", f"{theirs}.self_attn")
         yield from alike(model, f"{ffn}.block.gate", f"{theirs}.mlp.router")
         ours, experts = f"{ffn}.block.experts", f"{theirs}.mlp.experts"

@@ -7,7 +7,7 @@ from typing import Any
 
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers, llama
-from zoo.convert.rules import Rule, alike, residual_blocks, same
+from zoo.convert.rules import Rule
 from zoo.convert.settings import Settings
 
 # stand in published configurations; the original does not read them
@@ -48,10 +48,6 @@ def document(s: Settings) -> dict[str, Any]:
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
     yield from _layers.ends(s, "model.embed_tokens", "model.final_layernorm")
-    blocks = residual_blocks(model)
-    for i, (mixer, ffn) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
-        theirs = f"model.layers.{i}"
-        yield same(f"{mixer}.norm.weight", f"{theirs}.input_layernorm.weight")
-        yield same(f"{ffn}.norm.weight", f"{theirs}.pre_ff_layernorm.weight")
-        yield from alike(model, f"{mixer}.block", f"{theirs}.{'self_attn' if _attends(s, i) else 'mamba'}")
-        yield from alike(model, f"{ffn}.block", f"{theirs}.feed_forward", gate="router")
+    yield from _layers.norms(model, "input_layernorm", "pre_ff_layernorm")
+    mixers = ["self_attn" if _attends(s, i) else "mamba" for i in range(s.num_hidden_layers)]
+    yield from _layers.blocks(model, mixers, "feed_forward", gate="router")

@@ -7,7 +7,7 @@ from typing import Any
 
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers, llama
-from zoo.convert.rules import Rule, alike, residual_blocks, same
+from zoo.convert.rules import Rule
 from zoo.convert.settings import Settings
 
 
@@ -46,15 +46,8 @@ UNUSED = (
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
     yield from _layers.ends(s, "model.embed_tokens", "model.embedding_norm")
-    blocks = residual_blocks(model)
-    for i, (mixer, ffn) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
-        theirs = f"model.layers.{i}"
-        yield same(f"{mixer}.norm.weight", f"{theirs}.operator_norm.weight")
-        yield same(f"{ffn}.norm.weight", f"{theirs}.ffn_norm.weight")
-        if s.layer_types[i] == "conv":
-            yield from alike(model, f"{mixer}.block", f"{theirs}.conv")
-        else:
-            renamed = {"o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"}
-            yield from alike(model, f"{mixer}.block", f"{theirs}.self_attn", **renamed)
-        renamed = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-        yield from alike(model, f"{ffn}.block", f"{theirs}.feed_forward", **renamed)
+    yield from _layers.norms(model, "operator_norm", "ffn_norm")
+    mixers = ["conv" if kind == "conv" else "self_attn" for kind in s.layer_types]
+    renamed = {"o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"}
+    renamed |= {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    yield from _layers.blocks(model, mixers, "feed_forward", **renamed)

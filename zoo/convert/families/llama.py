@@ -8,7 +8,7 @@ from typing import Any
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers
 from zoo.convert.families._rope import head_dim, rope
-from zoo.convert.rules import Rule, alike, residual_blocks, same
+from zoo.convert.rules import Rule
 from zoo.convert.settings import Settings
 
 
@@ -63,26 +63,12 @@ def by_window(s: Settings, windows: list[int | None], ffn: Any, **more: Any) -> 
 
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
+    s.expect(rope_interleaved=False)  # stands in published files; the original does not read it
     return by_window(s, [None] * s.num_hidden_layers, {"swiglu": swiglu(s)})
 
 
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
     yield from _layers.ends(s, "model.embed_tokens", "model.norm")
-    for mixer, ffn, theirs in pairs(s, model):
-        yield from norms(theirs, **{f"{mixer}.norm": "input_layernorm", f"{ffn}.norm": "post_attention_layernorm"})
-        yield from alike(model, f"{mixer}.block", f"{theirs}.self_attn")
-        yield from alike(model, f"{ffn}.block", f"{theirs}.mlp")
-
-
-def pairs(s: Settings, model: Model) -> Iterator[tuple[str, str, str]]:
-    """The residual blocks of attention and of the feed-forward layer, and the name of their layer in theirs."""
-    blocks = residual_blocks(model)
-    for i in range(s.num_hidden_layers):
-        yield blocks[2 * i], blocks[2 * i + 1], f"model.layers.{i}"
-
-
-def norms(theirs: str, **names: str) -> Iterator[Rule]:
-    """Norms of a layer, ours by name of theirs."""
-    for ours, name in names.items():
-        yield same(f"{ours}.weight", f"{theirs}.{name}.weight")
+    yield from _layers.norms(model, "input_layernorm", "post_attention_layernorm")
+    yield from _layers.blocks(model, "self_attn", "mlp")

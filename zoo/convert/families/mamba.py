@@ -16,9 +16,12 @@ UNUSED = ("d_inner", "d_model", "fused_add_norm", "n_layer", "pad_vocab_size_mul
 
 def document(s: Settings, **more: Any) -> dict[str, Any]:
     """The configuration; `more` options of the mixer."""
-    s.expect(hidden_act=("silu", "swish"), intermediate_size=s.expand * s.hidden_size)
-    _layers.idle(s, *UNUSED)
-    mixer = {"state_dim": s.state_size, "expand": s.expand, "conv_size": s.conv_kernel, "dt_rank": s.time_step_rank}
+    s.expect(hidden_act=("silu", "swish"))
+    _layers.idle(s, "expand", *UNUSED)  # the width says it too, and is what counts where they differ (Falcon-Mamba)
+    expand, rest = divmod(s.intermediate_size, s.hidden_size)
+    if rest:
+        raise s.refused(f"intermediate_size: {s.intermediate_size}", f"must be a multiple of {s.hidden_size}")
+    mixer = {"state_dim": s.state_size, "expand": expand, "conv_size": s.conv_kernel, "dt_rank": s.time_step_rank}
     mixer |= _layers.given(bias=(s.use_bias, False), conv_bias=(s.use_conv_bias, True)) | more
     return _layers.body(s, s.layer_norm_epsilon, {"layer": {"mamba": mixer}}, ["layer"] * s.num_hidden_layers)
 

@@ -15,8 +15,8 @@ from zoo.convert.settings import Settings
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
     s.expect(hidden_act=("silu", "swish"))
-    # norm_before_gate and rms_norm: of published configurations; the original norms behind the gate
-    _layers.idle(s, "time_step_rank", "chunk_size", "norm_before_gate", "rms_norm")
+    # the last three: of published configurations; the original norms behind the gate, and is expand times as wide
+    _layers.idle(s, "time_step_rank", "chunk_size", "intermediate_size", "norm_before_gate", "rms_norm")
     mixer = {
         "num_heads": s.num_heads, "head_dim": s.head_dim, "state_dim": s.state_size, "num_groups": s.n_groups,
         "expand": s.expand, "conv_size": s.conv_kernel, "norm_eps": s.layer_norm_epsilon,

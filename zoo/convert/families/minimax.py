@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers, llama
-from zoo.convert.rules import Rule, alike, residual_blocks, same
+from zoo.convert.rules import Rule, alike
 from zoo.convert.settings import Settings
 from zoo.errors import ConfigError
 
@@ -49,15 +49,15 @@ def document(s: Settings) -> dict[str, Any]:
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
     yield from _layers.ends(s, "model.embed_tokens", "model.norm")
-    blocks = residual_blocks(model)
-    for i, (mixer, ffn) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
-        theirs = f"model.layers.{i}"
-        yield same(f"{mixer}.norm.weight", f"{theirs}.input_layernorm.weight")
-        yield same(f"{ffn}.norm.weight", f"{theirs}.post_attention_layernorm.weight")
+    yield from _layers.norms(model, "input_layernorm", "post_attention_layernorm")
+    for i, (mixer, ffn, theirs) in enumerate(_layers.pairs(model)):
         yield from alike(model, f"{ffn}.block", f"{theirs}.mlp")
         for rule in alike(model, f"{mixer}.block", f"{theirs}.self_attn"):
             decays = s.layer_types[i] == "linear_attention" and rule.ours[0].endswith(".norm.weight")
-            yield _with_decays(rule, _decays(s, i)) if decays else rule
+            yield _with_decays(rule, s, i) if decays else rule
+
+
+DECAYS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 
 
 def _decays(s: Settings, layer: int) -> dict[str, Tensor]:
@@ -75,17 +75,17 @@ def _decays(s: Settings, layer: int) -> dict[str, Tensor]:
     }
 
 
-def _with_decays(rule: Rule, decays: dict[str, Tensor]) -> Rule:
+def _with_decays(rule: Rule, s: Settings, layer: int) -> Rule:
     """The rule of a layer's norm that also checks the stored decays, and gives them back in the norm's dtype."""
     place = rule.theirs[0].removesuffix("norm.weight")
 
     def there(tensors: list[Tensor]) -> list[Tensor]:
-        for (name, wanted), tensor in zip(decays.items(), tensors[1:], strict=True):
+        for (name, wanted), tensor in zip(_decays(s, layer).items(), tensors[1:], strict=True):
             if tensor.shape != wanted.shape or not torch.equal(tensor.cpu(), wanted.to(tensor.dtype)):
                 raise ConfigError(f"{place}{name} is not the one that the configuration says")
         return tensors[:1]
 
     def back(tensors: list[Tensor]) -> list[Tensor]:
-        return [tensors[0], *(t.to(tensors[0]) for t in decays.values())]
+        return [tensors[0], *(t.to(tensors[0]) for t in _decays(s, layer).values())]
 
-    return Rule(rule.ours, (*rule.theirs, *(place + name for name in decays)), there, back)
+    return Rule(rule.ours, (*rule.theirs, *(place + name for name in DECAYS)), there, back)

@@ -13,7 +13,8 @@ from zoo.convert.settings import Settings
 
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
-    s.expect(attention_bias=(False, None))
+    s.expect(attention_bias=(False, None), lm_head_bias=False, mlp_bias=False)
+    _layers.idle(s, "full_attn_mod", "interpolate_factor")  # of published files; the original does not read them
     return llama.by_window(s, llama.one_window(s), {"swiglu": llama.swiglu(s)}, partial=True)
 
 
@@ -22,9 +23,8 @@ def rules(s: Settings, model: Model) -> Iterator[Rule]:
     yield from _layers.ends(s, "model.embed_tokens", "model.norm")
     keys = s.get("num_key_value_heads", s.num_attention_heads)
     sizes = [heads * llama.head_dim(s) for heads in (s.num_attention_heads, keys, keys)]
-    for mixer, ffn, theirs in llama.pairs(s, model):
-        names = {f"{mixer}.norm": "input_layernorm", f"{ffn}.norm": "post_attention_layernorm"}
-        yield from llama.norms(theirs, **names)
+    yield from _layers.norms(model, "input_layernorm", "post_attention_layernorm")
+    for mixer, ffn, theirs in _layers.pairs(model):
         parts = [f"{mixer}.block.{name}_proj.weight" for name in "qkv"]
         yield divided(parts, f"{theirs}.self_attn.qkv_proj.weight", sizes)
         yield same(f"{mixer}.block.o_proj.weight", f"{theirs}.self_attn.o_proj.weight")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers, llama, qwen3_moe
-from zoo.convert.rules import Rule, alike, divided, residual_blocks, same
+from zoo.convert.rules import Rule, alike, divided, same
 from zoo.convert.settings import Settings
 
 
@@ -46,11 +46,8 @@ def document(s: Settings) -> dict[str, Any]:
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
     yield from _layers.ends(s, "model.embed_tokens", "model.norm")
-    blocks = residual_blocks(model)
-    for i, (mixer, ffn) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
-        theirs = f"model.layers.{i}"
-        yield same(f"{mixer}.norm.weight", f"{theirs}.input_layernorm.weight")
-        yield same(f"{ffn}.norm.weight", f"{theirs}.post_attention_layernorm.weight")
+    yield from _layers.norms(model, "input_layernorm", "post_attention_layernorm")
+    for i, (mixer, ffn, theirs) in enumerate(_layers.pairs(model)):
         yield from alike(model, f"{ffn}.block", f"{theirs}.mlp", shared_experts="shared_expert")
         if s.layer_types[i] == "linear_attention":
             yield from _delta_rules(s, f"{mixer}.block", f"{theirs}.linear_attn")

@@ -9,7 +9,7 @@ import torch
 
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers, llama
-from zoo.convert.rules import Rule, alike, residual_blocks, same
+from zoo.convert.rules import Rule
 from zoo.convert.settings import Settings
 
 
@@ -19,7 +19,7 @@ def _kinds(s: Settings) -> list[str]:
 
 def document(s: Settings) -> dict[str, Any]:
     """The configuration."""
-    s.expect(hidden_activation="gelu_pytorch_tanh")
+    s.expect(hidden_activation="gelu_pytorch_tanh", embeddings_scale_by_sqrt_dim=True)
     if s.rope_parameters["rope_type"] != "default":
         raise s.refused(f"rope_type: {s.rope_parameters['rope_type']!r}", "can be default")
     _layers.idle(s, "w_init_variance_scale", "final_w_init_variance_scale", "partial_rotary_factor", "_block_types")
@@ -40,10 +40,5 @@ def document(s: Settings) -> dict[str, Any]:
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
     yield from _layers.ends(s, "model.embed_tokens", "model.final_norm")
-    blocks = residual_blocks(model)
-    for i, (mixer, ffn) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
-        theirs = f"model.layers.{i}"
-        yield same(f"{mixer}.norm.weight", f"{theirs}.temporal_pre_norm.weight")
-        yield same(f"{ffn}.norm.weight", f"{theirs}.channel_pre_norm.weight")
-        yield from alike(model, f"{mixer}.block", f"{theirs}.temporal_block")
-        yield from alike(model, f"{ffn}.block", f"{theirs}.mlp_block")
+    yield from _layers.norms(model, "temporal_pre_norm", "channel_pre_norm")
+    yield from _layers.blocks(model, "temporal_block", "mlp_block")

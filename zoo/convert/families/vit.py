@@ -7,8 +7,10 @@ from typing import Any
 
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers
-from zoo.convert.rules import Rule, alike, residual_blocks, same
+from zoo.convert.rules import Rule, same
 from zoo.convert.settings import Settings
+
+MLP = {"up_proj": "fc1", "down_proj": "fc2"}  # where it has no gate
 
 
 def kind(s: Settings, *known: str) -> str:
@@ -76,21 +78,8 @@ def ends(s: Settings, body: str, more: dict[str, str]) -> Iterator[Rule]:
         yield same(f"embed.{ours}", f"{place}.{theirs}")
 
 
-def layer_rules(model: Model, mixer: str, ffn: str, layer: str, norms: tuple[str, str]) -> Iterator[Rule]:
-    """Norms, attention and feed-forward layer at the residual blocks `mixer` and `ffn`."""
-    for name, norm in zip((mixer, ffn), norms, strict=True):
-        yield from alike(model, f"{name}.norm", f"{layer}.{norm}")
-    yield from alike(model, f"{mixer}.block", f"{layer}.attention")
-    renamed = (
-        {} if hasattr(model.get_submodule(f"{ffn}.block"), "gate_proj") else {"up_proj": "fc1", "down_proj": "fc2"}
-    )
-    yield from alike(model, f"{ffn}.block", f"{layer}.mlp", **renamed)
-
-
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
     yield from ends(s, "vit.", {})
-    blocks = residual_blocks(model)
-    for i, (mixer, ffn) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
-        names = ("layernorm_before", "layernorm_after")
-        yield from layer_rules(model, mixer, ffn, f"vit.layers.{i}", names)
+    yield from _layers.norms(model, "layernorm_before", "layernorm_after", layers="vit.layers")
+    yield from _layers.blocks(model, "attention", "mlp", layers="vit.layers", **MLP)

@@ -7,7 +7,7 @@ from typing import Any
 
 from zoo.architectures.model import Model
 from zoo.convert.families import _layers
-from zoo.convert.rules import Rule, alike, divided, residual_blocks, same
+from zoo.convert.rules import Rule, divided, same
 from zoo.convert.settings import Settings
 
 # which code computes the same numbers, in which pieces and precision
@@ -15,6 +15,13 @@ IDLE = (
     "autocast_kernel_dtype", "chunk_size", "chunkwise_kernel", "inference_state_dtype", "max_inference_chunksize",
     "mode", "norm_reduction_force_float32", "return_last_states", "sequence_kernel", "step_kernel",
 )  # fmt: skip
+# stand in published configurations; the original does not read them
+UNUSED = (
+    "add_forward_backend_padding", "add_post_norm", "add_qk_norm", "cell_norm_eps", "force_bos_token_insert",
+    "head_dim", "igate_bias_init_range", "mlstm_round_up_to_multiple_of",
+)  # fmt: skip
+# names of kernels of a package that transformers asks for where they stand
+FOREIGN = ("chunkwise_kernel", "sequence_kernel", "step_kernel")
 
 
 def _width(s: Settings) -> int:
@@ -29,7 +36,7 @@ def document(s: Settings) -> dict[str, Any]:
         use_bias=False, add_out_norm=True, eps=1e-6, weight_mode=("single", "fused"), embedding_dim=s.hidden_size,
         num_blocks=s.num_hidden_layers,
     )  # fmt: skip
-    _layers.idle(s, *IDLE)
+    _layers.idle(s, *IDLE, *UNUSED)
     mlstm = {
         "num_heads": s.num_heads, "qk_dim_factor": s.qk_dim_factor, "v_dim_factor": s.v_dim_factor,
         "gate_soft_cap": s.gate_soft_cap, "norm_eps": s.norm_eps,
@@ -43,17 +50,14 @@ def document(s: Settings) -> dict[str, Any]:
 def rules(s: Settings, model: Model) -> Iterator[Rule]:
     """What each tensor is in theirs."""
     yield from _layers.ends(s, "backbone.embeddings", "backbone.out_norm", tied=False)
-    blocks = residual_blocks(model)
-    for i, (mixer, ffn) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
-        theirs = f"backbone.blocks.{i}"
-        yield same(f"{mixer}.norm.weight", f"{theirs}.norm_mlstm.weight")
-        yield same(f"{ffn}.norm.weight", f"{theirs}.norm_ffn.weight")
+    layers = "backbone.blocks"
+    yield from _layers.norms(model, "norm_mlstm", "norm_ffn", layers=layers)
+    if s.weight_mode == "single":
+        renamed = {"gate_proj": "proj_up_gate", "up_proj": "proj_up", "down_proj": "proj_down"}
+        yield from _layers.blocks(model, "mlstm_layer", "ffn", layers=layers, **renamed)
+        return
+    for mixer, ffn, theirs in _layers.pairs(model, layers):
         mixer, ffn = f"{mixer}.block", f"{ffn}.block"
-        if s.weight_mode == "single":
-            yield from alike(model, mixer, f"{theirs}.mlstm_layer")
-            renamed = {"gate_proj": "proj_up_gate", "up_proj": "proj_up", "down_proj": "proj_down"}
-            yield from alike(model, ffn, f"{theirs}.ffn", **renamed)
-            continue
         yield _fused(model, mixer, ("q", "k", "v", "ogate_preact"), f"{theirs}.mlstm_layer.qkv_opreact")
         for part in ("weight", "bias"):
             gates = ("igate_preact", "fgate_preact")
