@@ -25,7 +25,7 @@ HEAD = ("family", "sets", "error fp32", "error fp64", "same continuation", "bit-
 def measured(names: list[str]) -> dict[str, list[dict[str, Any]]]:
     """What each option set shows, by family."""
     sys.path.insert(0, str(ROOT / "tests" / "convert"))
-    from models import MODELS
+    from models import CONTEXTS, MODELS
     from models_hybrid import MODELS as HYBRIDS
     from parity import measure
 
@@ -34,7 +34,7 @@ def measured(names: list[str]) -> dict[str, list[dict[str, Any]]]:
         family, _, options = name.partition(".")
         if not names or family in names:
             print(f"  {name}", file=sys.stderr, flush=True)
-            found.setdefault(family, []).append({"options": options} | vars(measure(make())))
+            found.setdefault(family, []).append({"options": options} | vars(measure(make(), CONTEXTS.get(name))))
     return found
 
 

@@ -58,3 +58,20 @@ def test_import_refuses_in_one_sentence(zoo, hub, tmp_path):
     err = zoo("import", tmp_path, "--out", tmp_path / "x", code=2).err
     assert "models of type 'evil' cannot be converted" in err and len(err.splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_length_is_named_where_angles_depend_on_it(zoo, hub, tmp_path):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    config = Phi3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=40, pad_token_id=0,
+        original_max_position_embeddings=8, max_position_embeddings=32,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
+    )  # fmt: skip
+    Phi3ForCausalLM(config).save_pretrained(tmp_path / "in")
+    assert "up to 8 takes the short factors" in zoo("import", tmp_path / "in", "--out", tmp_path / "x", code=2).err
+    assert "context=9 cannot be" in zoo("import", hub, "--out", tmp_path / "x", "--context", 9, code=2).err
+    zoo("import", tmp_path / "in", "--out", tmp_path / "ours", "--context", 9)
+    attention = package.from_pretrained(tmp_path / "ours").config["define"]["layer"][0]["attention"]
+    assert attention["rope_scaling"]["factors"] == factors["long_factor"]

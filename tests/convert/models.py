@@ -43,6 +43,10 @@ LLAMA3 = rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )  # fmt: skip
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=8.0, beta_slow=2.0)
+LONGROPE = {
+    "original_max_position_embeddings": 4, "max_position_embeddings": 64,
+    **rope("longrope", short_factor=[1.0] * 8, long_factor=[1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0]),
+}  # fmt: skip
 KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 7}
 EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 48}
 QWEN_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
@@ -58,6 +62,8 @@ GEMMA_ROPE = {
 GRANITE = {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22}
 BIASES = {"attention_bias": True, "tie_word_embeddings": True}
 
+# tokens to be read, where angles depend on it
+CONTEXTS = {"llama.dynamic": 64, "phi3.long": 64}
 # a name with a dot is another option set of the family in front of it
 MODELS: dict[str, Callable[[], Any]] = {
     name: partial(made, family, **options)
@@ -67,6 +73,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         ("llama.llama3", "Llama", LLAMA3),
         ("llama.linear", "Llama", rope("linear", factor=3.0)),
         ("llama.yarn", "Llama", YARN),
+        ("llama.dynamic", "Llama", {**rope("dynamic", factor=2.0), "max_position_embeddings": 64}),
         # a share that the original's code does not read: it rotates every channel
         ("llama.partial", "Llama", rope("default", partial_rotary_factor=0.5)),
         ("mistral", "Mistral", {"sliding_window": 6}),
@@ -87,6 +94,7 @@ MODELS: dict[str, Callable[[], Any]] = {
             "sliding_window": 6, "tie_word_embeddings": True,
             **rope("default", partial_rotary_factor=0.5),
         }),
+        ("phi3.long", "Phi3", LONGROPE),
         ("mixtral", "Mixtral", EXPERTS),
         ("mixtral.window", "Mixtral", {**EXPERTS, "sliding_window": 6, "tie_word_embeddings": True, "head_dim": 8}),
         ("qwen3_moe", "Qwen3Moe", QWEN_MOE),

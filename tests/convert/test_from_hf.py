@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from models import LLAMA3, MODELS, made
+from models import CONTEXTS, LLAMA3, MODELS, made
 from parity import measure
 
 import zoo
@@ -16,7 +16,7 @@ from zoo.convert import from_hf, plan, to_hf
 
 @pytest.mark.parametrize("name", MODELS)
 def test_family(name):
-    found = measure(MODELS[name]())
+    found = measure(MODELS[name](), CONTEXTS.get(name))
     assert found.error < 1e-4 and found.error_fp64 < 1e-9
     assert found.generation and found.round_trip
 

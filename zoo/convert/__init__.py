@@ -75,9 +75,7 @@ def from_folder(
             weights = Weights(folder)
         else:
             weights = Weights(folder, hf.text_name)
-            config.tie_word_embeddings &= (
-                "lm_head.weight" not in weights.names
-            )  # as in transformers
+            config.tie_word_embeddings &= "lm_head.weight" not in weights.names  # as in transformers
             origin["tower_of"] = whole.model_type
         model, rules = plan(config.to_dict(), dtype=dtype or weights.dtype(), context=context, origin=origin)
         names = hf.Names(config, weights.names)

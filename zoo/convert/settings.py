@@ -15,11 +15,12 @@ NEUTRAL = frozenset(
         "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "auto_map", "bos_token_id",
         "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task",
         "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
-        "is_llama_config", "keys_to_ignore_at_inference", "label2id", "max_position_embeddings", "max_window_layers",
-        "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-        "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
-        "sep_token_id", "task_specific_params", "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript",
-        "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+        "is_llama_config", "keys_to_ignore_at_inference", "label2id", "max_position_embeddings", "max_sequence_length",
+        "max_window_layers", "model_type", "output_attentions", "output_hidden_states", "output_router_logits",
+        "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef",
+        "router_jitter_noise", "sep_token_id", "task_specific_params", "tie_encoder_decoder", "tokenizer_class",
+        "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed",
+        "unsloth_version", "use_cache",
     }
 )  # fmt: skip
 
