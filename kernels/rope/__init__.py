@@ -45,19 +45,19 @@ def rope(
     if rotary_dim == 0:
         return x
     if x.is_cpu and native_core.watched(x) is None:
-        frequencies, amplitude = _kept_frequencies(rotary_dim, base, scaling and _hashable(scaling))
+        frequencies, amplitude = _kept_frequencies(rotary_dim, base, _hashable(scaling))
     else:
         frequencies, amplitude = rope_frequencies(rotary_dim, base, scaling, x.device)
     return call("rope", backend, x, positions, frequencies, amplitude, interleaved, inverse)
 
 
-def _hashable(scaling: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted((key, tuple(v) if isinstance(v, list) else v) for key, v in scaling.items()))
+def _hashable(scaling: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((key, tuple(v) if isinstance(v, list) else v) for key, v in (scaling or {}).items()))
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_frequencies(rotary_dim: int, base: float, scaling: tuple[tuple[str, Any], ...] | None):
-    return rope_frequencies(rotary_dim, base, scaling and dict(scaling))
+def _kept_frequencies(rotary_dim: int, base: float, scaling: tuple[tuple[str, Any], ...]):
+    return rope_frequencies(rotary_dim, base, dict(scaling) or None)
 
 
 __all__ = ["check_scaling", "rope", "rope_frequencies", "yarn_mscale"]
