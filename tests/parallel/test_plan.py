@@ -206,11 +206,7 @@ def most_held(step):
 CHUNKED = {
     "attention": [[{"attention": {"num_heads": 4, "num_kv_heads": 2}}, "swiglu"]] * 3,
     "states": [["gated_deltanet", "swiglu"], ["mamba2"]],
-    "both": [
-        ["gated_deltanet", "swiglu"],
-        [{"attention": {"num_heads": 4}}, "swiglu"],
-        [{"attention": {"window": 64}}],
-    ],
+    "both": [["gated_deltanet", "swiglu"], [{"attention": {"num_heads": 4}}, "swiglu"], ["gated_deltanet", "swiglu"]],
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import Shard
 
-from zoo.contract import Block
+from zoo.contract import Block, State
 from zoo.graph.nodes import Leaf
 from zoo.parallel import context, pipeline, shard, tensor
 from zoo.parallel.expert import mixtures
@@ -229,19 +229,28 @@ class Subject:
         return -(-self.seq_len // self.piece.seq_len)
 
     def handed_on(self, rows: int) -> int:
-        """Bytes that chunks of rows leave each other: the state, a chunk's copy of it and, where there are several, two
-        gradients; of what is not only appended to, as keys are, also the state at every border."""
+        """Bytes that chunks of rows leave each other, at the most. Of what is only appended to, as keys are: the state,
+        a chunk's copy of it, the gradient from behind and, with several rows, the keys of a chunk laid out one behind
+        the other. Of other states both, two gradients and all borders."""
         if self.piece is self:
             return 0
-        state = self.model.init_state(rows, self.seq_len)
-        appended = {id(t) for t in state.mark().tensors()}
-        sizes = [(t.numel() * t.element_size(), id(t) in appended) for t in state.tensors()]
-        copies = 2 if self.chunks == 1 else 4
-        return sum(size * (copies if shared else copies + self.chunks) for size, shared in sizes)
+        laid_out = 1 - 1 / self.chunks if rows > 1 else 0.0
+        appended, others = _held_by(self.model.init_state(rows, self.seq_len))
+        kept = int(appended * (2 + laid_out + (self.chunks > 1))) + others * (self.chunks + 4)
+        return kept + (self._gradients_of_keys(rows) if self.chunks > 1 else 0)
+
+    def _gradients_of_keys(self, rows: int) -> int:
+        """Backward through a block makes the gradient of all its keys twice, when what is kept behind it is gone."""
+        most = behind = 0
+        for work in (w for unit in reversed(self.piece.work) for w in reversed(unit)):
+            if work.block is not None:
+                most = max(most, 2 * _held_by(work.block.init_state(rows, self.seq_len))[0] - behind)
+            behind += rows * work.kept
+        return most
 
     def passes(self, unit: int) -> float:
         """Forward passes that a step is worth: three, more where something is computed again. Chunks of rows but the
-        last run forward twice, the first time without logits; of those that are not drawn there is no more than that."""
+        last run forward twice, the first time without logits; those that are not drawn run once."""
         chunked, again = self.train.sequence_chunks, 0.0
         if chunked.size and unit != self.head:
             again = 1 - 1 / self.chunks
@@ -313,6 +322,13 @@ class Subject:
         """Experts that a token takes, by the id of the block that holds them."""
         blocks = (m for m in self.model.modules() if isinstance(m, Block))
         return {id(m): m.top_k for m in blocks if "expert" in m.parallel_plan().tensor.values()}  # type: ignore
+
+
+def _held_by(state: State) -> tuple[int, int]:
+    """Bytes of a state that marks of it share, being appended to only, and of the rest."""
+    shared = {id(t) for t in state.mark().tensors()}
+    sizes = [(t.numel() * t.element_size(), id(t) in shared) for t in state.tensors()]
+    return sum(n for n, both in sizes if both), sum(n for n, both in sizes if not both)
 
 
 def _optimizer_bytes(name: str, elements: int, itemsize: int) -> int:
