@@ -156,24 +156,24 @@ def with_tensors(
     """The model of a graph with these weights, in eval() mode. ConfigError where they do not fit; `path` is where they
     came from."""
     embedding = tensors.get(f"{ARCHITECTURES[graph.architecture].embedding}.weight")
-    stored = torch.float32 if embedding is None else embedding.dtype
+    stored = embedding.dtype if embedding is not None and embedding.is_floating_point() else torch.float32
     model = assemble(graph, dtype=dtype or stored)
+    check_fit(unique_tensors(model), tensors, path)  # first: nobody has the memory that a wrong size may ask for
     if str(device) != "meta":
         allocate(model, device)
-    own = unique_tensors(model)
-    check_fit(own, tensors, path)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in unique_tensors(model).items():
             tensor.copy_(tensors[name])
     return model.eval()
 
 
 def check_fit(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """ConfigError where names or shapes of saved tensors are not those of the model."""
+    """ConfigError where names or shapes of saved tensors are not those of the model, or numbers are of another kind."""
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
-    if missing or surplus or wrong:
-        parts = [
-            f"{k}: {', '.join(v[:3])}" for k, v in (("missing", missing), ("unknown", surplus), ("shape", wrong)) if v
-        ]
+    both = sorted(own.keys() & tensors.keys())
+    wrong = [n for n in both if own[n].shape != tensors[n].shape]
+    odd = [n for n in both if own[n].is_floating_point() != tensors[n].is_floating_point()]
+    if missing or surplus or wrong or odd:
+        kinds = (("missing", missing), ("unknown", surplus), ("shape", wrong), ("type", odd))
+        parts = [f"{kind}: {', '.join(names[:3])}" for kind, names in kinds if names]
         raise ConfigError([Problem("the weights do not fit the config; " + "; ".join(parts), file=str(path))])

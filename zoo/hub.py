@@ -173,7 +173,7 @@ def _card(folder: Path, graph: Graph, repo: str, license: str, tensors: Iterable
     if found := re.match(r"---\n(.*?)^---\n", text, re.S | re.M):
         try:
             head, body = yaml.safe_load(found[1]) or {}, text[found.end() :]
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             head = None
         if not isinstance(head, dict):
             raise _refused(folder / CARD, "has a head that is no YAML mapping")

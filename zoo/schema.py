@@ -112,7 +112,10 @@ def check_type(value: Any, annotation: Any) -> tuple[Any, str]:
         except ConfigError as error:
             return value, "; ".join(f"{p.where.rpartition('.')[2]}: {p.message}" for p in error.problems)
     if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value), "" if value == value else complaint
+        try:
+            return float(value), "" if value == value else complaint
+        except OverflowError:
+            return value, complaint
     if annotation is int and isinstance(value, bool):
         return value, complaint
     if annotation is type(None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def from_folder(
         _check(folder, names, weights, [name for rule in rules for name in rule.theirs])
         fill(model, rules, lambda name: names.make(name, weights), device, progress)
     except ConfigError as error:
-        raise error if error.problems[0].file.startswith(str(folder)) else refused(folder, str(error)) from None
+        raise ConfigError([replace(p, file=p.file or str(folder)) for p in error.problems]) from None
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from zoo.errors import ConfigError, Problem
+from zoo.errors import ConfigError, Problem, ZooError, few
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -23,6 +24,7 @@ BESIDE = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
     "generation_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+_FILE = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
@@ -33,10 +35,16 @@ def refused(path: Path, message: str) -> ConfigError:
     return ConfigError([Problem(message, file=str(path))])
 
 
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)  # infinities, which older versions of transformers wrote
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. ConfigError where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
     except FileNotFoundError:
         raise refused(path, "does not exist; is it the folder of a model?") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -62,10 +70,14 @@ def license_of(folder: Path) -> str:
 
 
 def copy_beside(folder: Path, out: Path) -> list[str]:
-    """Copy tokenizer, generation settings and licence texts; their names."""
+    """Copy tokenizer, generation settings and licence texts into a new folder; their names."""
     found = beside(folder)
-    for path in found:
-        shutil.copyfile(path, out / path.name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in found:
+            shutil.copyfile(path, out / path.name)
+    except OSError as error:
+        raise ZooError(f"cannot write {out}: {error.strerror or error}") from None
     return [path.name for path in found]
 
 
@@ -85,25 +97,35 @@ class Weights:
         self.folder = folder
         self._headers: dict[str, tuple[str, tuple[int, ...], str, str]] = {}  # file, shape, type and name in it
         self._mapped: tuple[str, Any] = ("", None)
-        for name in self._listed():
+        placed, found = self._placed(), dict[str, str]()  # files by tensor, as promised and as they are
+        for name in sorted(set(placed.values())) or [ONE_FILE]:
             file = self._opened(self.folder / name)
             for tensor in file.keys():  # noqa: SIM118 (it is no mapping)
-                part = file.get_slice(tensor)
+                if tensor in found:
+                    raise refused(self.folder / name, f"holds {tensor} again, which is in {found[tensor]}")
+                found[tensor] = name
                 if (known_as := renamed(tensor)) is not None:
+                    part = file.get_slice(tensor)
                     self._headers[known_as] = name, tuple(part.get_shape()), part.get_dtype(), tensor
+        if odd := [t for t, name in placed.items() if found.get(t) != name]:
+            raise refused(self.folder / INDEX, f"says what files hold that they do not: {few(odd)}")
+        if not self._headers:
+            raise refused(self.folder / ONE_FILE, "holds no tensor")
 
-    def _listed(self) -> list[str]:
+    def _placed(self) -> dict[str, str]:
+        """Which file of several holds a tensor; empty where one file holds all."""
         if (self.folder / INDEX).is_file():
             index = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(index, dict) or not index:
                 raise refused(self.folder / INDEX, "has no weight_map")
-            files = sorted(set(map(str, index.values())))
-            for name in files:
-                if Path(name).name != name or not name.endswith(".safetensors"):
-                    raise refused(self.folder / INDEX, f"names {name!r}, which is no safetensors file of its folder")
-            return files
+            for name in index.values():
+                if not (isinstance(name, str) and _FILE.fullmatch(name)):
+                    raise refused(
+                        self.folder / INDEX, f"names {name!r:.99}, which is no safetensors file of its folder"
+                    )
+            return index
         if (self.folder / ONE_FILE).is_file():
-            return [ONE_FILE]
+            return {}
         if pickled := sorted(p.name for pattern in PICKLED for p in self.folder.glob(pattern)):
             raise refused(
                 self.folder, f"has pickled weights ({pickled[0]}), which can run code when read; only safetensors are"

@@ -15,6 +15,8 @@ from zoo.convert import families
 from zoo.errors import ConfigError
 
 Read = Callable[[str], Tensor]
+# each of these is a Python object, before any weight is looked at
+_COUNTED, _MOST = re.compile("layers?$|labels$|experts$|blocks$"), 100_000
 # on disk, computed anew by every model
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 # models that see, whose text tower is a causal model of a family of its own
@@ -30,6 +32,12 @@ def configuration(values: Mapping[str, Any]) -> Any:
     if not (kind := str(values.get("model_type") or "")):
         raise ConfigError("the configuration names no model_type")
     foreign = () if kind in TOWERS else getattr(families.load(kind), "FOREIGN", ())  # says which families there are
+    text = values.get("text_config")
+    for name, value in (*values.items(), *(text.items() if isinstance(text, Mapping) else ())):
+        if _COUNTED.search(name) and isinstance(value, int) and value > _MOST:
+            raise ConfigError(f"{name}: {value} is more than any model has")
+    # names of kernels, which transformers would fetch and run
+    values = {name: value for name, value in values.items() if "_implementation" not in name}
     try:
         from transformers import CONFIG_MAPPING
     except ImportError:
@@ -39,8 +47,11 @@ def configuration(values: Mapping[str, Any]) -> Any:
         known = {name: value for name, value in values.items() if name not in foreign}
         return kind_of.from_dict(kind_of._decode_special_floats(known))  # infinity is no JSON
     except Exception as error:  # whatever the checks of the library raise, the file is at fault
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"the configuration is not one of {kind}: {first}") from None
+        raise ConfigError(f"the configuration is not one of {kind}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def text_config(config: Any) -> Any:
@@ -95,8 +106,12 @@ class Names:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-        with torch.device("meta"):
-            self._model: Any = class_of(config)(config)
+        kind = class_of(config)
+        try:
+            with torch.device("meta"):
+                self._model: Any = kind(config)
+        except Exception as error:  # whatever its layers raise, the file is at fault
+            raise ConfigError(f"the configuration builds no {kind.__name__}: {_first_line(error)}") from None
         weights = self._model.state_dict(keep_vars=True)
         self.shapes = {name: tuple(t.shape) for name, t in weights.items()}
         by_id: dict[int, list[str]] = {}

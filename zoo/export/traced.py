@@ -6,7 +6,9 @@ Ops run by rows made of torch's own operations, so the program needs nothing of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import io
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.architectures.causal_lm import CausalLM
 from zoo.errors import ConfigError, ZooError
@@ -27,6 +31,7 @@ from zoo.train.files import new_file
 
 ROWS = 2  # of the traced tokens
 TOLERANCE = 1e-4
+MOST = 50_000  # operations of a program; each takes a millisecond or more to trace
 NAMES = {"torch": "model.pt2", "onnx": "model.onnx"}
 
 
@@ -47,20 +52,36 @@ class _Forward(nn.Module):
         return self.model(tokens)
 
 
+class _Operations(TorchDispatchMode):
+    """What runs inside, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
 def trace(model: CausalLM, length: int) -> Traced:
     """The program of a model, with as many sizes left open as torch can; where that of a row cannot, it is `length`.
     ConfigError names the block that cannot be traced."""
     forward = _Forward(model.eval())
     tokens = _tokens(model, ROWS, length)
     error: Exception | None = None
-    with portable_rows(), torch.no_grad():
-        for dynamic in (("batch", "length"), ("batch",), ("length",), ()):
+    with portable_rows(), torch.no_grad(), _quiet():
+        open_sizes = _open(model, length)
+        for dynamic in dict.fromkeys((open_sizes, open_sizes[:1], ())):
             try:
                 program = torch.export.export(forward, (tokens,), dynamic_shapes=_shapes(dynamic), strict=False)
                 _check(program, model, dynamic, length)
                 return Traced(program, dynamic)
             except ConfigError:
                 raise
+            except GuardOnDataDependentSymNode as failure:  # at any size
+                error = failure
+                break
             except Exception as failure:  # torch raises what its tracer met
                 error = error or failure
         raise ConfigError(_refusal(model, length, error))
@@ -92,6 +113,18 @@ def export_onnx(model: CausalLM, directory: Path, length: int) -> tuple[str, tup
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A tracer that fails prints all that it has so far, pages of it."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
 def portable_rows() -> Iterator[None]:
     """Within, every op runs by its best row that is plain torch, and takes sizes as they come: attention in one piece,
     which it is cut into for speed, and linear layers without asking how large they are."""
@@ -107,6 +140,30 @@ def portable_rows() -> Iterator[None]:
 
 def _one_tile(num_queries: int, num_keys: int, *rest: Any, **how: Any) -> list[Tile]:
     return [Tile(0, num_queries, 0, 0, num_keys)]
+
+
+def _open(model: CausalLM, length: int) -> tuple[str, ...]:
+    """Sizes that may stay open: with others the same operations run. A recurrence loops over the chunks of a row, which
+    a tracer would only find out after minutes of algebra. ConfigError where it would have too much to trace."""
+    runs = [_operations(model, ROWS, length), _operations(model, ROWS + 1, length)]
+    if len(runs[0]) > MOST:
+        name = model.config.get("name", "the model")
+        raise ConfigError(
+            f"{name} runs {len(runs[0]):,} operations for rows of {length}, more than {MOST:,}: too many to trace"
+        )
+    runs.append(_operations(model, ROWS, _other(length)))
+    return tuple(size for size, run in zip(("batch", "length"), runs[1:], strict=True) if run == runs[0])
+
+
+def _operations(model: CausalLM, rows: int, length: int) -> list[Any]:
+    with _Operations() as operations:
+        model(_tokens(model, rows, length))
+    return operations.found
+
+
+def _other(length: int) -> int:
+    """Another length, with more chunks, the last of them not full."""
+    return 2 * length + 13
 
 
 def _tokens(model: CausalLM, rows: int, length: int) -> Tensor:
@@ -125,7 +182,7 @@ def _check(program: torch.export.ExportedProgram, model: CausalLM, dynamic: tupl
             raise ConfigError(
                 f"{_site(node, model)} cannot be traced: its program would call {node.target}, which is ours"
             )
-    tokens = _tokens(model, ROWS + ("batch" in dynamic), 2 * length + 13 if "length" in dynamic else length).flip(1)
+    tokens = _tokens(model, ROWS + ("batch" in dynamic), _other(length) if "length" in dynamic else length).flip(1)
     got, want = program.module()(tokens), model(tokens)
     if got.shape != want.shape or not (got - want).abs().max() <= TOLERANCE * want.abs().max():
         raise ValueError("the traced program computes something else at another size")
@@ -141,11 +198,12 @@ def _site(node: Any, model: CausalLM) -> str:
 
 
 def _refusal(model: CausalLM, length: int, error: Exception | None) -> str:
-    """Which blocks cannot be traced, each for itself."""
+    """Which blocks cannot be traced, each for itself where it takes the stream as it is."""
     x = torch.randn(ROWS, length, model.dim, dtype=model.tok_embeddings.weight.dtype)
     failed: dict[str, str] = {}
     for name, module in _blocks(model):
-        if name not in failed and (why := _untraceable(module, x)):
+        inside = {m.zoo_registration.name for m in module.modules() if hasattr(m, "zoo_registration")}  # type: ignore[union-attr]
+        if not inside & failed.keys() and (why := _untraceable(module, x)):
             failed[name] = why
     if not failed:
         failed = {"the graph": _first_line(error)}
@@ -166,14 +224,19 @@ def _untraceable(module: nn.Module, x: Tensor) -> str | None:
     width = getattr(module, "dim", x.shape[-1])
     if width != x.shape[-1]:
         x = x[..., :1].expand(*x.shape[:-1], width)
-    run: Callable[..., Any] = torch.export.export
     try:
-        run(module, (x,), strict=False)
+        module(x)
+    except Exception:  # it is not alone in its layer, which says more
+        return None
+    try:
+        torch.export.export(module, (x,), strict=False)
     except Exception as error:
         return _first_line(error)
     return None
 
 
 def _first_line(error: Exception | None) -> str:
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return "what it runs depends on what the tokens are"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

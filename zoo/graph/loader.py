@@ -35,6 +35,7 @@ KEYS_OF = {
     "causal_lm": ("vocab_size", "tie_embeddings", "embedding_scale", "logit_scale", "logit_cap", "diffusion", "prefix"),
     "vision": ("vision", "distill"),
 }
+_MOST_NUMBERS = 2**60  # of a tensor: bytes are counted in 64 bits
 _INTERPOLATION = re.compile(r"\$\{([^${}]*)\}")
 
 
@@ -181,6 +182,10 @@ def _check_section(parser: Parser, section: type, value: Any, path: tuple) -> No
 def _try_blocks(graph: Graph, parser: Parser) -> None:
     """Build every distinct block and router once on the meta device: finds combinations of options that do not
     go together, and nodes that look ahead where the architecture must not."""
+    if graph.vocab_size * graph.dim > _MOST_NUMBERS:
+        parser.complain(
+            ("vocab_size",), f"{graph.vocab_size} embeddings of {graph.dim} numbers are more than any memory holds"
+        )
     tried: set[str] = set()
     # what gets some of the tokens, or chunks of them, cannot know a prefix of the row by its first ones
     gathering = (n for n in graph.walk() if n.router is not None and n.router.name != "fixed")
