@@ -101,10 +101,20 @@ def test_it_is_kept_and_read_again(made, tmp_path, monkeypatch):
 def test_a_spoilt_file_is_said(made, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "folder", lambda: tmp_path)
     path = made.save()
-    for text in ("{", "{}", '{"version": 0}', "[]"):
+    for text in ("{", "{}", f'{{"version": {calibration.VERSION}}}', "[]"):
         path.write_text(text)
         with pytest.raises(ZooError, match=r"no calibration .*`zoo calibrate`"):
             calibration.load("cpu")
+
+
+def test_that_of_another_version_is_none(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "folder", lambda: tmp_path)
+    path = made.save()
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"version": calibration.VERSION - 1}))
+    assert calibration.load("cpu") is None
+    made.save(path.with_name("calibration_cpu_another_float32_7.json"))
+    assert calibration.load("cpu") is not None
 
 
 def test_blocks_that_were_not_calibrated_are_taken_for_their_kind(made):
