@@ -18,6 +18,7 @@ import torch
 
 from zoo.architectures.storage import build
 from zoo.bench.machine import Calm, device_name
+from zoo.contract import Mode
 from zoo.cost import CostReport, estimate
 from zoo.measure.run import Measured, measure_model
 from zoo.predict import calibration
@@ -49,8 +50,8 @@ MODELS: dict[str, Any] = {
     "hymba-like": (192, {"repeat": 3, "of": [{"parallel": [ATTENTION, "mamba"], "merge": "gated"}, "swiglu"]}),
 }
 # mode, rows, tokens, tokens before
-PASSES = (
-    *((mode, rows, tokens, 0) for rows, tokens in ((1, 256), (2, 512), (1, 1536)) for mode in ("prefill", "train")),
+PASSES: tuple[tuple[Mode, int, int, int], ...] = (
+    *((mode, *size, 0) for size in ((1, 256), (2, 512), (1, 1536)) for mode in ("prefill", "train")),
     ("decode", 1, 1, 320),
     ("decode", 4, 1, 640),
 )

@@ -62,7 +62,7 @@ class Memory:
 class CostReport:
     """Totals and nodes. `flops`, bytes and state are for the whole batch; parameters count each tensor once.
     `active_params` are those one token touches, the embedding table included. `memory` is that of training, None of
-    other modes."""
+    other modes. `itemsize`: bytes of a parameter."""
 
     name: str
     mode: Mode
@@ -81,6 +81,7 @@ class CostReport:
     nodes: tuple[NodeCost, ...]
     assumptions: tuple[str, ...] = ()
     memory: Memory | None = None
+    itemsize: int = 4
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -138,7 +139,8 @@ def estimate(
     memory = _memory(model, nodes, tokens) if mode == "train" else None
     return CostReport(
         name, mode, batch_size, seq_len, context_len, params, params - inactive,
-        nodes=tuple(nodes), assumptions=tuple(assumptions), memory=memory, **totals,
+        nodes=tuple(nodes), assumptions=tuple(assumptions), memory=memory,
+        itemsize=next(model.parameters()).element_size(), **totals,  # type: ignore[union-attr]
     )  # fmt: skip
 
 

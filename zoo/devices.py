@@ -79,7 +79,7 @@ _TABLE = (
     _gpu("H100-NVL", 93.6, 3938, 60, 60, 835, 1671, 60, 300, 50, 400, "NVIDIA H100 data sheet, NVL",
          also=("H100 NVL",)),
     _gpu("H200", 140.4, 4800, 67, 67, 989.5, 1979, 67, 450, 50, 700, "NVIDIA H200 data sheet, SXM"),
-    _gpu("B200", 179, 8000, 37, 75, 2250, 4500, 75, 900, 50, 1000, "NVIDIA HGX B200 data sheet, an eighth"),
+    _gpu("B200", 179, 7700, 37, 75, 2250, 4500, 75, 900, 50, 1000, "NVIDIA Blackwell data sheet, HGX B200, one GPU"),
     _gpu("A100", 79.1, 2039, 19.5, 19.5, 312, None, 19.5, 300, 25, 400, "NVIDIA A100 data sheet, SXM4 80 GB"),
     _gpu("A100-40", 39.4, 1555, 19.5, 19.5, 312, None, 19.5, 300, 25, 400, "NVIDIA A100 data sheet, SXM4 40 GB",
          also=("A100-SXM4-40GB", "A100-PCIE-40GB")),

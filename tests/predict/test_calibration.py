@@ -1,13 +1,17 @@
 """Fitting rates, and a calibration from the first pass to the file, with a clock of its own."""
 
+import importlib.util
 import itertools
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import zoo
 from zoo.errors import ZooError
+from zoo.measure.run import Measured
 from zoo.predict import calibrate, calibration
 from zoo.predict.fit import rates
 from zoo.predict.roofline import predict
@@ -97,10 +101,20 @@ def test_it_is_kept_and_read_again(made, tmp_path, monkeypatch):
 def test_a_spoilt_file_is_said(made, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "folder", lambda: tmp_path)
     path = made.save()
-    for text in ("{", "{}", '{"version": 0}', "[]"):
+    for text in ("{", "{}", f'{{"version": {calibration.VERSION}}}', "[]"):
         path.write_text(text)
         with pytest.raises(ZooError, match=r"no calibration .*`zoo calibrate`"):
             calibration.load("cpu")
+
+
+def test_that_of_another_version_is_none(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "folder", lambda: tmp_path)
+    path = made.save()
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"version": calibration.VERSION - 1}))
+    assert calibration.load("cpu") is None
+    made.save(path.with_name("calibration_cpu_another_float32_7.json"))
+    assert calibration.load("cpu") is not None
 
 
 def test_blocks_that_were_not_calibrated_are_taken_for_their_kind(made):
@@ -121,3 +135,47 @@ def test_every_probe_has_blocks_of_every_kind():
     assert {"attention", "mamba2", "gated_deltanet", "moe", "swiglu", "product_key", "hyena"} <= set(names)
     assert max(names.count(n) for n in names) == calibrate.EXAMPLES
     assert "prefix_lm" not in names  # no causal model has it
+
+
+def test_every_block_is_in_one_model_beside_another():
+    probe = replace(calibrate.PROBES["cpu"][1], shapes=(("train", 1, 32, 0),))
+    made = calibrate.trunks(probe)[len(calibrate.JOINED) :]
+    names = [repr(node) for trunk in made for node in trunk]
+    assert sorted(names) == sorted(map(repr, [*calibrate.usable(probe), *calibrate.VARIED]))
+    assert {len(trunk) for trunk in made} <= {calibrate.TOGETHER, calibrate.TOGETHER - 1}
+    assert all(len({next(iter(node)) for node in trunk}) == len(trunk) for trunk in made)
+
+
+def test_equal_layers_count_once():
+    """Eight layers of a kind say no more than one does, and the middle one says it."""
+    document = {"name": "x", "architecture": "causal_lm", "dim": 32, "vocab_size": 64}
+    report = zoo.estimate(
+        {**document, "trunk": [{"repeat": 3, "of": ["swiglu"]}, "mlp"]}, batch_size=1, seq_len=8, mode="prefill"
+    )
+    spent = dict(zip((n.path for n in report.nodes), (1.0, 2.0, 9.0, 3.0, 4.0, 1.0, 1.0), strict=True))
+    found = list(calibrate.samples_of(report, Measured(25.0, spent, 1, 1, "")))
+    assert [(s.block, round(1e3 * s.seconds, 6)) for s in found] == [
+        ("embedding", 1.0), ("swiglu", 3.0), ("mlp", 4.0), ("norm", 1.0), ("head", 1.0), ("", 4.0),
+    ]  # fmt: skip
+
+
+def test_small_products_are_slower():
+    """A time that grows with the root of the work is explained, beyond the sizes that were seen too."""
+    sizes = (1e5, 1e6, 1e7, 1e8)
+    samples = [calibrate.Sample("swiglu", "train", Work(1, m), 1e-5 + 2e-8 * m**0.5 + 4e-12 * m) for m in sizes]
+    found, _, error = calibrate.fit(samples, 1e12, {})
+    large = sum(r * x for r, x in zip(found["swiglu", "train"], Work(1, 1e9).features, strict=True))
+    assert error < 0.02 and large == pytest.approx(1e-5 + 2e-8 * 1e9**0.5 + 4e-12 * 1e9, rel=0.05)
+
+
+def test_the_page_shows_what_was_not_calibrated():
+    path = Path(__file__).parents[2] / "tools" / "prediction.py"
+    spec = importlib.util.spec_from_file_location("prediction", path)
+    assert spec and spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool  # dataclasses look for their module
+    spec.loader.exec_module(tool)
+    probes = calibrate.PROBES["cpu"]
+    assert not set(tool.PASSES) & {shape for probe in probes for shape in probe.shapes}
+    widths = {config[0] for config in tool.MODELS.values() if not isinstance(config, str)}
+    assert not widths & {probe.dim for probe in probes}

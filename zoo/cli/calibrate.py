@@ -18,7 +18,7 @@ def command(
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure products, bandwidth and every block on this device, in two minutes; `zoo profile` uses the result.
+    """Measure products, bandwidth and every block on this device, in three minutes; `zoo profile` uses the result.
 
     It is kept in ~/.cache/block-zoo, with the processor, the number of threads and the version of torch it holds for.
     """

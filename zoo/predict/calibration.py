@@ -148,8 +148,6 @@ class Calibration:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Calibration:
         """What `as_dict` gave."""
-        if document["version"] != VERSION:
-            raise ValueError(f"version {document['version']}, not {VERSION}")
         blocks = {(b, m): tuple(r) for b, modes in document["blocks"].items() for m, r in modes.items()}
         return cls(
             Environment(**document["environment"]),
@@ -172,13 +170,15 @@ def _name(environment: Environment) -> str:
 
 
 def load(device: str, dtype: str = "float32") -> Calibration | None:
-    """That of this machine in this state, or the newest of such a device, or none. See `Environment.changes`."""
+    """That of this machine in this state, or the newest of such a device, or none. Those of other versions are passed
+    over: what they measured is not what is asked for. See `Environment.changes`."""
     exact = folder() / _name(Environment.here(device, dtype))
     others = sorted(folder().glob(f"calibration_{device}_*.json"), key=lambda p: -p.stat().st_mtime)
-    path = exact if exact.exists() else next(iter(others), None)
-    if path is None:
-        return None
-    try:
-        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ZooError(f"{path}: no calibration ({error}); `zoo calibrate` writes a new one") from None
+    for path in ([exact] if exact.exists() else []) + others:
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["version"] == VERSION:
+                return Calibration.from_dict(document)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ZooError(f"{path}: no calibration ({error}); `zoo calibrate` writes a new one") from None
+    return None

@@ -65,17 +65,18 @@ class Around:
 def work_of(node: NodeCost, report: CostReport) -> Work:
     """Of a head that continues a row only the last token's logits are wanted; the gradient of an embedding's table is
     as large as the table."""
-    moved, stream = node.bytes_read + node.bytes_written, _stream(report)
+    moved = node.bytes_read + node.bytes_written
     if report.mode == "train":
-        whole = node.path == "tok_embeddings" and report.memory is not None
-        table = node.params * report.memory.parameters // report.params if whole else 0  # type: ignore[union-attr]
+        table = report.itemsize * node.params if node.path == "tok_embeddings" else 0
         return Work(node.pieces, node.flops, node.vector_flops, moved + table, node.useful_flops, node.groups)
-    before = node.bytes_read if node is report.nodes[0] else max(0, node.bytes_read - round(node.calls * stream))
-    share = 1 / report.seq_len if node.path == "lm_head" else 1.0
-    traffic = before + share * (moved - before)
-    useful, span = share * node.useful_flops, report.bytes_read + report.bytes_written
-    work = (node.pieces, share * node.flops, share * node.vector_flops, traffic, useful, node.groups)
-    return Work(*work, held=before, span=span)
+    share, held = 1.0, node.bytes_read
+    if node.path == "lm_head":
+        share, held = 1 / report.seq_len, held - _stream(report)
+        moved = held + share * (moved - held)
+    elif report.mode == "prefill" and node is not report.nodes[0]:  # the stream is not held, a state is not there yet
+        held = min(held, round(node.calls * node.params * report.itemsize))
+    work = (share * node.flops, share * node.vector_flops, moved, share * node.useful_flops, node.groups)
+    return Work(node.pieces, *work, held=held, span=report.bytes_read + report.bytes_written)
 
 
 def _stream(report: CostReport) -> int:
