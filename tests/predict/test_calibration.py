@@ -97,10 +97,12 @@ def test_it_is_kept_and_read_again(made, tmp_path, monkeypatch):
 def test_a_spoilt_file_is_said(made, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "folder", lambda: tmp_path)
     path = made.save()
-    for text in ("{", "{}", '{"version": 0}', "[]"):
+    for text in ("{", "{}", '{"version": 99}', "[]"):
         path.write_text(text)
         with pytest.raises(ZooError, match=r"no calibration .*`zoo calibrate`"):
             calibration.load("cpu")
+    path.write_text('{"version": 1}')
+    assert calibration.load("cpu") is None, "of an older Block Zoo"
 
 
 def test_blocks_that_were_not_calibrated_are_taken_for_their_kind(made):

@@ -172,13 +172,15 @@ def _name(environment: Environment) -> str:
 
 
 def load(device: str, dtype: str = "float32") -> Calibration | None:
-    """That of this machine in this state, or the newest of such a device, or none. See `Environment.changes`."""
+    """That of this machine in this state, or the newest of such a device, or none; one of an older Block Zoo, whose
+    rates mean something else, is none. See `Environment.changes`."""
     exact = folder() / _name(Environment.here(device, dtype))
     others = sorted(folder().glob(f"calibration_{device}_*.json"), key=lambda p: -p.stat().st_mtime)
     path = exact if exact.exists() else next(iter(others), None)
     if path is None:
         return None
     try:
-        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return None if document["version"] < VERSION else Calibration.from_dict(document)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ZooError(f"{path}: no calibration ({error}); `zoo calibrate` writes a new one") from None
