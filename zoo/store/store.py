@@ -23,7 +23,7 @@ from zoo.graph.loader import load_graph
 from zoo.store.nodes import Saved, StoredNode, canonical, difference, nodes_of, read_saved
 
 FORMAT = 1
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[^\W_][\w.-]*")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -206,7 +206,7 @@ class Store:
 
     def _manifest(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"{name!r} is no name for a model: letters, digits, dots, - and _")
+            raise ConfigError(f"{name!r} is no name for a model: letters, digits, dots, - and _; give a --name")
         return self.folder / "models" / f"{name}.json"
 
 
