@@ -98,6 +98,10 @@ class CausalLM(Model):
         refuse_packed_streaming(state, doc_ids)
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tuple(tokens.shape)}")
+        if state is not None and len(state.seen) != len(tokens):
+            raise ValueError(f"the state is of {len(state.seen)} rows, the tokens are {tuple(tokens.shape)}")
+        if isinstance(doc_ids, Tensor) and doc_ids.shape != tokens.shape:
+            raise ValueError(f"doc_ids {tuple(doc_ids.shape)} must be as the tokens, {tuple(tokens.shape)}")
         x = self.begin(tokens)
         if state is not None:
             positions = state.seen[:, None] + torch.arange(tokens.shape[1], device=tokens.device)

@@ -111,6 +111,9 @@ def test_generate():
     for bad in (x.float(), x[0], x[:, :0]):
         with pytest.raises(ValueError, match="tokens must be"):
             model.generate(bad, 1)
+    for wrong in ({"state": model.init_state(1)}, {"state": model.init_state(3)}, {"doc_ids": x[:, 1:]}):
+        with pytest.raises(ValueError, match="the state is of|must be as the tokens"):
+            model(x, **wrong)
 
 
 @pytest.mark.parametrize("common", [63, 64, 79, 80])

@@ -135,6 +135,7 @@ def test_damaged_files_and_manifests(store, tmp_path):
 def test_requests_that_are_refused(store, folders, tmp_path):
     with pytest.raises(ConfigError, match="another model named 'base': give a --name"):
         store.add(folders[1], "base")
+    assert store.add(folders[0], "modèle-1").name in store.names()
     with pytest.raises(ConfigError, match=r"'\.\./base' is no name"):
         store.add(folders[0], "../base")
     with pytest.raises(ConfigError, match="no model 'bas' in this store; did you mean base"):

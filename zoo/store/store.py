@@ -26,7 +26,7 @@ from zoo.store.stitch import Source
 
 FORMAT = 1
 STITCH = "stitch"  # the combinator whose maps are found, where no model has them
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[^\W_][\w.-]*")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -226,7 +226,7 @@ class Store:
 
     def _manifest(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"{name!r} is no name for a model: letters, digits, dots, - and _")
+            raise ConfigError(f"{name!r} is no name for a model: letters, digits, dots, - and _; give a --name")
         return self.folder / "models" / f"{name}.json"
 
 
