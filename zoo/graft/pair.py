@@ -53,7 +53,7 @@ class Pair:
 def pair(teacher: Model, student: Model) -> Pair:
     """What of the student is not as in the teacher: single blocks where both trunks have the same form, else whole
     nodes, or all layers between the first and the last that differ. ConfigError where more than layers differ, where
-    nothing does, or where what differs does not stand in layers of its own."""
+    nothing does, or where what differs has no weights."""
     for name in dict.fromkeys(n for model in (teacher, student) for n, _ in model.named_children()):
         a, b = (getattr(m, name, None) for m in (teacher, student))
         if name != "layers" and not _equal(a, b):
