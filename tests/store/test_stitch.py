@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from zoo.store import Store, fit, read_saved
 from zoo.store.stitch import _Regression
 from zoo.store.store import write
 
-TEXT = b"\n".join(p.read_bytes() for p in sorted((Path(zoo.__file__).parent / "graph").glob("*.py")))
+TEXT = Path(argparse.__file__).read_bytes()
 WIDTHS = {"wide": 48, "narrow": 32}
 LAYER = [{"attention": {"num_heads": 2}}, {"swiglu": {"hidden_dim": 64}}]
 STITCHED = {"dim": 48, "vocab_size": 256, "trunk": [{"stitch": 32, "of": [LAYER]}, LAYER, LAYER]}
@@ -72,7 +73,7 @@ def test_fitted_maps_let_blocks_of_a_narrow_model_work_in_a_wide_one(store):
     model = made.model()
     torch.manual_seed(0)
     model.layers[0].reset_own_parameters()
-    assert nothing > whole + 0.8 and loss(model) > whole + 0.8
+    assert nothing > whole + 0.5 and loss(model) > whole + 0.5
     assert fitted < whole + 0.25 * (nothing - whole)
     assert all(0.4 < share < 1 for share in found.explained["layers.0"])
     # nothing but the maps is new
