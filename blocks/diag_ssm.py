@@ -49,6 +49,8 @@ class DiagonalSSM(Block):
     With alpha = B = 1 the state is the running sum of U; with C = 0 the block is the linear map W_skip.
     """
 
+    scans = False
+
     def __init__(
         self,
         dim: int,

@@ -336,6 +336,22 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             kept += batch_size * seq_len * token
         return kept
 
+    def product_elements(self, batch_size: int, seq_len: int) -> int:
+        tokens, H, R, index = batch_size * seq_len, self.num_heads, self.kv_lora_rank, self.indexer
+        width, listed = R + self.rope_dim, min(self.top_k, seq_len)
+        token = 0
+        if seq_len > self.top_k:
+            # outputs over latents, in the place of keys and values written out; queries are absorbed, outputs expanded
+            token += H * (width - self.nope - self.v_head_dim)
+            token += H * R * work.is_kept(tokens, self.nope, R)
+            token -= H * self.v_head_dim * (not work.is_kept(tokens, R, self.v_head_dim))
+        elif self.index_coef:
+            token += H * R * work.is_kept(tokens, self.nope, R)
+        if self.index_coef:  # the scores of both in the loss
+            token += H * listed * work.is_kept(H, width, listed)
+            token += index.num_heads * listed * work.is_kept(index.num_heads, index.head_dim, listed)
+        return super().product_elements(batch_size, seq_len) + tokens * token
+
     def _attention_elements(self, seq_len: int) -> int:
         absorbed = self.num_heads * (self.kv_lora_rank + self.rope_dim)
         if seq_len <= self.top_k:  # absorbed queries are what the indexer learns from

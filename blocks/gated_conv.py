@@ -47,6 +47,8 @@ class GatedConv(Block):
     Parameters and layouts are those of Lfm2ShortConv in Hugging Face.
     """
 
+    scans = False
+
     def __init__(
         self,
         dim: int,

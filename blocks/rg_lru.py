@@ -122,6 +122,8 @@ class RecurrentBlock(Block):
     Useful: all products of the layers; the state takes 2 C operations a token beside them.
     """
 
+    scans = False
+
     def __init__(
         self,
         dim: int,

@@ -46,6 +46,8 @@ class RWKV7FeedForward(Block):
     Useful: all 4 D F FLOPs a token.
     """
 
+    scans = False
+
     def __init__(
         self,
         dim: int,

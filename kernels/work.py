@@ -91,6 +91,12 @@ def recurrence(products: int, tokens: int, heads: int, key_dim: int, value_dim: 
     return 2 * products * tokens * heads * key_dim * value_dim
 
 
+def is_kept(rows: int, inner: int, columns: int) -> bool:
+    """Whether selective checkpointing keeps a product of batches of matrices: not of vectors, and not where it has more
+    numbers than both."""
+    return min(rows, columns) > 1 and rows * columns <= inner * (rows + columns)
+
+
 def unread_keys(queries: int, context: int, chosen: int) -> int:
     """Keys of the context that nobody reads where every query chooses so many, all of them different."""
     return max(0, context - queries * chosen)

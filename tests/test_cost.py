@@ -227,6 +227,38 @@ def test_training_memory():
     assert zoo.estimate(given, batch_size=2, seq_len=128, mode="prefill").memory is None
 
 
+SELECTIVE = {
+    "dsa": [{"top_k": 12, "num_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8},
+            {"top_k": 48, "num_heads": 2, "kv_lora_rank": 8}],
+    "seer_attention": [{"num_heads": 2, "block_size": 8, "top_k": 3, "gate_dim": 8}],
+    "infllm_v2": [{"num_heads": 2, "kernel_size": 4, "kernel_stride": 4, "block_size": 8, "window": 8, "top_k": 4}],
+    "parallax": [{"num_heads": 4}],
+    "attention": [{"num_heads": 4}],
+    "mla": [{"num_heads": 4}],
+    "mamba2": [{"state_dim": 16}],
+    "kda": [{}],
+    "gated_conv": [{}],
+    "diag_ssm": [{}],
+    "rwkv7_ffn": [{}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SELECTIVE)
+def test_selective_checkpointing_keeps_no_tables_of_scores(name):
+    for options in SELECTIVE[name]:
+        given = {"dim": 64, "vocab_size": 16, "trunk": [{"repeat": 4, "of": [{name: options}]}]}
+        model = zoo.build(given).train()
+        parallelize(model, TrainSection(activation_checkpoint="selective"))
+        tokens = torch.zeros(2, 256, dtype=torch.int64)
+        model(tokens)  # some tables of constants are made once
+        with torch.profiler.profile(profile_memory=True) as seen:
+            logits = model(tokens)
+        kept = sum(e.self_cpu_memory_usage for e in seen.events())
+        del logits
+        memory = zoo.estimate(given, batch_size=2, seq_len=256).memory
+        assert memory.activations["selective"] == pytest.approx(kept, rel=0.06)
+
+
 LARGE = ["trunk[1].repeat=88"]  # of deepseek_v3: a trillion parameters
 MEASURE = """
 import re, time

@@ -157,6 +157,7 @@ class Block(nn.Module, metaclass=DrawsItself):
     """
 
     causal: bool = True
+    scans: ClassVar[bool] = True  # its state is of attention or of a scan, whose results selective checkpointing keeps
     interval: ClassVar[int] = 64  # tokens between the states that a scan on a CPU keeps
     # why the gradient of a later segment does not reach an earlier one through the state, also not in
     # `zoo.segments.differentiable_states`; empty: it does
@@ -227,7 +228,7 @@ class Block(nn.Module, metaclass=DrawsItself):
         and the last."""
         linears = {name: m for name, m in self.named_modules() if isinstance(m, nn.Linear)}
         token = sum(m.out_features for m in linears.values())
-        size = self.state_bytes(1, 1)
+        size = self.state_bytes(1, 1) if self.scans else 0
         if size:
             output = next((linears[name] for name in OUTPUTS if name in linears), None)
             token += (output.in_features if output else self.dim) + getattr(self, "num_heads", 0)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
 
+from zoo.kernels.work import is_kept
 from zoo.sections import TrainSection
 
 COMPILE_BACKEND = "inductor"
@@ -63,6 +64,12 @@ def _recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., A
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep the results of matrix products, attention and scans: of every operator that torch counts FLOPs of."""
-    counted = getattr(operator, "overloadpacket", operator) in flop_registry
-    return CheckpointPolicy.MUST_SAVE if counted else CheckpointPolicy.PREFER_RECOMPUTE
+    """Keep the results of matrix products, attention and scans: of every operator that torch counts FLOPs of. But not
+    tables of scores, one for each pair of tokens: of batches of matrices a product with more numbers than both have,
+    nor one of vectors, which takes no longer than to read what it reads."""
+    kind = getattr(operator, "overloadpacket", operator)
+    kept = kind in flop_registry
+    if kind in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+        a, b = args[-2:]
+        kept = is_kept(a.shape[1], a.shape[2], b.shape[2])
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
