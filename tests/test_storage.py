@@ -112,7 +112,7 @@ def test_generate():
         with pytest.raises(ValueError, match="tokens must be"):
             model.generate(bad, 1)
     for wrong in ({"state": model.init_state(1)}, {"state": model.init_state(3)}, {"doc_ids": x[:, 1:]}):
-        with pytest.raises(ValueError, match="the state is of|must be as the tokens"):
+        with pytest.raises(ValueError, match=r"the state is of|must be as the tokens"):
             model(x, **wrong)
 
 

@@ -109,7 +109,8 @@ class Hosted(nn.Module):
             if len(columns):
                 at = rows[:, None], columns
                 part = state.rows(rows)
-                y[at] = self.block(x[at], state=part, positions=None if positions is None else positions[at])
+                there = None if positions is None else positions[at]
+                y[at] = self.block(x[at], state=part, positions=there).to(y.dtype)  # autocast gives another
                 state.put_rows(rows, part)
         return y
 
