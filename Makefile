@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help:
 	@echo 'make demo     build, train, profile and sample a small model; leaves $(DEMO)'
 	@echo 'make test     all tests that need no GPU'
-	@echo 'make oracles  blocks against flash-linear-attention, and inside its models and those of timm, installed apart'
+	@echo 'make oracles  blocks against flash-linear-attention, and inside its models and those of timm; ONNX; installed apart'
 	@echo 'make check    format, lint, types, import rules, fast tests'
 	@echo 'make install  .venv from requirements.lock    make docs    one page per block'
 	@echo 'make golden   rewrite the golden files        make lock    rewrite requirements.lock'
@@ -54,8 +54,10 @@ test: $(INSTALLED)
 
 # not in .venv: where fla can be imported, transformers runs its GPU kernels in models that have a CPU form
 ORACLES := .oracles
+ORACLE_PACKAGES := fla-core==0.6.0 flash-linear-attention==0.6.0 timm==1.0.31 \
+  onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2 onnxruntime==1.31.1 ml-dtypes==0.6.0 protobuf==7.36.2 flatbuffers==25.12.19
 $(ORACLES): $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@.part fla-core==0.6.0 flash-linear-attention==0.6.0 timm==1.0.31
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@.part $(ORACLE_PACKAGES)
 	@rm -rf $@ && mv $@.part $@
 
 oracles: $(ORACLES)

@@ -46,7 +46,6 @@ def command(
         if not as_json:
             print(f"taught: {', '.join(found.blocks)}")
         taught = teaching.teach(found, teacher, steps, lr=lr, seq=seq, batch=batch, data=data, device=device)
-        found.model.save_pretrained(out)
         document: dict[str, Any] = {
             "taught": list(found.blocks),
             "loss": {"teacher": taught.original, "before": taught.begun, "after": taught.taught},
@@ -55,6 +54,7 @@ def command(
             "copied": copy_beside(student / "model" if (student / "model").is_dir() else student, out),
             "saved": str(out),
         }
+        found.model.save_pretrained(out)  # last: what is interrupted has no weights, and is no model
     if as_json:
         output.emit(document)
     else:

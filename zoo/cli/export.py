@@ -45,10 +45,10 @@ def command(
             raise ConfigError(f"{run} holds no language model, and only these are exported")
         dynamic: tuple[str, ...] = ("batch", "length")
         if format == "hf":
-            from zoo.export.hf import export_hf
+            from zoo.export.hf import export_hf, kept_beside
             from zoo.export.tokenizer import tokenizer_of_export
 
-            files = export_hf(model, out, tokenizer_of_export(run, model.config))
+            files = export_hf(model, out, tokenizer_of_export(run, model.config), kept_beside(run))
         else:
             from zoo.export.traced import export_onnx, export_torch
 

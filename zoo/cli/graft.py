@@ -89,9 +89,9 @@ def command(
                 }
             else:
                 plan.apply()
-            host.save_pretrained(out)
             inner = model / "model" if (model / "model").is_dir() else model
             document |= {"copied": copy_beside(inner, out), "saved": str(out)}
+            host.save_pretrained(out)  # last: what is interrupted has no weights, and is no model
     if as_json:
         output.emit(document)
     else:

@@ -54,8 +54,8 @@ def command(
             context=context,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-        model.save_pretrained(out)
         copied = copy_beside(folder, out)
+        model.save_pretrained(out)  # last: what is interrupted has no weights, and is no model
     origin, params = model.config["origin"], sum(p.numel() for p in model.parameters())
     document = {
         "saved": str(out),

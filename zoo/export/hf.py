@@ -11,7 +11,8 @@ from typing import Any
 import zoo
 from zoo import registry
 from zoo.architectures.causal_lm import CausalLM
-from zoo.architectures.storage import CONFIG, WEIGHTS, assemble, save_pretrained, write_atomically
+from zoo.architectures.storage import CONFIG, WEIGHTS, assemble, save_pretrained, saved_in, write_atomically
+from zoo.convert.folder import beside as files_beside
 from zoo.errors import ConfigError, ZooError
 from zoo.export.bundle import bundle
 from zoo.export.card import PICTURE, model_card, picture
@@ -24,9 +25,15 @@ MODELLING = "modeling_zoo"
 ROOT = "zoo.export.modeling"
 
 
-def export_hf(model: CausalLM, directory: Path, tokenizer: Tokenizer | None) -> list[str]:
-    """Write the folder; names of its files. ConfigError where the graph cannot be exported, ZooError where the disk
-    refuses; what cannot be exported leaves nothing behind."""
+def export_hf(
+    model: CausalLM, directory: Path, tokenizer: Tokenizer | None, beside: Mapping[str, bytes] | None = None
+) -> list[str]:
+    """Write the folder; names of its files. beside: files of the original (`kept_beside`). ConfigError where the graph
+    cannot be exported, ZooError where the disk refuses; what cannot be exported leaves nothing behind."""
+    beside = dict(beside or {})
+    generation, tokenization = (
+        _settings(beside.pop(f"{name}_config.json", b"")) for name in ("generation", "tokenizer")
+    )
     graph = load_graph(dict(model.config))
     code = modelling_file(graph)
     knows = tokenizer is not None and tokenizer.vocab_size <= graph.vocab_size
@@ -35,18 +42,39 @@ def export_hf(model: CausalLM, directory: Path, tokenizer: Tokenizer | None) -> 
     files = {
         f"{MODELLING}.py": code,
         "config.json": _json(config_of(graph, dtype, ends)),
-        "generation_config.json": _json({"use_cache": True, **ends}),
+        "generation_config.json": _json({"use_cache": True, **ends, **generation}),
         PICTURE: picture(graph),
         "README.md": model_card(model, graph, knows, model.config.get("origin") or {}),
-        **(tokenizer_files(tokenizer) if tokenizer is not None and knows else {}),
+        **(tokenizer_files(tokenizer, tokenization) if tokenizer is not None and knows else {}),
     }
-    save_pretrained(model, directory)
+    contents = beside | {name: text.encode() for name, text in files.items()}
     try:
-        for name, text in files.items():
-            write_atomically(directory / name, text.encode())
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            write_atomically(directory / name, content)
     except OSError as error:
         raise ZooError(f"cannot write the model in {directory}: {error.strerror or error}") from None
-    return sorted([*files, CONFIG, WEIGHTS])
+    save_pretrained(model, directory)  # last: what is interrupted has no weights, and is no model
+    return sorted([*contents, CONFIG, WEIGHTS])
+
+
+def kept_beside(run: Path) -> dict[str, bytes]:
+    """What lies beside the weights of a run or saved model and goes along: licence texts, and of an imported one the
+    chat template and the settings of tokenizer and generation."""
+    found = {}
+    for path in files_beside(saved_in(run)):
+        if path.name.startswith(("LICENSE", "NOTICE", "chat_template")) or path.name.endswith("_config.json"):
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def _settings(content: bytes) -> dict[str, Any]:
+    """The values of a JSON file that name no code."""
+    try:
+        values = json.loads(content)
+    except ValueError:
+        values = None
+    return {k: v for k, v in values.items() if k != "auto_map"} if isinstance(values, dict) else {}
 
 
 def _json(value: Any) -> str:

@@ -209,7 +209,7 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         if state is not None:
             positions = state.seen[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         elif doc_ids is not None:  # padding in front counts by itself
-            positions = positions_from(doc_ids, *tokens.shape, tokens.device)
+            positions = positions_from(doc_ids, tokens.shape[0], tokens.shape[1], tokens.device)
         for i, layer in enumerate(self.layers):
             x = layer(x, state=state and state.children[i], positions=positions, doc_ids=doc_ids)
         if state is not None:

@@ -19,21 +19,18 @@ def tokenizer_of_export(run: Path, config: Mapping[str, Any]) -> Tokenizer | Non
     return tokenizer_of(run) if beside or config.get("data") else None
 
 
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """Names and contents of the files."""
+def tokenizer_files(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Names and contents of the files. settings: those of the tokenizer's own tokenizer_config.json, if it has one."""
     if isinstance(tokenizer, FileTokenizer):
         text = Path(tokenizer.path).read_text(encoding="utf-8")
         end = tokenizer.model.id_to_token(tokenizer.end)
     else:
         text, end = json.dumps(_bytes(), ensure_ascii=False, indent=1), END
-    # generation reads padding only in front of a row
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
-    }
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if end is not None:
         config |= {"eos_token": end, "bos_token": end, "pad_token": end}
+    # generation reads padding only in front of a row
+    config = (dict(settings) or config) | {"padding_side": "left"}
     return {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -99,10 +100,11 @@ def export_onnx(model: CausalLM, directory: Path, length: int) -> tuple[str, tup
     """Write model.onnx; its name, and the sizes that are open. ZooError where torch.onnx cannot run here."""
     absent = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if absent:
-        raise ZooError(f"torch.onnx needs {' and '.join(absent)}, not installed here: pip install {' '.join(absent)}")
+        raise ZooError(f"torch.onnx needs {' and '.join(absent)}, not installed here: pip install 'block-zoo[onnx]'")
     traced = trace(model, length)
     try:
-        made = torch.onnx.export(traced.program, dynamo=True, verbose=False)
+        with _quiet(), warnings.catch_warnings(action="ignore"):
+            made = torch.onnx.export(traced.program, dynamo=True, verbose=False)
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"{model.config.get('name', 'the model')} cannot be written as ONNX: {first}") from error
@@ -114,7 +116,7 @@ def export_onnx(model: CausalLM, directory: Path, length: int) -> tuple[str, tup
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A tracer that fails prints all that it has so far, pages of it."""
+    """A tracer that fails prints all that it has so far, pages of it; others tell of their progress."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -162,8 +164,8 @@ def _operations(model: CausalLM, rows: int, length: int) -> list[Any]:
 
 
 def _other(length: int) -> int:
-    """Another length, with more chunks, the last of them not full."""
-    return 2 * length + 13
+    """Another length: more chunks, whatever their size, the last of them not full."""
+    return max(2 * length, 1024) + 13
 
 
 def _tokens(model: CausalLM, rows: int, length: int) -> Tensor:
