@@ -57,8 +57,16 @@ POLICIES: dict[str, dict[str, Any]] = {
 TAUGHT = ("gla", "gated_deltanet", "kda", "mamba2")  # for LONG steps; also where one layer keeps its attention
 KEPT = 1
 SITES = "attention"
-HEAD = ("kind", "block", "options", "grafted", "blocks taught", "model taught", "lr", "recovered")
-LONG_HEAD = ("block", "attention kept", "grafted", "blocks taught", "model taught", "above the original", "recovered")
+HEAD = ("kind", "block", "options", "grafted", "blocks taught", "model taught", "lr", "of its worth")
+LONG_HEAD = (
+    "block",
+    "attention kept",
+    "grafted",
+    "blocks taught",
+    "model taught",
+    "above the original",
+    "of its worth",
+)
 
 
 @dataclass(frozen=True)
@@ -122,20 +130,19 @@ def measured(model: Any, lesson: Any, row: Row) -> dict[str, Any]:
 
 def page(document: Mapping[str, Any]) -> str:
     """docs/measured/graft.md"""
-    begun = document["settings"]["original"]
+    begun, silent = document["settings"]["original"], document["silenced"]
     lines = [f"| {' | '.join(HEAD)} |", "| --- | --- | --- " + "| ---: " * (len(HEAD) - 3) + "|"]
     long = [f"| {' | '.join(LONG_HEAD)} |", "| --- | --- " + "| ---: " * (len(LONG_HEAD) - 2) + "|"]
     for row in document["rows"].values():
-        lost = row["grafted"] - begun
-        back = f"{(row['grafted'] - row['model taught']) / lost:.0%}" if lost > 0.02 else ""
+        worth = f"{(silent - row['model taught']) / (silent - begun):.0%}"
         options = json.dumps(row["options"]).translate(str.maketrans("", "", '"{}'))
         losses = [f"{row[k]:.3f}" for k in ("grafted", "blocks taught", "model taught")]
         if row["kind"] in ("linear", "sparse"):
-            cells = [row["kind"], row["block"], options, *losses, f"{row['lr']:g}", back]
+            cells = [row["kind"], row["block"], options, *losses, f"{row['lr']:g}", worth]
             lines.append(f"| {' | '.join(cells)} |")
         else:
             kept = f"layer {KEPT} of 0 to {LAYERS - 1}" if row["kind"] == "hybrid" else "none"
-            cells = [row["block"], kept, *losses, f"{row['model taught'] - begun:.3f}", back]
+            cells = [row["block"], kept, *losses, f"{row['model taught'] - begun:.3f}", worth]
             long.append(f"| {' | '.join(cells)} |")
     machine = document["machine"]
     size, steps = f"{BATCH} x {SEQ_LEN} tokens", MODEL["train"]["steps"]
@@ -147,15 +154,16 @@ Written by `python tools/graft_table.py`.
 
 **The original has a held-out loss of {begun:.3f}** nats a byte, on {HELDOUT} bytes in rows of {SEQ_LEN}:
 {len(document["sites"])} layers of attention and SwiGLU, dimension {MODEL["dim"]}, {document["parameters"] / 1e3:.0f} k
-parameters, {steps} steps of training. Where attention says nothing it is {document["silenced"]:.3f}.
+parameters, {steps} steps of training. Where attention says nothing it is {silent:.3f}.
 Teaching: {STEPS} steps of each stage, {size} each, learning rate {LR:g}, or {GENTLE:g} where a sparse block
-keeps every weight. `recovered`: how much of what grafting lost, where that is more than 0.02.
+keeps every weight. `of its worth`: of what attention takes off the loss, {silent - begun:.3f}, the part that the
+taught model takes off.
 """
     longer = f"""
 ## Taught for longer
 
 The same with {LONG} steps of each stage, learning rate {LR:g}, from {begun:.3f}: every layer of attention replaced, and
-all but one.
+all but one (a hybrid).
 """
     end = f"\n{machine['device']}, {machine['threads']} thread(s), torch {machine['versions']['torch']}, float32.\n"
     return said + "\n" + "\n".join(lines) + "\n" + longer + "\n" + "\n".join(long) + "\n" + end
