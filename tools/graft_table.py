@@ -189,7 +189,7 @@ def main() -> int:
         "sites": matching(model, SITES),
     }
     out = ROOT / "docs" / "measured" / "graft.json"
-    before = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"settings": None}
+    before: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"settings": None}
     known = before["rows"] if before["settings"] == document["settings"] else {}
     for name in args.rows or rows():
         found = measured(model, lesson, rows()[name])

@@ -175,7 +175,8 @@ def test_the_encoder_of_a_prefix_reads_as_attention_does(features):
     foreign = torch.nn.Sequential(host(**SHARED).get_submodule("layers.0.block"))
     done = replace(foreign, "0", "jrt", prefix_len=4, feature_dim=features)
     block: Any = done.blocks["0"]
-    v = done.originals["0"].v_proj.weight.unflatten(0, (2, WIDTH)).repeat_interleave(2, 0).flatten(0, 1)
+    original: Any = done.originals["0"]
+    v = original.v_proj.weight.unflatten(0, (2, WIDTH)).repeat_interleave(2, 0).flatten(0, 1)
     assert torch.equal(block.k_e_proj.weight, block.k_proj.weight) and torch.equal(block.v_e_proj.weight, v)
     assert [e.action for e in done.entries if e.tensor == "k_e_proj.weight"] == ["mapped"]
 
