@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.blocks.attention import grouped_heads
+from zoo.blocks.heads import grouped_heads
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, refuse_packed_streaming, state_dtype
 from zoo.kernels import work

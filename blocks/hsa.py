@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from zoo.blocks.attention import grouped_heads
 from zoo.blocks.chunks import finished_chunks
 from zoo.blocks.compression import write_slots
+from zoo.blocks.heads import grouped_heads
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes, segment_index
 from zoo.blocks.norms import RMSNorm
 from zoo.contract import (

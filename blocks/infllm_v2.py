@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.blocks.attention import grouped_heads
 from zoo.blocks.compression import CompressedSelection, write_slots
+from zoo.blocks.heads import grouped_heads
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes, segment_index
 from zoo.contract import (
     Block,

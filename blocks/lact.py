@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.blocks.attention import default_num_heads
 from zoo.blocks.fast_weights import (
     FastWeightsState,
     LowRank,
@@ -30,6 +29,7 @@ from zoo.blocks.fast_weights import (
     read_flops,
     row_norms,
 )
+from zoo.blocks.heads import default_num_heads
 from zoo.blocks.kv_cache import RingKVCache, exact_size, kv_cache_bytes, ring_slots, segment_index
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.recurrent import wide

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.blocks.attention import default_num_heads
+from zoo.blocks.heads import default_num_heads
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes, segment_index
 from zoo.blocks.norms import RMSNorm
 from zoo.contract import Block, ParallelPlan, init_linear_, linear_flops, positions_from, refuse_packed_streaming

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.blocks.attention import grouped_heads
 from zoo.blocks.compression import CompressedSelection, write_slots
+from zoo.blocks.heads import grouped_heads
 from zoo.blocks.kv_cache import KVCache, RingKVCache, kv_cache_bytes, ring_slots, segment_index
 from zoo.contract import (
     Block,

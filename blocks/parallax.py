@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.blocks.attention import grouped_heads
+from zoo.blocks.heads import grouped_heads
 from zoo.blocks.kv_cache import KVCache, kv_cache_bytes, segment_index
 from zoo.contract import (
     Block,

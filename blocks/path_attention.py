@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from zoo.blocks.attention import grouped_heads
+from zoo.blocks.heads import grouped_heads
 from zoo.blocks.kv_cache import KVCache
 from zoo.blocks.recurrent import ShortConv, l2_normalise, previous, wide
 from zoo.contract import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.blocks.attention import grouped_heads
+from zoo.blocks.heads import grouped_heads
 from zoo.blocks.kv_cache import segment_index
 from zoo.blocks.recurrent import previous
 from zoo.contract import (
