@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.precision import no_autocast
+from zoo.kernels.sparse_attention import key_major
 from zoo.kernels.sparse_attention.cost import choose_way
-from zoo.kernels.sparse_attention.key_major import KeyMajor
 
-CHUNK_ELEMENTS = 1 << 22
 _NONE = float("-inf")
 
 
@@ -98,8 +97,7 @@ class _Call:
         """Query tiles that are worked on at once."""
         L = self.k.shape[2] if self.dense else self.blocks.idx.shape[3] * self.blocks.kv_block
         one = self.k.shape[0] * self.heads * L * (2 * rows + (0 if self.dense else 2 * self.k.shape[3]))
-        step = max(1, CHUNK_ELEMENTS // max(one, 1))
-        return [slice(a, min(a + step, tiles)) for a in range(0, tiles, step)]
+        return key_major.pieces(tiles, one)
 
 
 class _Attend(torch.autograd.Function):
@@ -210,7 +208,7 @@ def sparse_attention(
     way = choose_way(*sizes)
     tensors = (tiled, k, v, k_bias, blocks.idx, q_index, k_index, q_doc_ids, k_doc_ids)
     if way == "key_major":
-        o, lse = KeyMajor.apply(*tensors, static)
+        o, lse = key_major.KeyMajor.apply(*tensors, static)
     else:
         o, lse = _Attend.apply(*tensors, (*static, way == "mask"))
     o = o.permute(0, 2, 4, 1, 3, 5).reshape(B, N * tile, Hq, Dv)[:, :Tq]

@@ -18,6 +18,12 @@ CHUNK_ELEMENTS = 1 << 22
 _NONE = float("-inf")
 
 
+def pieces(count: int, elements: int) -> list[slice]:
+    """`count` things that need `elements` numbers each, as many at once as CHUNK_ELEMENTS allows."""
+    step = max(1, CHUNK_ELEMENTS // max(elements, 1))
+    return [slice(a, min(a + step, count)) for a in range(0, count, step)]
+
+
 class KeyMajor(torch.autograd.Function):
     """q [B, Hl, N, G', q_tile, D], k and v [B, Hkv, Tk, .], k_bias [B, Hkv, Tk] -> o and lse laid out as q."""
 
@@ -86,8 +92,7 @@ class _Plan:
     def chunks(self) -> list[slice]:
         D, Dv, kv_block = self.q.shape[-1], self.v.shape[-1], self.slot.shape[-1]
         one = self.q.shape[0] * (self.M * self.R * (D + Dv + 2 * kv_block) + kv_block * (D + Dv))
-        step = max(1, CHUNK_ELEMENTS // one)
-        return [slice(a, min(a + step, self.groups)) for a in range(0, self.groups, step)]
+        return pieces(self.groups, one)
 
     def rows(self, x: Tensor, part: slice) -> Tensor:
         """Rows [X, groups, M * R, ...] of x [X, N, R, ...] for the pairs of some groups."""
