@@ -202,3 +202,14 @@ def test_inverses():
     y = torch.tensor([1e-3, 0.5, 20.0], dtype=torch.float64)
     torch.testing.assert_close(F.softplus(inverse_softplus(y)), y)
     torch.testing.assert_close(F.logsigmoid(decay_logit(-y)), -y)
+
+
+def test_a_linear_mixer_keeps_its_gate():
+    trunk = [{"gla": {"num_heads": 2}}, {"attention": {"num_heads": 2}}]
+    model = zoo.build({"dim": 32, "vocab_size": 11, "trunk": trunk})
+    for old, gated in (("gla", True), ("attention", False)):
+        done = replace(model, old, "simple_gla")
+        kept = {e.tensor for e in done.entries if e.action == "kept"}
+        assert "v_proj.weight" in kept and ("g_proj.weight" in kept) == gated
+        (block,) = done.blocks.values()
+        assert (block.g_proj is not None) == gated

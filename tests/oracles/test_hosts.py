@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 import importlib.abc
 import importlib.util
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from zoo import graft
 from zoo.blocks import GatedLinearAttention
 
 pytest.importorskip("fla", reason="flash-linear-attention is not installed: make oracles")
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -41,14 +46,26 @@ class NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 @pytest.fixture
-def vit(monkeypatch):
+def timm(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, NoTorchvision()])
-    timm = pytest.importorskip("timm", reason="timm is not installed: make oracles")
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 4, "num_classes": 5}
-    yield timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    yield pytest.importorskip("timm", reason="timm is not installed: make oracles")
     for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def vit(timm):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 4, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+
+
+def test_readme(timm, capsys):
+    """What README shows of both."""
+    (text,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    exec(compile(text, "README.md", "exec"), {})
+    shape, counts = capsys.readouterr().out.splitlines()
+    assert shape == "torch.Size([1, 10])" and "kept" in counts
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ def options_for(name: str, donor: Donor, given: Mapping[str, Any], place: tuple[
         made |= {k: v for k, v in wide.items() if k in known}
     if hasattr(cls, "like_attention") and "num_heads" in old:
         like = cls.like_attention(donor.dim, heads, old.get("num_kv_heads") or heads, width)
+        if "g_proj.weight" in donor.weights:  # a linear mixer: its gate stays
+            like.pop("output_gate", None)
         made |= {k: v for k, v in like.items() if k in known}
     layer, layers = donor.place or place
     made |= {k: v for k, v in {"layer_index": layer, "num_layers": layers}.items() if k in known}
