@@ -31,8 +31,8 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels import pieces, work
 from zoo.kernels import sparse_attention as attending
-from zoo.kernels import work
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -246,8 +246,8 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         self, index_q: Tensor, w: Tensor, index_k: Tensor, q_index: Tensor, k_index: Tensor, doc_ids: Tensor | None
     ) -> Tensor:
         """Slots of the keys each token reads, int32 [B, T, min(top_k, S)], -1 at the end where there are fewer."""
-        lists = []
-        for part in _parts(index_q.shape[1], index_q.shape[0] * index_k.shape[1] * self.indexer.num_heads):
+        (B, T), lists = q_index.shape, []
+        for part in pieces.cut(T, B * index_k.shape[1] * self.indexer.num_heads, ELEMENTS_AT_ONCE):
             visible = (k_index >= 0)[:, None] & (k_index[:, None] <= q_index[:, part, None])
             if doc_ids is not None:
                 visible = visible & (doc_ids[:, None] == doc_ids[:, part, None])
@@ -263,7 +263,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         B, T, n = listed.shape
         width = self.num_heads + self.indexer.num_heads + q.shape[-1] + self.indexer.head_dim
         total = w.new_zeros((), dtype=state_dtype(w.dtype))
-        for part in _parts(T, B * n * width):
+        for part in pieces.cut(T, B * n * width, ELEMENTS_AT_ONCE):
             given = (q[:, part], cached, index_q[:, part], w[:, part], index_k, listed[:, part])
             total = total + checkpoint(self._divergence, *given, use_reentrant=False)
         return total / (B * T)
@@ -361,9 +361,3 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
 
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan(context="gather_input", reason="the indexer learns from the attention of all heads")
-
-
-def _parts(tokens: int, elements: int) -> list[slice]:
-    """Slices of the tokens, each with about ELEMENTS_AT_ONCE elements at `elements` a token."""
-    step = max(1, ELEMENTS_AT_ONCE // max(elements, 1))
-    return [slice(start, start + step) for start in range(0, tokens, step)]

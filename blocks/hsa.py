@@ -30,8 +30,8 @@ from zoo.contract import (
     refuse_packed_streaming,
     state_dtype,
 )
+from zoo.kernels import pieces, work
 from zoo.kernels import sparse_attention as attending
-from zoo.kernels import work
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.dispatch import check_backend
 from zoo.kernels.linear import Linear
@@ -223,8 +223,7 @@ class HierarchicalSparseAttention(Block):
     def _parts(self, batch_size: int, seq_len: int, chunks: int) -> list[slice]:
         """Slices of the queries."""
         elements = batch_size * min(self.top_k, chunks) * self.num_heads * self.head_dim
-        step = max(1, ELEMENTS_AT_ONCE // max(elements, 1))
-        return [slice(a, min(a + step, seq_len)) for a in range(0, seq_len, step)]
+        return pieces.cut(seq_len, elements, ELEMENTS_AT_ONCE)
 
     def forward_flops(self, batch_size: int, seq_len: int, context_len: int = 0, streaming: bool = False) -> int:
         B, T, Hq, Hkv, D, size = batch_size, seq_len, self.num_heads, self.num_kv_heads, self.head_dim, self.chunk_size

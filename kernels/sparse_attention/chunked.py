@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.kernels import pieces
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.precision import no_autocast
 from zoo.kernels.sparse_attention import key_major
@@ -97,7 +98,7 @@ class _Call:
         """Query tiles that are worked on at once."""
         L = self.k.shape[2] if self.dense else self.blocks.idx.shape[3] * self.blocks.kv_block
         one = self.k.shape[0] * self.heads * L * (2 * rows + (0 if self.dense else 2 * self.k.shape[3]))
-        return key_major.pieces(tiles, one)
+        return pieces.cut(tiles, one, key_major.CHUNK_ELEMENTS)
 
 
 class _Attend(torch.autograd.Function):

@@ -10,18 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels import pieces
 from zoo.kernels.block_list import BlockList
 from zoo.kernels.precision import no_autocast
 from zoo.kernels.sparse_attention.cost import group_size, num_groups
 
 CHUNK_ELEMENTS = 1 << 22
 _NONE = float("-inf")
-
-
-def pieces(count: int, elements: int) -> list[slice]:
-    """`count` things that need `elements` numbers each, as many at once as CHUNK_ELEMENTS allows."""
-    step = max(1, CHUNK_ELEMENTS // max(elements, 1))
-    return [slice(a, min(a + step, count)) for a in range(0, count, step)]
 
 
 class KeyMajor(torch.autograd.Function):
@@ -92,7 +87,7 @@ class _Plan:
     def chunks(self) -> list[slice]:
         D, Dv, kv_block = self.q.shape[-1], self.v.shape[-1], self.slot.shape[-1]
         one = self.q.shape[0] * (self.M * self.R * (D + Dv + 2 * kv_block) + kv_block * (D + Dv))
-        return pieces(self.groups, one)
+        return pieces.cut(self.groups, one, CHUNK_ELEMENTS)
 
     def rows(self, x: Tensor, part: slice) -> Tensor:
         """Rows [X, groups, M * R, ...] of x [X, N, R, ...] for the pairs of some groups."""

@@ -24,11 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo.architectures.causal_lm import CausalLM
 from zoo.errors import ConfigError, ZooError
 from zoo.export.bundle import FOREIGN
-from zoo.kernels import dispatch
+from zoo.kernels import dispatch, pieces
 from zoo.kernels.attention import chunked
 from zoo.kernels.attention.mask import Tile
 from zoo.kernels.linear import Linear
-from zoo.kernels.sparse_attention import key_major
 from zoo.train.files import new_file
 
 ROWS = 2  # of the traced tokens
@@ -136,7 +135,7 @@ def portable_rows() -> Iterator[None]:
         # rows that take some calls only have one behind them that takes all
         names = [r.backend for r in dispatch.rows(op) if r.backend not in FOREIGN and r.refuse is None]
         choice[op] = names[0]
-    whole = mock.patch.object(chunked, "tiles", _one_tile), mock.patch.object(key_major, "pieces", _one_piece)
+    whole = mock.patch.object(chunked, "tiles", _one_tile), mock.patch.object(pieces, "cut", _one_piece)
     with dispatch.use(**choice), whole[0], whole[1], mock.patch.object(Linear, "forward", nn.Linear.forward):
         yield
 
@@ -145,7 +144,7 @@ def _one_tile(num_queries: int, num_keys: int, *rest: Any, **how: Any) -> list[T
     return [Tile(0, num_queries, 0, 0, num_keys)]
 
 
-def _one_piece(count: int, elements: int) -> list[slice]:
+def _one_piece(count: int, elements: int, at_once: int) -> list[slice]:
     return [slice(0, count)]
 
 
